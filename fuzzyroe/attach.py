@@ -1,0 +1,243 @@
+"""Attaching routing to the decoder of a loaded model by swapping the class of its layers."""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuzzyroe.adapter import SkipAdapter
+from fuzzyroe.cache import has_started, refuse_chunked_prefill, refuse_unsupported, remember_prompt
+from fuzzyroe.routed_layer import RoutedLayer, routed_class
+from fuzzyroe.routing_state import RoutingState
+
+
+def attach(
+    model: nn.Module, adapter_width: int, adapter_init: str = "zero", router: nn.Module | None = None
+) -> nn.Module:
+    """Make every decoder layer of a loaded model skippable, in place.
+
+    Parameter names, hooks, checkpointing and weights stay as they are; each layer gains ``adapter``, the decoder gains
+    ``router``. Until a state is passed as ``routing``, or the router is switched on, the model computes what it did.
+
+    Args:
+        model: A Hugging Face decoder, or a model with one (``get_decoder()``).
+        adapter_width: Width of the skip adapters, at least 1.
+        adapter_init: ``"zero"`` (an untrained skip is the identity) or ``"xavier"``.
+        router: A module with ``plan(hidden_states, routing)``, which fills ``routing.keep_weights``, and with the bool
+            ``enabled``: whether it routes a prompt on its own when the model is not training. None keeps every layer
+            unless the caller forces otherwise. Its ``plan`` is not called through ``forward``, so parameters belong in
+            submodules that it calls (a sharded model gathers them there).
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model is attached already or has no decoder layers to route.
+        TypeError: If the router lacks ``plan`` or ``enabled``.
+    """
+    decoder, layers = find_decoder(model), find_decoder_layers(model)
+    _check_attachable(layers)
+    adapters = [SkipAdapter(decoder.config.hidden_size, adapter_width, adapter_init) for _ in layers]
+    if router is not None:
+        _check_router(router)
+        decoder.router = router.to(_placement(layers[0])[0]).train(decoder.training)
+    for index, (layer, adapter) in enumerate(zip(layers, adapters, strict=True)):
+        device, dtype = _placement(layer)
+        layer.adapter = adapter.to(device=device, dtype=dtype).train(layer.training)
+        layer.route_index = index
+        _swap_class(layer, routed_class(type(layer)))
+    _rename_no_split(model, {layer.base_class.__name__: type(layer).__name__ for layer in layers})
+    decoder.routing_hook = decoder.register_forward_pre_hook(plan_routing, with_kwargs=True)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo ``attach``: stock layer classes, no adapters, no router, no hook.
+
+    Args:
+        model: A model that ``attach`` returned, or a deep copy of it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model is not attached.
+    """
+    decoder, layers = find_decoder(model), find_decoder_layers(model)
+    if not is_attached(model):
+        raise ValueError(f"{type(model).__name__} has no routed layers; only an attached model can be detached.")
+    _rename_no_split(model, {type(layer).__name__: None for layer in layers})
+    for layer in layers:
+        _swap_class(layer, layer.base_class)
+        del layer.adapter, layer.route_index
+    decoder.routing_hook.remove()
+    del decoder.routing_hook
+    if hasattr(decoder, "router"):
+        del decoder.router
+    return model
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Say whether the decoder layers of a model are routed."""
+    return all(isinstance(layer, RoutedLayer) for layer in find_decoder_layers(model))
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """Give the module that holds the decoder layers, in stock models ``model.get_decoder()``."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Give the decoder layers of a model, in order.
+
+    Raises:
+        ValueError: If the decoder has no ``layers``.
+    """
+    decoder = find_decoder(model)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise ValueError(
+            f"{type(decoder).__name__} has no `layers`; routing needs a decoder with a non-empty ModuleList `layers`. "
+            "Pass the language model itself, or extend find_decoder_layers for this family."
+        )
+    return layers
+
+
+def verify_attached(model: nn.Module, **inputs: Any) -> None:
+    """Run one forward without skipping and check that every routed layer saw it.
+
+    A wrapper that bound the old ``forward`` before the swap (offloading hooks, compiled layers) leaves a model silently
+    dense; this finds it in the first second.
+
+    Args:
+        model: An attached model.
+        **inputs: Example inputs of the model, with ``input_ids`` (B, N) or ``inputs_embeds`` (B, N, D).
+
+    Raises:
+        RuntimeError: If a routed layer did not run.
+    """
+    example = inputs.get("input_ids")
+    example = inputs["inputs_embeds"] if example is None else example
+    mask = inputs.get("attention_mask")
+    mask = torch.ones(example.shape[:2], dtype=torch.long, device=example.device) if mask is None else mask
+    num_layers = len(find_decoder_layers(model))
+    routing = RoutingState.forced(torch.ones(example.shape[0], num_layers, device=example.device), mask)
+    with torch.no_grad():
+        model(**{**inputs, "use_cache": False, "routing": routing})
+    silent = sorted(set(range(num_layers)) - set(routing.counts))
+    if silent:
+        raise RuntimeError(
+            f"Layers {silent} of {num_layers} ran without routing; after attach every layer must see it. "
+            "Attach before wrapping, compiling or offloading the layers."
+        )
+
+
+def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the decoder: let the router decide, once per sequence, before the first layer.
+
+    A state that comes with keep weights passes untouched. In decoding, when the cache has positions, nothing is
+    decided: every layer reads its decision from its cache.
+
+    Args:
+        decoder: The module that holds the layers, with ``router``.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward; ``routing`` and ``past_key_values`` are read.
+
+    Returns:
+        The arguments with ``routing`` planned, or None to leave them as they are.
+    """
+    router, routing = getattr(decoder, "router", None), kwargs.get("routing")
+    is_planned = routing is not None and routing.keep_weights is not None
+    is_silent = routing is None and (decoder.training or not getattr(router, "enabled", False))
+    if router is None or is_planned or is_silent:
+        return None
+    kwargs = _as_keywords(decoder, args, kwargs)
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    inputs_embeds = kwargs.get("inputs_embeds")
+    refuse_unsupported(cache)
+    if has_started(cache):
+        given = kwargs["input_ids"] if inputs_embeds is None else inputs_embeds
+        refuse_chunked_prefill(cache, mask, given.shape[1])
+        return None
+    if inputs_embeds is None:
+        inputs_embeds = decoder.get_input_embeddings()(kwargs["input_ids"])
+        kwargs.update(input_ids=None, inputs_embeds=inputs_embeds)
+    if routing is None:
+        if mask is None:
+            mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        routing = RoutingState.for_prompt(mask)
+    router.plan(inputs_embeds, routing)
+    remember_prompt(cache, mask)
+    kwargs["routing"] = routing
+    return (), kwargs
+
+
+def _as_keywords(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return dict(kwargs)
+    return {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+
+
+def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Give device and dtype of the layer's norm: linear weights may be quantised, offloaded ones live on meta."""
+    reference = layer.input_layernorm.weight
+    execution_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return torch.device(reference.device if execution_device is None else execution_device), reference.dtype
+
+
+def _check_attachable(layers: nn.ModuleList) -> None:
+    for index, layer in enumerate(layers):
+        name = type(layer).__name__
+        if isinstance(layer, RoutedLayer):
+            raise ValueError(f"Layer {index} is a {name} already; a model is attached once. Call detach first.")
+        if not hasattr(layer, "input_layernorm"):
+            raise ValueError(
+                f"Layer {index} ({name}) has no `input_layernorm`, which the skip branch needs. Use a decoder family "
+                "that normalises before attention."
+            )
+        if "forward" in layer.__dict__ and not _is_own_method(layer) and "_old_forward" not in layer.__dict__:
+            raise ValueError(
+                f"Layer {index} ({name}) has a `forward` of its own, which would hide the routed one; allowed are "
+                "stock layers and accelerate's hooks. Attach before compiling or patching."
+            )
+
+
+def _check_router(router: nn.Module) -> None:
+    missing = [name for name in ("plan", "enabled") if not hasattr(router, name)]
+    if missing:
+        raise TypeError(
+            f"{type(router).__name__} has no {' and no '.join(missing)}; a router is an nn.Module with "
+            "plan(hidden_states, routing) and the bool enabled. Add them, or pass a router of fuzzyroe.routers."
+        )
+
+
+def _is_own_method(layer: nn.Module) -> bool:
+    """Say whether the instance's ``forward`` is merely its class's, as removed accelerate hooks leave it behind."""
+    forward = layer.__dict__["forward"]
+    return isinstance(forward, MethodType) and forward.__func__ is type(layer).forward
+
+
+def _swap_class(layer: nn.Module, new_class: type[nn.Module]) -> None:
+    if "_old_forward" in layer.__dict__:  # accelerate's hook calls this bound method instead of the class's
+        layer._old_forward = MethodType(new_class.forward, layer)
+    elif "forward" in layer.__dict__:
+        del layer.forward
+    layer.__class__ = new_class
+
+
+def _rename_no_split(model: nn.Module, names: dict[str, str | None]) -> None:
+    """Add each new class name beside the old one, or remove names that map to None, wherever they are listed.
+
+    Device maps match class names, so that a routed layer under its new name would be split over devices.
+    """
+    for module in model.modules():
+        listed = getattr(module, "_no_split_modules", None)
+        if listed is None or not set(listed) & set(names):
+            continue
+        removed = {name for name, new in names.items() if new is None}
+        added = {new for name, new in names.items() if new is not None and name in listed}
+        module._no_split_modules = type(listed)(name for name in [*listed, *sorted(added)] if name not in removed)

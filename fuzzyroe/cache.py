@@ -1,0 +1,215 @@
+"""The key/value cache of kept rows, which is also where the decisions of a generation live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from fuzzyroe.row_split import RowSplit
+
+if TYPE_CHECKING:
+    from fuzzyroe.routing_state import RoutingState
+
+
+class RoutedCacheLayer(DynamicLayer):
+    """Cache of one layer that some rows skip: keys and values of the kept rows only, but the length of all.
+
+    The attention mask and the position ids of *every* row are sized from layer 0, so a layer must count positions
+    even where it stores none. ``keys`` and ``values`` are (num_kept, heads, N, head size), or None if no row is kept.
+
+    Args:
+        split: The rows that run the layer; valid while the layer is not empty.
+    """
+
+    def __init__(self, split: RowSplit) -> None:
+        super().__init__()
+        self.split = split
+        self.seen = 0
+
+    @property
+    def keep(self) -> Tensor:
+        """True where the row runs the layer, (B,) bool on the CPU."""
+        return self.split.keep
+
+    def get_seq_length(self) -> int:
+        """Give the number of positions seen, stored or not."""
+        return self.seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append the states of the kept rows, each (num_kept, heads, N, head size), and give all states so far."""
+        states = super().update(key_states, value_states, *args, **kwargs)
+        self.seen += key_states.shape[-2]
+        return states
+
+    def advance(self, num_positions: int) -> None:
+        """Count positions that every row skipped."""
+        self.seen += num_positions
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` positions (the argument is zero or negative, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop got {tokens_to_remove}; allowed are 0 and negative numbers. Pass minus the number of positions "
+                "to remove."
+            )
+        if self.seen + tokens_to_remove <= 0:
+            self.reset()
+        elif tokens_to_remove < 0:
+            self.seen += tokens_to_remove
+            if self.is_initialized:
+                self.keys = self.keys[..., :tokens_to_remove, :]
+                self.values = self.values[..., :tokens_to_remove, :]
+
+    def reset(self) -> None:
+        """Forget all positions, and with them the decision."""
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i become a copy of row ``beam_idx[i]``, decision included; ``beam_idx`` is (B,) int64."""
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times in place."""
+        self._take_rows(torch.arange(self.split.num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that ``indices`` names, a (B',) int64 or (B,) bool tensor."""
+        self._take_rows(indices)
+
+    def _take_rows(self, indices: Tensor) -> None:
+        is_uniform = self.split.none_kept or self.split.all_kept
+        if is_uniform and indices.dtype != torch.bool:  # the new decision is known without reading the indices
+            keep = torch.full((indices.shape[0],), self.split.all_kept)
+            stored = indices
+        else:
+            rows = torch.arange(self.split.num_rows)[indices.cpu()]
+            keep = self.keep[rows]
+            slot_of_row = self.keep.cumsum(dim=0) - 1  # kept rows are stored densely, in order
+            stored = slot_of_row[rows[keep]]
+        if self.is_initialized:
+            stored = stored.to(self.keys.device)
+            self.keys = self.keys.index_select(0, stored)
+            self.values = self.values.index_select(0, stored)
+        self.split = RowSplit(keep)
+
+
+def rows_to_run(
+    past_key_values: Cache | None, layer: int, routing: RoutingState | None, num_rows: int
+) -> RowSplit | None:
+    """Give the rows that run a layer, and prepare its cache for them.
+
+    A sequence is decided once, at its first positions: what a non-empty cache holds wins over ``routing``.
+
+    Args:
+        past_key_values: The cache of this forward pass; None without one.
+        layer: Layer index.
+        routing: State in hard mode; None leaves an undecided sequence dense.
+        num_rows: Batch size B of this forward pass.
+
+    Returns:
+        The rows, or None if nothing was decided and the base layer runs as it is.
+
+    Raises:
+        ValueError: If the cached decision is of another batch size.
+        TypeError: If routing meets a cache that cannot hold kept rows only.
+    """
+    if past_key_values is None:
+        return None if routing is None else routing.split(layer)
+    cached = past_key_values.layers[layer] if layer < len(past_key_values.layers) else None
+    is_routed = isinstance(cached, RoutedCacheLayer)
+    if is_routed and cached.seen > 0:
+        if cached.split.num_rows != num_rows:
+            raise ValueError(
+                f"The cache holds decisions for {cached.split.num_rows} rows, but the batch has {num_rows}. Use the "
+                "cache with the batch it was filled by, or reshape it with its batch_* methods."
+            )
+        return cached.split
+    if routing is None:
+        if is_routed:
+            past_key_values.layers[layer] = DynamicLayer()
+        return None
+    refuse_unsupported(past_key_values)
+    if cached is not None and cached.get_seq_length() > 0:
+        return None
+    split = routing.split(layer)
+    if not split.all_kept:
+        while len(past_key_values.layers) <= layer:
+            past_key_values.layers.append(DynamicLayer())
+        past_key_values.layers[layer] = RoutedCacheLayer(split)
+    elif is_routed:
+        past_key_values.layers[layer] = DynamicLayer()
+    return split
+
+
+def advance(past_key_values: Cache | None, layer: int, num_positions: int) -> None:
+    """Count positions at a layer that every row skips; without a cache there is nothing to count."""
+    if past_key_values is not None:
+        past_key_values.layers[layer].advance(num_positions)
+
+
+def has_started(past_key_values: Cache | None) -> bool:
+    """Say whether the cache holds positions already, so that decisions are taken."""
+    return past_key_values is not None and past_key_values.get_seq_length() > 0
+
+
+def kept_layers(past_key_values: Cache, num_rows: int) -> Tensor:
+    """Read the decisions of a generation from its cache.
+
+    Args:
+        past_key_values: A cache that routed layers filled, e.g. ``generate(...).past_key_values``.
+        num_rows: Rows of that batch (examples times beams).
+
+    Returns:
+        True where the row ran the layer, False where it skipped it, (B, L) bool on the CPU.
+    """
+    everyone = torch.ones(num_rows, dtype=torch.bool)
+    return torch.stack(
+        [layer.keep if isinstance(layer, RoutedCacheLayer) else everyone for layer in past_key_values.layers], dim=1
+    )
+
+
+def refuse_unsupported(past_key_values: Cache | None) -> None:
+    """Raise TypeError if a cache cannot hold the kept rows only (static, sliding, quantized or offloaded)."""
+    if past_key_values is None:
+        return
+    found = {type(layer) for layer in past_key_values.layers} - {DynamicLayer, RoutedCacheLayer}
+    if found or past_key_values.offloading:
+        names = ", ".join(sorted(kind.__name__ for kind in found)) or "offloading"
+        raise TypeError(
+            f"Hard routing found a {type(past_key_values).__name__} with {names}; it needs a DynamicCache of plain "
+            "dynamic layers. Drop `cache_implementation`, or switch routing off."
+        )
+
+
+def remember_prompt(past_key_values: Cache | None, attention_mask: Tensor | None) -> None:
+    """Note on the cache which mask its decisions were taken under, for ``refuse_chunked_prefill``."""
+    if past_key_values is not None:
+        past_key_values.routing_prompt_mask = attention_mask
+
+
+def refuse_chunked_prefill(past_key_values: Cache, attention_mask: Tensor | None, num_positions: int) -> None:
+    """Raise ValueError if a router decided on a first chunk of the prompt and another chunk follows.
+
+    ``generate(prefill_chunk_size=...)`` feeds growing slices of one mask; speculation or a next turn come with a mask
+    of their own. So a longer mask in the same memory is a chunk, unless it brings one position only: then it may be
+    a hand-written decoding loop.
+
+    Args:
+        past_key_values: The non-empty cache.
+        attention_mask: Mask of this forward pass, (B, N).
+        num_positions: Positions that this forward pass adds.
+    """
+    first = getattr(past_key_values, "routing_prompt_mask", None)
+    if first is None or attention_mask is None or num_positions < 2 or attention_mask.shape[-1] <= first.shape[-1]:
+        return
+    if attention_mask.untyped_storage().data_ptr() == first.untyped_storage().data_ptr():
+        raise ValueError(
+            f"The prompt arrives in chunks, the first of {first.shape[-1]} positions; the router must see all of it at "
+            "once. Unset `prefill_chunk_size`, or give forced keep weights as `routing`."
+        )

@@ -1,0 +1,157 @@
+"""Fitting a fuzzy router to measured examples: the whole of FuzzyRoE's router stage once the forward passes are done.
+
+No gradient and no optimizer: feature ranges and knots are quantiles, consequents are a ridge fit to the expert rules,
+thresholds follow from measured losses. Everything runs in numpy within a second, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuzzyroe.budget import BudgetTable, allocate
+from fuzzyroe.routers.fuzzy import NUM_QUANTILES, FuzzyRouter
+from fuzzyroe.rules.rule_base import FuzzyRuleBase
+
+TARGET_RANGE = (-1.0, 4.0)
+"""Loss increases are cut to this range, so that a few hopeless examples do not decide the fit."""
+
+TARGET_SPREAD = 0.25
+"""Standard deviation of the fitted targets around 0.5, that of the expert rules' own outputs."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What forward passes have measured.
+
+    Attributes:
+        feature_names: Names of the raw features, in column order.
+        features: Raw features of the examples whose losses are known, (n, K).
+        losses: Loss of each when the first k layers of the order are skipped, (n, K_max + 1).
+        layer_order: Layers, first to be skipped first.
+        score_features: Raw features of more examples, whose losses are not needed, (m, K).
+    """
+
+    feature_names: tuple[str, ...]
+    features: np.ndarray
+    losses: np.ndarray
+    layer_order: list[int]
+    score_features: np.ndarray
+
+    def columns(self, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Labelled and unlabelled raw features of some names, (n, len(names)) and (m, len(names))."""
+        index = [self.feature_names.index(name) for name in names]
+        return self.features[:, index], self.score_features[:, index]
+
+
+def suffering(losses: np.ndarray) -> np.ndarray:
+    """How much an example loses when about a third of the calibrated layers and more are skipped.
+
+    Args:
+        losses: Losses by number of skipped layers, (n, K_max + 1).
+
+    Returns:
+        Mean loss increase over the upper half of the skip counts, cut to ``TARGET_RANGE``, (n,).
+    """
+    increase = losses[:, 1:] - losses[:, :1]
+    return increase[:, increase.shape[1] // 2 :].mean(axis=1).clip(*TARGET_RANGE)
+
+
+def calibrate_router(
+    rule_base: FuzzyRuleBase,
+    measured: Measurements,
+    num_layers: int,
+    skip_rate: float,
+    num_bins: int = 8,
+) -> tuple[FuzzyRouter, dict[str, Any]]:
+    """Fit a router.
+
+    Args:
+        rule_base: Expert rules; a fitted one starts from its expert rules again.
+        measured: Results of the forward passes.
+        num_layers: Layers of the decoder.
+        skip_rate: Mean skip rate to set, within K_max / num_layers.
+        num_bins: Score bins of the allocation.
+
+    Returns:
+        The router, with a report: rank correlation of each feature and of the score with the loss increase, flipped
+        features, rules before and after, thresholds.
+
+    Raises:
+        ValueError: If there are too few examples for ``num_bins``, or the skip rate is out of range.
+    """
+    names = tuple(variable.name for variable in rule_base.antecedents)
+    labelled, unlabelled = measured.columns(names)
+    targets = suffering(measured.losses)
+    low, high = feature_range(unlabelled)
+    scaled, scaled_all = scale(labelled, low, high), scale(unlabelled, low, high)
+
+    correlations = [rank_correlation(column, targets) for column in scaled.T]
+    prior = rule_base.unfitted()
+    prior = prior if prior.is_complete else prior.interpolate()
+    actual = [1 if correlation >= 0 else -1 for correlation in correlations]
+    flips = [actual[j] * (int(sign) or 1) for j, sign in enumerate(prior.signs)]
+    prior = prior.reorient(flips).with_quantile_knots(scaled_all)
+    spread = max(float(targets.std()), 1e-9)
+    fitted = prior.fit(scaled, 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread)
+
+    router = FuzzyRouter(fitted, num_layers)
+    router.feature_low.copy_(torch.as_tensor(low))
+    router.feature_high.copy_(torch.as_tensor(high))
+    scores_all, scores = _scores(router, unlabelled), _scores(router, labelled)
+    quantiles = np.quantile(scores_all, np.linspace(0, 1, NUM_QUANTILES))
+    router.score_quantiles.copy_(torch.as_tensor(quantiles))
+    # The labelled examples are binned by their own ranks, so that every bin of the allocation has its share of them.
+    ranks = (np.argsort(np.argsort(scores, kind="stable"), kind="stable") + 0.5) / len(scores)
+    table = allocate(measured.losses, ranks, measured.layer_order, num_layers, num_bins)
+    set_budget_table(router, table)
+    router.set_budget(skip_rate)
+    report = {
+        "examples": len(targets),
+        "score_examples": len(scores_all),
+        "feature_correlation": dict(zip(names, correlations, strict=True)),
+        "flipped_features": [name for name, flip in zip(names, flips, strict=True) if flip < 0],
+        "score_correlation": rank_correlation(scores, targets),
+        "mean_loss_by_skips": measured.losses.mean(axis=0).tolist(),
+        "layer_order": list(measured.layer_order),
+        "skip_rate": skip_rate,
+        "thresholds": router.thresholds().tolist(),
+        "rules": [vars(rule) for rule in fitted.report(scaled)],
+    }
+    return router, report
+
+
+def set_budget_table(router: FuzzyRouter, table: BudgetTable) -> None:
+    """Replace a router's budgets."""
+    router.budget_rates = torch.as_tensor(table.skip_rates, dtype=torch.float32)
+    router.budget_thresholds = torch.as_tensor(table.thresholds, dtype=torch.float32)
+
+
+def feature_range(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 1% and 99% quantiles of raw features, at least 1e-6 apart, (K,) each."""
+    low, high = np.quantile(features, [0.01, 0.99], axis=0)
+    return low, np.maximum(high, low + 1e-6)
+
+
+def scale(features: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Map raw features to [0, 1], (n, K)."""
+    return ((features - low) / (high - low)).clip(0, 1)
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation in [-1, 1]; 0 where one side is constant."""
+    from scipy.stats import spearmanr
+
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(spearmanr(first, second).statistic)
+
+
+def _scores(router: FuzzyRouter, raw_features: np.ndarray) -> np.ndarray:
+    """Scores by the router's own torch tables, so that percentiles refer to exactly what inference computes."""
+    with torch.no_grad():
+        features = router.scale(torch.as_tensor(raw_features, dtype=torch.float32))
+        return router.rules(features).double().numpy()

@@ -1,0 +1,113 @@
+"""The fuzzy router: a scikit-fuzzy rule base scores an example, its percentile decides how many layers are skipped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fuzzyroe.budget import BudgetTable
+from fuzzyroe.features import FEATURES, compute_features, summarise
+from fuzzyroe.routers.base import Router
+from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.rules.oracle import compile_rule_base
+from fuzzyroe.rules.rule_base import FuzzyRuleBase
+
+NUM_QUANTILES = 257
+
+
+class FuzzyRouter(Router):
+    """Features -> fuzzy rules -> score -> percentile -> nested plan.
+
+    Layer l is skipped iff the percentile of the example's score lies below the threshold of l, so a higher score keeps
+    a superset of layers. Nothing here is trained by gradient; ``fuzzyroe.calibrate`` fits it all by forward passes.
+
+    Args:
+        rule_base: Complete rule base whose antecedents are names of ``FEATURES``. It is turned into a scikit-fuzzy
+            control system, and the tables of the forward pass are read back from that system.
+        num_layers: Layers of the decoder, L.
+        num_budgets: Rows G of the table of budgets; a new router has one, which skips nothing.
+
+    Attributes:
+        feature_low, feature_high: Raw feature values that map to 0 and 1, (K,).
+        score_quantiles: Scores at equally spaced percentiles, non-decreasing, (Q,).
+        budget_rates, budget_thresholds: Skip rates (G,) with the thresholds that meet them (G, L).
+        skip_rate: Mean skip rate planned by default, ().
+    """
+
+    def __init__(self, rule_base: FuzzyRuleBase, num_layers: int, num_budgets: int = 1) -> None:
+        super().__init__()
+        self.rule_base = rule_base
+        self.antecedents = tuple(variable.name for variable in rule_base.antecedents)
+        for name in self.antecedents:
+            if name not in FEATURES:
+                raise KeyError(
+                    f"Rule base '{rule_base.name}' has antecedent '{name}', which is no feature; "
+                    f"use {', '.join(FEATURES)}."
+                )
+        self.rules = compile_rule_base(rule_base if rule_base.is_complete else rule_base.interpolate())
+        self.register_buffer("feature_low", torch.zeros(len(self.antecedents)))
+        self.register_buffer("feature_high", torch.ones(len(self.antecedents)))
+        self.register_buffer("score_quantiles", torch.linspace(0, 1, NUM_QUANTILES))
+        self.register_buffer("budget_rates", torch.zeros(num_budgets))
+        self.register_buffer("budget_thresholds", torch.zeros(num_budgets, num_layers))
+        self.register_buffer("skip_rate", torch.zeros(()))
+
+    def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
+        """Fill ``routing`` with summary, features, scores and keep weights.
+
+        Args:
+            hidden_states: States before the first decoder layer, (B, N, D).
+            routing: ``skip_rate`` may hold a budget for all or one per example (B,); else the default is used.
+        """
+        routing.summary = summarise(hidden_states, routing, routing.num_turns)
+        raw = compute_features(routing.summary, self.antecedents)  # (B, T, K)
+        routing.features = self.scale(raw)
+        routing.scores = self.rules(routing.features)  # (B, T)
+        routing.keep_weights = self.keep_weights(routing.scores, routing.skip_rate)
+
+    def scale(self, raw_features: Tensor) -> Tensor:
+        """Map raw features to [0, 1] by the calibrated range, (..., K)."""
+        return ((raw_features - self.feature_low) / (self.feature_high - self.feature_low)).clamp(0, 1)
+
+    def percentiles(self, scores: Tensor) -> Tensor:
+        """Share of calibration examples with a lower score, in [0, 1], same shape."""
+        quantiles = self.score_quantiles
+        right = torch.searchsorted(quantiles, scores.contiguous(), right=True).clamp(1, len(quantiles) - 1)
+        left_value, right_value = quantiles[right - 1], quantiles[right]
+        share = (scores - left_value) / (right_value - left_value).clamp(min=1e-12)
+        return (right - 1 + share.clamp(0, 1)) / (len(quantiles) - 1)
+
+    def thresholds(self, skip_rate: Tensor | float | None = None) -> Tensor:
+        """Thresholds of all layers for one budget or several, (L,) or (B, L)."""
+        rate = self.skip_rate if skip_rate is None else torch.as_tensor(skip_rate, device=self.budget_rates.device)
+        if len(self.budget_rates) == 1:
+            return self.budget_thresholds[0].expand(*rate.shape, -1)
+        right = torch.searchsorted(self.budget_rates, rate.float().contiguous()).clamp(1, len(self.budget_rates) - 1)
+        low, high = self.budget_rates[right - 1], self.budget_rates[right]
+        share = ((rate - low) / (high - low)).clamp(0, 1).unsqueeze(-1)
+        return torch.lerp(self.budget_thresholds[right - 1], self.budget_thresholds[right], share)
+
+    def keep_weights(self, scores: Tensor, skip_rate: Tensor | float | None = None) -> Tensor:
+        """Keep weights, 0 or 1, (B, T, L), of scores (B, T) under a budget for all or one per example (B,)."""
+        thresholds = self.thresholds(skip_rate)
+        if thresholds.dim() == 2:
+            thresholds = thresholds.unsqueeze(1)  # (B, 1, L)
+        return (self.percentiles(scores).unsqueeze(-1) >= thresholds).float()
+
+    def set_budget(self, skip_rate: float) -> None:
+        """Plan for another mean skip rate from now on; nothing is retrained.
+
+        Raises:
+            ValueError: If the router was not calibrated for such a rate.
+        """
+        self.budget_table().thresholds_for(skip_rate)
+        self.skip_rate.fill_(skip_rate)
+
+    def budget_table(self) -> BudgetTable:
+        """The calibrated budgets, as arrays."""
+        return BudgetTable(self.budget_rates.cpu().double().numpy(), self.budget_thresholds.cpu().double().numpy())
+
+    def _apply(self, fn, recurse: bool = True) -> FuzzyRouter:
+        """Move with the model, but stay in float32: a score quantile rounded to bfloat16 would shift plans."""
+        super()._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(fn(tensor).device), recurse)
+        return self

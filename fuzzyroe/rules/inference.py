@@ -1,0 +1,160 @@
+"""Zero-order TSK inference as a torch module: firing strengths times consequents.
+
+With ramps ``r_k = clip((x - p_k) / (p_{k+1} - p_k), 0, 1)`` the membership of term k is ``r_{k-1} - r_k``; firing
+strengths are the products over the features, they sum to one, and the output ``phi @ consequents`` is the multilinear
+interpolation of the table. There is no data-dependent control flow, so the module exports, runs on ``meta`` and never
+waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fuzzyroe.rules.rule_base import FuzzyRuleBase
+
+
+class ZeroOrderTSK(nn.Module):
+    """A compiled rule base.
+
+    Arithmetic runs in float32, or in float64 for float64 features. The tables keep their precision when the model
+    around them is cast to half precision: rounding knots to bfloat16 would cost up to 6e-3 of the output.
+
+    Attributes:
+        knots: Peaks per feature, (K, terms); features with fewer terms are padded with values that are never used.
+        consequents: One output per rule, (R,), or several, (R, outputs); rules in row-major order of the table.
+        term_counts: Number of terms per feature.
+        non_finite: Output of an example with a nan or infinite feature.
+
+    Reference:
+        Takagi and Sugeno, IEEE SMC-15(1), 1985; the same function class as lattices in Gupta et al., JMLR 17(109),
+        2016.
+    """
+
+    knots: Tensor
+    consequents: Tensor
+
+    def __init__(
+        self, peaks: Sequence[Sequence[float]], consequents: Tensor | np.ndarray, non_finite: float = 1.0
+    ) -> None:
+        """Hold the tables.
+
+        Args:
+            peaks: Strictly increasing peaks per feature, K sequences of two or more numbers.
+            consequents: One row per rule, (R,) or (R, outputs), R = product of the numbers of terms.
+            non_finite: Output of an example with a nan or infinite feature.
+
+        Raises:
+            ValueError: If peaks do not increase in float32, or there are more or fewer consequents than rules.
+        """
+        super().__init__()
+        self.term_counts = tuple(len(row) for row in peaks)
+        self.non_finite = float(non_finite)
+        table = torch.as_tensor(consequents).detach().to(torch.float32).clone()
+        if table.ndim not in (1, 2) or len(table) != math.prod(self.term_counts):
+            raise ValueError(
+                f"consequents have shape {tuple(table.shape)}; ({math.prod(self.term_counts)},) or "
+                f"({math.prod(self.term_counts)}, outputs) is allowed for terms {self.term_counts}; complete the "
+                "table first."
+            )
+        self.register_buffer("knots", _pad_peaks(peaks))
+        self.register_buffer("consequents", table)
+
+    @classmethod
+    def from_rule_base(cls, rule_base: FuzzyRuleBase) -> ZeroOrderTSK:
+        """Take the tables of a complete rule base as they are; ``oracle.compile_rule_base`` checks them on the way.
+
+        Raises:
+            ValueError: If a combination of terms has no rule.
+        """
+        if not rule_base.is_complete:
+            raise ValueError(
+                f"Rule base '{rule_base.name}' has no rule for {rule_base.missing_cells()}; inference needs one for "
+                "every combination of terms; call interpolate() first."
+            )
+        peaks = [variable.peaks for variable in rule_base.antecedents]
+        return cls(peaks, rule_base.output_table.ravel(), rule_base.non_finite)
+
+    @property
+    def num_features(self) -> int:
+        """Number of features K."""
+        return len(self.term_counts)
+
+    def firing_strengths(self, features: Tensor) -> Tensor:
+        """Fire all rules.
+
+        Args:
+            features: Feature vectors, (..., K); outside the outer knots a feature acts like the knot.
+
+        Returns:
+            Products of memberships, (..., R), summing to one; all zero for an example with a non-finite feature.
+        """
+        features, is_finite = self._guard(features)
+        return torch.where(is_finite[..., None], self._fire(features), 0.0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Infer the outputs.
+
+        Args:
+            features: Feature vectors, (..., K).
+
+        Returns:
+            Outputs, (...,) or (..., outputs), in float32 (float64 for float64 features).
+        """
+        features, is_finite = self._guard(features)
+        outputs = self._fire(features) @ self.consequents.to(features.dtype)
+        return torch.where(is_finite if self.consequents.ndim == 1 else is_finite[..., None], outputs, self.non_finite)
+
+    def _guard(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Cast, and zero examples with non-finite features *before* the arithmetic, so gradients stay finite."""
+        if features.shape[-1] != self.num_features:
+            raise ValueError(
+                f"The features have shape {tuple(features.shape)}; (..., {self.num_features}) is allowed; compute the "
+                "features that this rule base names."
+            )
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        is_finite = torch.isfinite(features).all(dim=-1)
+        return torch.where(is_finite[..., None], features, 0.0), is_finite
+
+    def _fire(self, features: Tensor) -> Tensor:
+        """Multiply the memberships of finite features, (..., K), to (..., R)."""
+        knots = self.knots.to(features.dtype)
+        ramps = (features[..., None] - knots[:, :-1]) / (knots[:, 1:] - knots[:, :-1])  # (..., K, terms - 1)
+        ramps = ramps.clamp(0.0, 1.0)
+        ones, zeros = torch.ones_like(features[..., :1]), torch.zeros_like(features[..., :1])
+        firing = ones
+        for index, count in enumerate(self.term_counts):
+            ramp = ramps[..., index, : count - 1]
+            membership = torch.cat([ones, ramp], dim=-1) - torch.cat([ramp, zeros], dim=-1)  # (..., count)
+            firing = (firing[..., :, None] * membership[..., None, :]).flatten(-2)
+        return firing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZeroOrderTSK:
+        """Follow moves between devices, but not casts."""
+
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"terms={self.term_counts}, rules={len(self.consequents)}, non_finite={self.non_finite}"
+
+
+def _pad_peaks(peaks: Sequence[Sequence[float]]) -> Tensor:
+    """Stack the peaks in float32, (K, terms); shorter rows go on in steps of one."""
+    longest = max(len(row) for row in peaks)
+    padded = [[*row, *(row[-1] + step for step in range(1, longest - len(row) + 1))] for row in peaks]
+    knots = torch.tensor(padded, dtype=torch.float32)
+    if min(len(row) for row in peaks) < 2 or not (knots.diff(dim=-1) > 0).all():
+        raise ValueError(
+            f"The peaks are {[list(row) for row in peaks]}; two or more per feature, strictly increasing in float32, "
+            "are allowed; spread them."
+        )
+    return knots

@@ -1,0 +1,392 @@
+"""The rule base: linguistic variables with a table of consequents, one cell per combination of terms.
+
+``table[i, j, k]`` is the consequent of "antecedent 0 is its term i, antecedent 1 its term j, ...", in units of the
+consequent's universe; nan marks a combination without a rule. With product t-norm and partitions that sum to one,
+zero-order TSK inference is the multilinear interpolation of this table, so the table *is* the control surface at the
+peaks.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fuzzyroe.rules import calibration, isotonic
+from fuzzyroe.rules.consequent import Consequent
+from fuzzyroe.rules.interpolation import (
+    Disagreement,
+    InterpolationOptions,
+    SparseTable,
+    complete_table,
+    find_disagreements,
+)
+from fuzzyroe.rules.variable import LinguisticVariable, check_identifier
+
+logger = logging.getLogger(__name__)
+
+NO_RULE = "none"
+SOURCES = ("expert", "interpolated", "fitted")
+_ARRAYS = {"table": "f8", "prior_table": "f8", "source": "U16", "prior_source": "U16"}
+
+
+@dataclass(frozen=True, eq=False)
+class FuzzyRuleBase:
+    """An immutable rule base; every method that changes something gives a new one.
+
+    Attributes:
+        name: Identifier of the rule base.
+        antecedents: The D variables, in the order of the features (K).
+        table: Consequents in units of the consequent's universe, nan = no rule, float64 (K_1, ..., K_D).
+        source: Origin of each cell, ``"expert"``, ``"interpolated"``, ``"fitted"`` or ``"none"``, (K_1, ..., K_D).
+        consequent: Name, universe and output range of the conclusions.
+        interpolation: How missing cells are completed by default.
+        non_finite: Output for an example with a nan or infinite feature, in output units.
+        description: One sentence for readers.
+        provenance: How this rule base came about, plain data.
+        prior_table: The complete table before fitting, or None; fitting again starts from it.
+        prior_source: Origin of its cells.
+    """
+
+    name: str
+    antecedents: tuple[LinguisticVariable, ...]
+    table: np.ndarray
+    source: np.ndarray
+    consequent: Consequent
+    interpolation: InterpolationOptions = InterpolationOptions()
+    non_finite: float = 1.0
+    description: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    prior_table: np.ndarray | None = None
+    prior_source: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "antecedents", tuple(self.antecedents))
+        object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
+        for key, dtype in _ARRAYS.items():
+            if getattr(self, key) is not None:
+                array = np.array(getattr(self, key), dtype=dtype)
+                array.setflags(write=False)
+                object.__setattr__(self, key, array)
+        self._check_names()
+        self._check_table(self.table, self.source)
+        if (self.prior_table is None, self.prior_source is None) != 2 * ("fitted" not in self.source,):
+            raise ValueError(
+                f"Rule base '{self.name}' has fitted cells without prior_table and prior_source, or the reverse; "
+                "fitted cells need the values they were fitted from; pass both or neither."
+            )
+        if self.prior_table is not None:
+            self._check_table(self.prior_table, self.prior_source)
+        if not np.isfinite(self.non_finite):
+            raise ValueError(
+                f"non_finite is {self.non_finite}; a finite number is allowed; use 1.0 to run every layer."
+            )
+
+    def _check_names(self) -> None:
+        check_identifier(self.name, "The name of a rule base")
+        names = [variable.name for variable in self.antecedents] + [self.consequent.name]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(
+                f"Rule base '{self.name}' has the variables {names}; one or more antecedents and a consequent with "
+                "different names are allowed; rename or add one."
+            )
+
+    def _check_table(self, table: np.ndarray, source: np.ndarray) -> None:
+        if table.shape != self.shape or source.shape != self.shape:
+            raise ValueError(
+                f"Rule base '{self.name}' has a table {table.shape} and sources {source.shape}; {self.shape} (terms "
+                "per antecedent) is allowed; pass one cell per combination of terms."
+            )
+        has_rule = ~np.isnan(table)
+        if not has_rule.any():
+            raise ValueError(f"Rule base '{self.name}' has no rule at all; at least one is needed; add rules.")
+        if not np.isin(source[has_rule], SOURCES).all() or not (source[~has_rule] == NO_RULE).all():
+            raise ValueError(
+                f"Rule base '{self.name}' has the sources {sorted(set(source.ravel().tolist()))}; {SOURCES} for rules "
+                f"and '{NO_RULE}' for empty cells are allowed; correct the sources."
+            )
+        for value in table[has_rule].tolist():
+            if not self.consequent.contains(value):
+                raise ValueError(
+                    f"Rule base '{self.name}' has the consequent {value}; values in {list(self.consequent.universe)} "
+                    "are allowed; correct the rule or widen the universe."
+                )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FuzzyRuleBase):
+            return NotImplemented
+        return all(_equal(getattr(self, key), getattr(other, key)) for key in self.__dataclass_fields__)
+
+    __hash__ = None  # equal by value, holds arrays
+
+    @classmethod
+    def from_rules(
+        cls,
+        name: str,
+        antecedents: Sequence[LinguisticVariable],
+        consequent: Consequent,
+        rules: Mapping[tuple[str, ...], float],
+        **options: Any,
+    ) -> FuzzyRuleBase:
+        """Make a rule base from expert rules.
+
+        Args:
+            rules: Consequent per tuple of D terms.
+            **options: Further attributes, see the class.
+
+        Raises:
+            ValueError: If a rule has the wrong number of terms or an unknown one.
+        """
+        shape = tuple(len(variable.terms) for variable in antecedents)
+        table, source = np.full(shape, np.nan), np.full(shape, NO_RULE, dtype="U16")
+        for terms, value in rules.items():
+            known = [variable.terms for variable in antecedents]
+            if len(terms) != len(known) or any(term not in names for term, names in zip(terms, known, strict=True)):
+                raise ValueError(f"The rule {terms} is not one term of each of {known}; correct its terms.")
+            cell = tuple(names.index(term) for term, names in zip(terms, known, strict=True))
+            table[cell], source[cell] = value, "expert"
+        return cls(name, tuple(antecedents), table, source, consequent, **options)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of terms per antecedent."""
+        return tuple(len(variable.terms) for variable in self.antecedents)
+
+    @property
+    def num_rules(self) -> int:
+        """Number of cells R of the table, with or without a rule."""
+        return self.table.size
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every combination of terms has a rule."""
+        return not np.isnan(self.table).any()
+
+    @property
+    def output_table(self) -> np.ndarray:
+        """The table in output units, (K_1, ..., K_D)."""
+        return self.consequent.to_output(self.table)
+
+    @property
+    def signs(self) -> np.ndarray:
+        """Declared direction of each antecedent: 1, -1, or 0 for unknown, (D,)."""
+        return np.array([variable.sign for variable in self.antecedents])
+
+    def terms_of(self, cell: Sequence[int]) -> tuple[str, ...]:
+        """Name the terms of a cell."""
+        return tuple(variable.terms[k] for variable, k in zip(self.antecedents, cell, strict=True))
+
+    def cells(self) -> list[tuple[int, ...]]:
+        """List all cells in row-major order, the order of firing strengths."""
+        return list(itertools.product(*map(range, self.shape)))
+
+    def missing_cells(self) -> list[tuple[str, ...]]:
+        """List the combinations of terms without a rule."""
+        return [self.terms_of(cell) for cell in np.argwhere(np.isnan(self.table))]
+
+    def monotonicity_violations(self, tolerance: float = 1e-9) -> list[tuple[tuple[str, ...], tuple[str, ...], float]]:
+        """List pairs of rules that contradict the declared directions.
+
+        Args:
+            tolerance: Violations up to this size, in units of the consequent's universe, are rounding.
+
+        Returns:
+            The cell that should not be larger, the cell that should not be smaller, and by how much they violate it.
+            Only given cells are compared, each with all comparable ones.
+        """
+        found = isotonic.find_contradictions(self.table, self.signs, tolerance)
+        return [(self.terms_of(lower), self.terms_of(upper), excess) for lower, upper, excess in found]
+
+    def firing_strengths(self, points: np.ndarray) -> np.ndarray:
+        """Fire all cells in double precision (the torch module does the same on devices).
+
+        Args:
+            points: Feature vectors, (n, D), finite.
+
+        Returns:
+            Products of memberships, rows sum to one, (n, R).
+        """
+        self._check_columns(points)
+        points = np.asarray(points, dtype=np.float64)
+        firing = np.ones((len(points), 1))
+        for column, variable in zip(points.T, self.antecedents, strict=True):
+            firing = (firing[:, :, None] * variable.memberships(column)[:, None, :]).reshape(len(points), -1)  # (n, R)
+        return firing
+
+    def evaluate(self, points: np.ndarray) -> np.ndarray:
+        """Infer in double precision.
+
+        Args:
+            points: Feature vectors, (n, D), finite.
+
+        Returns:
+            Outputs in the output range, (n,).
+        """
+        self._require_complete("evaluate")
+        return self.firing_strengths(points) @ self.output_table.ravel()
+
+    def interpolate(self, method: str | None = None, **options: Any) -> FuzzyRuleBase:
+        """Complete the missing cells by fuzzy rule interpolation.
+
+        Args:
+            method: A key of ``interpolation.METHODS``; None for the rule base's own.
+            **options: ``selection``, ``fallback``, ``monotone``, see ``InterpolationOptions``.
+
+        Returns:
+            A complete rule base; given cells keep every bit.
+        """
+        chosen = replace(self.interpolation, **options, **({} if method is None else {"method": method}))
+        conflicts = self.monotonicity_violations() if chosen.monotone else []
+        if conflicts:
+            logger.warning("Rule base '%s': given rules contradict its directions: %s", self.name, conflicts)
+        if int((~np.isnan(self.table)).sum()) == 1:
+            logger.warning("Rule base '%s' has a single rule, so its output hardly depends on the features.", self.name)
+        table = complete_table(self._sparse(), chosen)
+        source = np.where(np.isnan(self.table), "interpolated", self.source)
+        return replace(self, table=table, source=source, interpolation=chosen)
+
+    def method_disagreements(
+        self, methods: Sequence[str] = ("scale_and_move", "additive"), tolerance: float = 0.1
+    ) -> tuple[Disagreement, ...]:
+        """List missing cells on which completion methods differ; see ``interpolation.find_disagreements``."""
+        return find_disagreements(self._sparse(), [v.terms for v in self.antecedents], methods, tolerance)
+
+    def fit(
+        self,
+        features: np.ndarray,
+        targets: np.ndarray,
+        *,
+        prior_strength: float | Mapping[str, float] = calibration.PRIOR_STRENGTHS,
+        monotone: bool = True,
+        max_change: float | None = None,
+    ) -> FuzzyRuleBase:
+        """Fit the consequents to examples, see ``calibration.fit_consequents``.
+
+        Fitting a fitted rule base starts from its prior again, so no example counts twice.
+
+        Args:
+            features: Feature vectors, finite, (n, D).
+            targets: What the rules should give, in output units, (n,); may leave the output range.
+            prior_strength: Pseudo-examples per rule, a number or one per source (expert, interpolated).
+            monotone: Whether the declared directions are imposed.
+            max_change: Largest allowed change of a rule in output units; None for any.
+
+        Returns:
+            A rule base with fitted consequents that remembers its prior.
+        """
+        self._require_complete("fit")
+        prior = self.unfitted()
+        firing = self.firing_strengths(features)
+        signs = self.signs if monotone else np.zeros(len(self.antecedents), dtype=np.int64)
+        lower, upper = self.consequent.output_range
+        strengths = calibration.strengths_of(prior.source.ravel().tolist(), prior_strength)
+        constraints = {"edges": isotonic.order_edges(self.shape, signs), "lower": lower, "upper": upper}
+        start = prior.output_table.ravel()
+        fitted = calibration.fit_consequents(
+            firing, targets, start, prior_strength=strengths, max_change=max_change, **constraints
+        )
+        table = isotonic.make_monotone_exactly(self.consequent.from_output(fitted.reshape(self.shape)), signs)
+        record = {
+            "examples": len(firing),
+            "prior_strength": dict(prior_strength) if isinstance(prior_strength, Mapping) else prior_strength,
+            "monotone": monotone,
+            "max_change": max_change,
+            "root_mean_square_error": float(np.sqrt(np.mean(np.square(firing @ fitted - targets)))),
+        }
+        arrays = {"table": table, "source": np.full(self.shape, "fitted")}
+        arrays |= {"prior_table": prior.table, "prior_source": prior.source}
+        return replace(prior, provenance={**self.provenance, "fit": record}, **arrays)
+
+    def unfitted(self) -> FuzzyRuleBase:
+        """Give the rule base as it was before fitting; an unfitted one is returned as it is."""
+        if self.prior_table is None:
+            return self
+        return replace(self, table=self.prior_table, source=self.prior_source, prior_table=None, prior_source=None)
+
+    def report(self, features: np.ndarray) -> tuple[calibration.RuleReport, ...]:
+        """Say for each rule what the expert gave, what was interpolated, what was fitted, and on how many examples.
+
+        Args:
+            features: The examples of the fit, (n, D).
+
+        Returns:
+            One entry per cell, in row-major order, in output units.
+        """
+        prior, counts = self.unfitted(), calibration.effective_examples(self.firing_strengths(features))
+        terms, sources = [self.terms_of(cell) for cell in self.cells()], prior.source.ravel().tolist()
+        before, after = prior.output_table.ravel(), self.output_table.ravel()
+        return calibration.report_rules(terms, sources, before, after, counts)
+
+    def with_knots(self, peaks: Sequence[Sequence[float]]) -> FuzzyRuleBase:
+        """Move the peaks of the terms; the consequents stay with their terms.
+
+        Args:
+            peaks: New peaks per antecedent, D sequences of K_j numbers.
+        """
+        variables = [variable.with_peaks(new) for variable, new in zip(self.antecedents, peaks, strict=True)]
+        return replace(self, antecedents=tuple(variables))
+
+    def with_quantile_knots(self, features: np.ndarray) -> FuzzyRuleBase:
+        """Move the peaks to the ``(k + 1/2) / K`` quantiles of observed features, (n, D); no targets are needed."""
+        self._check_columns(features)
+        moved = [
+            LinguisticVariable.from_quantiles(v.name, column, v.terms, v.universe, v.monotone).peaks
+            for v, column in zip(self.antecedents, features.T, strict=True)
+        ]
+        return replace(self.with_knots(moved), provenance={**self.provenance, "knots": {"examples": len(features)}})
+
+    def reorient(self, signs: Sequence[int]) -> FuzzyRuleBase:
+        """Flip the table along the antecedents that turn out to act the other way.
+
+        Args:
+            signs: 1 (as written) or -1 (flip) per antecedent, (D,).
+
+        Returns:
+            A rule base in which, for each flipped antecedent, the consequents of its lowest and highest terms are
+            exchanged (and so on inwards) and the declared direction is turned; terms and peaks stay.
+        """
+        if len(signs) != len(self.antecedents) or any(sign not in (1, -1) for sign in signs):
+            raise ValueError(
+                f"signs is {list(signs)}; 1 or -1 for each of the {len(self.antecedents)} antecedents is allowed; "
+                "pass 1 where nothing changes."
+            )
+        axes = tuple(axis for axis, sign in enumerate(signs) if sign < 0)
+        variables = [v.turned() if axis in axes else v for axis, v in enumerate(self.antecedents)]
+        arrays = {key: np.flip(getattr(self, key), axes) for key in _ARRAYS if getattr(self, key) is not None}
+        return replace(self, antecedents=tuple(variables), **arrays)
+
+    def _sparse(self) -> SparseTable:
+        """Give the table with the geometry that interpolation needs."""
+        return SparseTable(
+            self.table,
+            tuple(variable.fuzzy_sets() for variable in self.antecedents),
+            np.array([variable.universe[1] - variable.universe[0] for variable in self.antecedents]),
+            self.signs,
+            self.consequent.universe[1] - self.consequent.universe[0],
+        )
+
+    def _check_columns(self, points: np.ndarray) -> None:
+        if np.ndim(points) != 2 or np.shape(points)[1] != len(self.antecedents) or not np.isfinite(points).all():
+            raise ValueError(
+                f"The points have shape {np.shape(points)}; finite ones of shape (n, {len(self.antecedents)}) are "
+                "allowed; pass one column per antecedent and drop non-finite rows."
+            )
+
+    def _require_complete(self, purpose: str) -> None:
+        if not self.is_complete:
+            raise ValueError(
+                f"Rule base '{self.name}' has no rule for {self.missing_cells()}, but to {purpose} it every "
+                "combination needs one; call interpolate() first."
+            )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Compare attributes bit for bit, nan being equal to nan."""
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
+    return type(first) is type(second) and bool(first == second)

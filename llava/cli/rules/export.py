@@ -1,0 +1,36 @@
+"""``fuzzyroe rules export``: a rule base for other fuzzy tools."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava.cli.rules.source import RuleBaseName, open_rule_base, refuse_overwrite
+
+
+class Format(str, Enum):
+    """Dialects that express the rules exactly."""
+
+    fcl = "fcl"
+    fis = "fis"
+
+
+def export_command(
+    rule_base: RuleBaseName,
+    format: Annotated[Format, typer.Option(help="fcl: Fuzzy Control Language; fis: MATLAB.")],
+    output: Annotated[Path | None, typer.Option(help="File to write; stdout if left out.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a rule base for other tools; combinations without a rule are left out."""
+    from fuzzyroe.rules.export import to_fcl, to_fis
+
+    text = {Format.fcl: to_fcl, Format.fis: to_fis}[format](open_rule_base(rule_base))
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    refuse_overwrite(output, overwrite)
+    output.write_text(text, encoding="utf-8")
+    typer.echo(f"written to {output}")

@@ -1,0 +1,1 @@
+"""Training data: records on disk, labels, batches, samplers and the check that runs before a launch."""

@@ -1,0 +1,1 @@
+"""Evaluation: the lmms-eval plug-in, and reports of what its runs wrote."""

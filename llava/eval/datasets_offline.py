@@ -1,0 +1,123 @@
+"""Which data sets of a list of lmms-eval tasks are not on this machine, asked before a model is loaded.
+
+    python -m llava.eval.datasets_offline --tasks gqa,mme
+
+Exit status 2: some are absent, and without the network their tasks would fail; they are listed with the command that
+fetches them. A data set counts as there if the Hugging Face hub cache or the datasets cache has it; whether it is
+complete only loading it can tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+DATA_SUFFIXES = (".parquet", ".arrow", ".zip", ".tar", ".json", ".jsonl", ".csv", ".tsv")
+LOCAL_BUILDERS = ("json", "csv", "parquet", "text", "arrow", "imagefolder")
+
+
+def find_absent(configs: dict[str, dict[str, Any]], hub_cache: Path, datasets_cache: Path) -> dict[str, str]:
+    """Find the tasks whose data set is absent.
+
+    Args:
+        configs: Task -> its configuration, with ``dataset_path`` and perhaps ``dataset_kwargs``.
+        hub_cache: Cache of downloaded repositories, ``HF_HUB_CACHE``.
+        datasets_cache: Cache of prepared data sets, ``HF_DATASETS_CACHE``.
+
+    Returns:
+        Task -> the data set's hub id or the local file that is not there.
+    """
+    absent = {}
+    for task, config in configs.items():
+        path = config.get("dataset_path")
+        if path is None:
+            continue
+        if path in LOCAL_BUILDERS:
+            files = _flatten((config.get("dataset_kwargs") or {}).get("data_files"))
+            gone = next((file for file in files if "://" not in file and not Path(file).exists()), None)
+        else:
+            gone = None if Path(path).exists() or _is_cached(path, hub_cache, datasets_cache) else path
+        if gone is not None:
+            absent[task] = gone
+    return absent
+
+
+def _is_cached(dataset: str, hub_cache: Path, datasets_cache: Path) -> bool:
+    snapshots = hub_cache / f"datasets--{dataset.replace('/', '--')}" / "snapshots"
+    prepared = dataset.replace("/", "___")
+    folders = [datasets_cache / prepared, datasets_cache / prepared.lower()]
+    return any(file.suffix in DATA_SUFFIXES for file in snapshots.rglob("*")) or any(
+        file for folder in folders for file in folder.rglob("*.arrow")
+    )
+
+
+def _flatten(data_files: Any) -> list[str]:
+    if isinstance(data_files, dict):
+        return [file for value in data_files.values() for file in _flatten(value)]
+    if isinstance(data_files, (list, tuple)):
+        return [file for value in data_files for file in _flatten(value)]
+    return [] if data_files is None else [str(data_files)]
+
+
+def read_task_configs(tasks: list[str], include_path: str | None = None) -> dict[str, dict[str, Any]]:
+    """Look tasks up in lmms-eval, groups and tags resolved to their members.
+
+    Args:
+        tasks: Names, as given to ``--tasks``.
+        include_path: Folder of local tasks.
+
+    Raises:
+        KeyError: If a name is no task.
+    """
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import load_yaml_config
+
+    index = TaskManager("ERROR", include_path=include_path).task_index
+    configs: dict[str, dict[str, Any]] = {}
+    waiting = list(tasks)
+    while waiting:
+        name = waiting.pop()
+        if name not in index:
+            raise KeyError(f"Task '{name}' is unknown to lmms-eval; `lmms-eval tasks list` names the known ones.")
+        entry = index[name]
+        if entry["type"] == "tag":
+            waiting += entry["task"]
+            continue
+        config = load_yaml_config(entry["yaml_path"], mode="simple")
+        if entry["type"] == "group":
+            waiting += [member if isinstance(member, str) else member["task"] for member in config["task"]]
+        else:
+            configs[name] = config
+    return configs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and report; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.datasets_offline", description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", required=True, help="names separated by commas, as for lmms-eval")
+    parser.add_argument("--include-path", help="folder of local tasks")
+    options = parser.parse_args(arguments)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    prepared = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or os.environ.get("HF_DATASETS_CACHE") or home / "datasets"
+    try:
+        configs = read_task_configs(options.tasks.split(","), options.include_path or None)
+    except KeyError as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+    absent = find_absent(configs, Path(HF_HUB_CACHE), Path(prepared).expanduser())
+    for task, dataset in sorted(absent.items()):
+        print(f"error: the data set of task {task} is not on this machine: {dataset}", file=sys.stderr)
+    fetchable = sorted({dataset for task, dataset in absent.items() if configs[task]["dataset_path"] == dataset})
+    if fetchable:
+        print("Fetch them where there is a network, into the same HF_HOME:", file=sys.stderr)
+        print("\n".join(f"  hf download --repo-type dataset {dataset}" for dataset in fetchable), file=sys.stderr)
+    return 2 if absent else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Why a routed model skips the layers it skips for one question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fuzzyroe.attach import find_decoder
+from fuzzyroe.features import compute_features
+from fuzzyroe.routers.fuzzy import FuzzyRouter
+from fuzzyroe.rules.explain import Explanation, explain_features
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_template
+from llava.data.image_files import open_rgb
+from llava.data.preprocess import encode_prompt
+from llava.image_tokens import count_image_tokens
+from llava.mm_utils import process_images
+from llava.model.builder import Checkpoint
+from llava.model.routing import prompt_routing, set_budget
+
+
+@dataclass(frozen=True)
+class QuestionExplanation:
+    """Everything between a question and its answer that routing decided.
+
+    Attributes:
+        rules: What the rule base makes of the features.
+        raw_features: Features before calibration scales them to [0, 1], by name.
+        percentile: Share of calibration questions with a lower score, in [0, 1].
+        skip_rate: Mean skip rate that was planned for.
+        thresholds: Percentile below which each layer is skipped, (L,).
+        kept: Layers that ran.
+        skipped: Layers that an adapter stood in for.
+        answer: What the model said.
+    """
+
+    rules: Explanation
+    raw_features: dict[str, float]
+    percentile: float
+    skip_rate: float
+    thresholds: tuple[float, ...]
+    kept: tuple[int, ...]
+    skipped: tuple[int, ...]
+    answer: str
+
+
+@torch.no_grad()
+def explain_question(
+    checkpoint: Checkpoint,
+    question: str,
+    image: str | Path | None = None,
+    template: str = "v1",
+    skip_rate: float | None = None,
+    max_rules: int = 5,
+    max_new_tokens: int = 64,
+) -> QuestionExplanation:
+    """Answer a question and say how the fuzzy router came to its decisions.
+
+    Args:
+        checkpoint: A routed checkpoint.
+        question: The question, without an image tag.
+        image: Image file; None for a question without one.
+        template: Conversation template of the checkpoint.
+        skip_rate: Mean skip rate to plan for; None for the checkpoint's own.
+        max_rules: How many of the fired rules to list.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ValueError: If the checkpoint is not routed by fuzzy rules, or was not calibrated for the skip rate.
+        KeyError: If the template is unknown.
+    """
+    model = checkpoint.model.eval()
+    router = _find_router(checkpoint)
+    set_budget(model, float(router.skip_rate) if skip_rate is None else skip_rate)
+    inputs = _encode(checkpoint, question, image, template)
+    routing = prompt_routing(inputs["input_ids"], inputs["attention_mask"], model.config.image_token_index)
+    model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
+    raw_features = compute_features(routing.summary, router.antecedents)[0, 0].tolist()
+    rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()
+    keeps = routing.decisions()[0].tolist()
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    answer = checkpoint.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return QuestionExplanation(
+        rules=explain_features(rule_base, routing.features[0, 0].tolist(), max_rules),
+        raw_features=dict(zip(router.antecedents, raw_features, strict=True)),
+        percentile=float(router.percentiles(routing.scores)[0, 0]),
+        skip_rate=float(router.skip_rate),
+        thresholds=tuple(router.thresholds().tolist()),
+        kept=tuple(layer for layer, keep in enumerate(keeps) if keep),
+        skipped=tuple(layer for layer, keep in enumerate(keeps) if not keep),
+        answer=answer.strip(),
+    )
+
+
+def _find_router(checkpoint: Checkpoint) -> FuzzyRouter:
+    router = getattr(find_decoder(checkpoint.model), "router", None)
+    if not isinstance(router, FuzzyRouter):
+        found = "is dense" if router is None else f"is routed by a {type(router).__name__}"
+        raise ValueError(
+            f"{checkpoint.path} {found}; only fuzzy rules can be explained. Pass the output folder of a router, "
+            "adapter or finetune stage."
+        )
+    return router
+
+
+def _encode(checkpoint: Checkpoint, question: str, image: str | Path | None, template: str) -> dict[str, Any]:
+    """Model inputs of one prompt."""
+    model, conversation = checkpoint.model, get_template(template)
+    text = question if image is None else f"{DEFAULT_IMAGE_TOKEN}\n{question}"
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    config = model.config
+    ids, _ = encode_prompt(conversation, checkpoint.tokenizer, count_image_tokens(config), config.image_token_index)
+    input_ids = torch.tensor([ids], device=model.device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if image is not None:
+        pixels = process_images([open_rgb(image)], checkpoint.image_processor, config)
+        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
+    return inputs

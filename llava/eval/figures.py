@@ -1,0 +1,273 @@
+"""Figures of routing, drawn without a display, for light and for dark pages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from fuzzyroe.rules.rule_base import FuzzyRuleBase
+from fuzzyroe.rules.variable import LinguisticVariable
+
+GRID_POINTS = 61
+MAX_ANNOTATED_LAYERS = 16
+"""With more layers than this the numbers in the cells of a heat map would overlap."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure.
+
+    Attributes:
+        surface: Background of the page.
+        ink: Text and axes.
+        grid: Lines that stay behind.
+        main: Runs that skip layers, and the full end of the heat map.
+        second: Dense runs.
+        ramp: First and last colour of ordered terms.
+    """
+
+    surface: str
+    ink: str
+    grid: str
+    main: str
+    second: str
+    ramp: tuple[str, str]
+
+    def ordered(self, count: int) -> list[Any]:
+        """Colours of terms from low to high."""
+        ramp = LinearSegmentedColormap.from_list("terms", self.ramp)
+        return [ramp(position) for position in np.linspace(0, 1, count)]
+
+    def heat(self) -> Colormap:
+        """Colours from 0 (the page) to 1."""
+        return LinearSegmentedColormap.from_list("heat", [self.surface, self.main])
+
+
+LIGHT = Theme("#ffffff", "#1f2933", "#d8dee4", "#1f6fb2", "#c2571a", ("#7fb3de", "#0b3d6b"))
+DARK = Theme("#14181d", "#e3e8ee", "#39424c", "#63b0f0", "#f29b5c", ("#3f78ab", "#bfe0ff"))
+
+Draw = Callable[[Theme], Figure]
+
+
+@dataclass(frozen=True)
+class SkipPoint:
+    """One run in the plane of skip rate and accuracy.
+
+    Attributes:
+        label: Name of the run.
+        skip_rate: Observed skip rate in [0, 1].
+        accuracy: Accuracy in [0, 1].
+        is_dense: Whether it ran every layer.
+        interval: Lower and upper accuracy to draw as whiskers; None for none.
+    """
+
+    label: str
+    skip_rate: float
+    accuracy: float
+    is_dense: bool
+    interval: tuple[float, float] | None = None
+
+
+def draw_memberships(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
+    """Draw the terms of every antecedent, one below the other.
+
+    Args:
+        rule_base: Any rule base.
+        theme: Colours.
+    """
+    figure = _figure(6.0, 1.75 * len(rule_base.antecedents), theme)
+    panels = figure.subplots(len(rule_base.antecedents), 1, squeeze=False)[:, 0]
+    for axes, variable in zip(panels, rule_base.antecedents, strict=True):
+        _draw_variable(axes, variable, theme)
+    return figure
+
+
+def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
+    """Draw the output over the first two antecedents.
+
+    The third one, if there is one, stands at the peak of each of its terms, a panel per term: between the peaks the
+    output is linear in it, so the panels say everything. Further ones stand at their middle peaks.
+
+    Args:
+        rule_base: A complete rule base.
+        theme: Colours.
+
+    Raises:
+        ValueError: If a combination of terms has no rule.
+    """
+    if len(rule_base.antecedents) == 1:
+        return _draw_curve(rule_base, theme)
+    first, second, *others = rule_base.antecedents
+    third = others[0] if others else None
+    levels = [None] if third is None else list(zip(third.terms, third.peaks, strict=True))
+    rest = [variable.peaks[len(variable.peaks) // 2] for variable in others[1:]]
+    figure = _figure(2.6 * len(levels) + 1.2, 3.1, theme)
+    panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
+    rows, columns = (np.linspace(*variable.universe, GRID_POINTS) for variable in (second, first))
+    grid = np.stack([axis.ravel() for axis in np.meshgrid(columns, rows)], axis=1)  # (P, 2)
+    lower, upper = rule_base.consequent.output_range
+    for axes, level in zip(panels, levels, strict=True):
+        fixed = ([] if level is None else [level[1]]) + rest
+        points = np.hstack([grid, np.tile(fixed, (len(grid), 1))])
+        outputs = rule_base.evaluate(points).reshape(GRID_POINTS, GRID_POINTS)
+        surface = axes.contourf(columns, rows, outputs, np.linspace(lower, upper, 21), cmap="cividis")
+        _style(axes, theme)
+        axes.set_xlabel(_title(first.name))
+        axes.set_title("" if level is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink)
+    panels[0].set_ylabel(_title(second.name))
+    _colorbar(figure, surface, list(panels), _title(rule_base.consequent.name), theme)
+    return figure
+
+
+def draw_layer_skips(rates: Mapping[str, Sequence[float]], theme: Theme = LIGHT) -> Figure:
+    """Draw how often each layer is skipped, by question type.
+
+    Args:
+        rates: Skip rate in [0, 1] per layer, (L,), of each question type.
+        theme: Colours.
+
+    Raises:
+        ValueError: If there is no type, or types differ in their number of layers.
+    """
+    lengths = {len(row) for row in rates.values()}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"The skip rates have {sorted(lengths)} layers; one number of layers for all types is needed; evaluate all "
+            "types with one model."
+        )
+    table = np.array(list(rates.values()))  # (types, L)
+    figure = _figure(7.0, 0.9 + 0.3 * len(table), theme)
+    axes = figure.subplots()
+    image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, vmax=1, edgecolors=theme.grid, linewidth=0.4)
+    axes.invert_yaxis()
+    num_layers = table.shape[1]
+    step = 1 if num_layers <= MAX_ANNOTATED_LAYERS else 4
+    axes.set_xticks(np.arange(0, num_layers, step) + 0.5, range(0, num_layers, step))
+    axes.set_yticks(np.arange(len(table)) + 0.5, [_title(name) for name in rates])
+    axes.set_xlabel("decoder layer")
+    _style(axes, theme)
+    axes.tick_params(length=0)
+    if num_layers <= MAX_ANNOTATED_LAYERS:
+        for (row, column), rate in np.ndenumerate(table):
+            if rate >= 0.005:
+                color = theme.surface if rate > 0.65 else theme.ink
+                axes.text(column + 0.5, row + 0.5, f"{100 * rate:.0f}", ha="center", va="center", color=color, size=7)
+    _colorbar(figure, image, [axes], "share of questions that skip it", theme)
+    return figure
+
+
+def draw_accuracy(points: Sequence[SkipPoint], theme: Theme = LIGHT) -> Figure:
+    """Draw accuracy against skip rate, a numbered point per run; the best dense run is the dashed line.
+
+    Args:
+        points: Runs, at least one of them dense; their names stand below, in this order.
+        theme: Colours.
+    """
+    figure = _figure(6.0, 3.6 + 0.2 * len(points), theme)
+    axes = figure.subplots()
+    best = max(point.accuracy for point in points if point.is_dense)
+    axes.axhline(100 * best, color=theme.second, linestyle="--", linewidth=1, zorder=1)
+    for number, (point, side) in enumerate(zip(points, _sides(points), strict=True), 1):
+        position = 100 * point.skip_rate, 100 * point.accuracy
+        color, marker = (theme.second, "s") if point.is_dense else (theme.main, "o")
+        label = f"{number}  {point.label}"
+        axes.plot(*position, marker, color=color, label=label, markersize=7, zorder=3)
+        if point.interval:
+            axes.vlines(position[0], *(100 * bound for bound in point.interval), color=color, linewidth=1.5, zorder=2)
+        offset = {"xytext": (9 * side, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(str(number), position, ha="left" if side > 0 else "right", color=theme.ink, size=9, **offset)
+    axes.set_xlabel("layers skipped on questions about images, %")
+    axes.set_ylabel("accuracy on them, %")
+    axes.margins(x=0.08, y=0.1)
+    _style(axes, theme)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside lower left", fontsize=8)
+    return figure
+
+
+def render_svg(draw: Draw, theme: Theme = LIGHT) -> str:
+    """Draw as SVG with text as outlines; the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "fuzzyroe", "svg.fonttype": "path"}):
+        draw(theme).savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def render_png(draw: Draw, theme: Theme = LIGHT) -> bytes:
+    """Draw as PNG at 150 dots per inch."""
+    buffer = io.BytesIO()
+    draw(theme).savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, theme: Theme) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.surface)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Any, theme: Theme) -> None:
+    axes.set_facecolor(theme.surface)
+    axes.tick_params(colors=theme.ink, labelsize=8)
+    axes.xaxis.label.set(color=theme.ink, size=9)
+    axes.yaxis.label.set(color=theme.ink, size=9)
+    for side, spine in axes.spines.items():
+        spine.set_color(theme.grid)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _draw_variable(axes: Any, variable: LinguisticVariable, theme: Theme) -> None:
+    lower, upper = variable.universe
+    values = np.unique(np.concatenate([[lower, upper], variable.peaks]))
+    memberships = variable.memberships(values)  # piecewise linear: corners are enough
+    for index, (term, peak, color) in enumerate(
+        zip(variable.terms, variable.peaks, theme.ordered(len(variable.terms)), strict=True)
+    ):
+        axes.plot(values, memberships[:, index], color=color, linewidth=2)
+        axes.fill_between(values, memberships[:, index], color=color, alpha=0.12)
+        axes.text(peak, 1.05, term, ha="center", va="bottom", color=color, size=9)
+    axes.set(xlim=(lower, upper), ylim=(0, 1.3), yticks=[0, 1], ylabel="membership")
+    direction = {1: "the score rises with it", -1: "the score falls with it", 0: "direction unknown"}
+    axes.set_xlabel(f"{_title(variable.name)} ({direction[variable.sign]})")
+    _style(axes, theme)
+
+
+def _draw_curve(rule_base: FuzzyRuleBase, theme: Theme) -> Figure:
+    variable = rule_base.antecedents[0]
+    values = np.linspace(*variable.universe, GRID_POINTS)
+    figure = _figure(6.0, 3.1, theme)
+    axes = figure.subplots()
+    axes.plot(values, rule_base.evaluate(values[:, None]), color=theme.main, linewidth=2)
+    axes.set(xlabel=_title(variable.name), ylabel=_title(rule_base.consequent.name))
+    axes.set_ylim(*rule_base.consequent.output_range)
+    _style(axes, theme)
+    return figure
+
+
+def _sides(points: Sequence[SkipPoint]) -> list[int]:
+    """On which side of each point its number stands, 1 right or -1 left: those above each other take turns."""
+    sides = [1] * len(points)
+    order = sorted(range(len(points)), key=lambda index: (round(points[index].skip_rate, 2), -points[index].accuracy))
+    for before, after in zip(order, order[1:], strict=False):
+        if round(points[before].skip_rate, 2) == round(points[after].skip_rate, 2):
+            sides[after] = -sides[before]
+    return sides
+
+
+def _colorbar(figure: Figure, mappable: Any, panels: list[Any], label: str, theme: Theme) -> None:
+    bar = figure.colorbar(mappable, ax=panels, ticks=np.linspace(*mappable.get_clim(), 5))
+    bar.set_label(label, color=theme.ink, size=8)
+    bar.ax.tick_params(colors=theme.ink, labelsize=8)
+    bar.outline.set_edgecolor(theme.grid)

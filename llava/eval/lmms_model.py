@@ -1,0 +1,242 @@
+"""The model that lmms-eval runs: a LLaVA checkpoint, dense or routed at a skip rate of the caller's choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.utils import simple_parse_args_string
+from tqdm import tqdm
+
+from fuzzyroe.attach import find_decoder
+from llava.conversation import get_template
+from llava.eval.generation import GeneratedBatch, Generator, Message, make_message
+from llava.eval.generation_options import GenerationOptions
+from llava.eval.routing_log import RequestRecord, remove_routing_log, write_routing_log
+from llava.model.builder import load_checkpoint
+from llava.model.routing import set_budget
+
+DENSE = "off"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+KNOWN_ARGS = (
+    "pretrained",
+    "skip_rate",
+    "conv_template",
+    "device",
+    "dtype",
+    "attn_implementation",
+    "batch_size",
+    "routing_log",
+)
+
+
+class FuzzyRoE(lmms):
+    """lmms-eval's ``--model fuzzyroe``; the parameters are its ``--model_args``.
+
+    Args:
+        pretrained: Checkpoint folder or hub id.
+        skip_rate: Mean skip rate to route at; "off" runs the dense model; None takes the checkpoint's own.
+        conv_template: Name of the conversation template that the checkpoint was trained with.
+        device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one. With several processes each takes its own.
+        dtype: A key of ``DTYPES``; "auto" is float32 on a CPU and float16 elsewhere, as in LLaVA.
+        attn_implementation: "sdpa", "flash_attention_2" or "eager".
+        batch_size: Requests per batch, at least 1; no answer depends on it.
+        routing_log: Where to write the routing log (``llava.eval.routing_log``) when all requests are answered. A log
+            that lies there is removed at the start.
+        **unknown: Refused.
+
+    Raises:
+        TypeError: If an argument is not known.
+        ValueError: If an argument has a value that is not allowed, or the checkpoint cannot be routed as asked.
+        KeyError: If the conversation template is not known.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        skip_rate: float | str | None = None,
+        conv_template: str = "vicuna_v1",
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        batch_size: int | str = 1,
+        routing_log: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise TypeError(
+                f"--model_args has {', '.join(sorted(unknown))}, which fuzzyroe does not know; it knows "
+                f"{', '.join(KNOWN_ARGS)}. Correct the name or leave it out."
+            )
+        template = get_template(conv_template)
+        self._batch_size = _read_batch_size(batch_size)
+        rate = _read_skip_rate(skip_rate)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._device = self._choose_device(device)
+        self._routing_log = Path(routing_log) if routing_log else None
+        if self._routing_log is not None and self._rank == 0:
+            self._routing_log.parent.mkdir(parents=True, exist_ok=True)
+            remove_routing_log(self._routing_log)
+        placement = {} if self._device.type == "cpu" else {"device_map": {"": str(self._device)}}
+        checkpoint = load_checkpoint(pretrained, _read_dtype(dtype, self._device), attn_implementation, **placement)
+        self.model = checkpoint.model.to(self._device).eval()
+        if skip_rate is not None:
+            set_budget(self.model, rate)
+        self._target = _planned_skip_rate(self.model)
+        self._pretrained = str(pretrained)
+        self._generator = Generator(checkpoint, template)
+        self._records: list[RequestRecord] = []
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> FuzzyRoE:
+        """Build the model from ``--model_args``, which win over ``--batch_size`` and ``--device``.
+
+        lmms-eval always passes a batch size, 1 if none was asked for, so both may name one.
+        """
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**options, **simple_parse_args_string(arg_string)})
+
+    @property
+    def batch_size(self) -> int:
+        """Requests per batch."""
+        return self._batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer the requests, in their order; then write the routing log."""
+        answers: list[str] = [""] * len(requests)
+        batches = list(self._batches(requests))
+        for batch in tqdm(batches, desc="Answering batches", disable=self._rank != 0):
+            for index, answer in zip(batch, self._answer([requests[i] for i in batch]), strict=True):
+                answers[index] = answer
+        if self._routing_log is not None:
+            write_routing_log(self._routing_log, self._records, self._rank, self._world_size)
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refuse: decisions are taken for a prompt to be continued, not for a given continuation."""
+        raise NotImplementedError(_refusal(requests, "log-likelihoods"))
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuse: a request is one question here."""
+        raise NotImplementedError(_refusal(requests, "several rounds"))
+
+    def clean(self) -> None:
+        """Let go of the model, once all requests are answered."""
+        del self._generator
+        super().clean()
+
+    def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
+        """Indices of requests with the same options, longest texts first, so that similar prompts share a batch."""
+        texts = [request.args[0] for request in requests]
+        lengths = [len(self._generator.tokenizer(text).input_ids) for text in texts]
+        groups: dict[str, list[int]] = {}
+        for index in sorted(range(len(requests)), key=lambda index: (-lengths[index], texts[index])):
+            groups.setdefault(json.dumps(requests[index].args[1], sort_keys=True, default=str), []).append(index)
+        for group in groups.values():
+            for start in range(0, len(group), self._batch_size):
+                yield group[start : start + self._batch_size]
+
+    def _answer(self, requests: list[Instance]) -> list[str]:
+        documents, messages = [], []
+        for request in requests:
+            text, _, doc_to_visual, doc_id, task, split = request.args
+            document = self.task_dict[task][split][doc_id]
+            documents.append(document)
+            messages.append(make_message(text, _read_images(doc_to_visual(document), task)))
+        options = GenerationOptions.from_gen_kwargs(requests[0].args[1])
+        output = self._generator.generate(messages, options)
+        self._records += self._describe(requests, documents, messages, output)
+        return output.texts
+
+    def _describe(
+        self, requests: list[Instance], documents: list[dict], messages: list[Message], output: GeneratedBatch
+    ) -> Iterator[RequestRecord]:
+        num_later_tokens = sum(output.num_new_tokens) - len(requests)
+        for row, request in enumerate(requests):
+            if (request.metadata or {}).get("__padding_only__"):  # repeated so that all processes have as many
+                continue
+            kind, complexity = documents[row].get("type"), documents[row].get("complexity")
+            yield RequestRecord(
+                task=request.args[4],
+                doc_id=int(request.args[3]),
+                type=kind if isinstance(kind, str) else None,
+                complexity=complexity if isinstance(complexity, int) else None,
+                num_images=len(messages[row].images),
+                kept_layers=output.kept_layers[row].int().tolist(),
+                prefill_ms=output.prefill_ms * output.num_prompt_tokens[row] / sum(output.num_prompt_tokens),
+                decode_ms_per_token=output.decode_ms / num_later_tokens if num_later_tokens else None,
+                batch_size=len(requests),
+                num_prompt_tokens=output.num_prompt_tokens[row],
+                num_new_tokens=output.num_new_tokens[row],
+                checkpoint=self._pretrained,
+                skip_rate_target=self._target,
+            )
+
+    def _choose_device(self, device: str | None) -> torch.device:
+        if self._world_size > 1:
+            return self.accelerator.device
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _read_skip_rate(skip_rate: float | str | None) -> float | None:
+    """None for "off"; lmms-eval turns numbers in ``--model_args`` into numbers before they get here."""
+    if skip_rate is None or skip_rate == DENSE:
+        return None
+    try:
+        return float(skip_rate)
+    except ValueError:
+        raise ValueError(
+            f"skip_rate is {skip_rate!r}; allowed are a number in [0, 1) and '{DENSE}' for the dense model. Leave it "
+            "out to use the checkpoint's own."
+        ) from None
+
+
+def _read_batch_size(batch_size: int | str) -> int:
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it is a number from 1. Give one that fits in memory.")
+    return int(batch_size)
+
+
+def _read_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _planned_skip_rate(model: torch.nn.Module) -> float | None:
+    router = getattr(find_decoder(model), "router", None)
+    return round(float(router.skip_rate), 6) if router is not None and router.enabled else None
+
+
+def _read_images(visuals: Any, task: str) -> list[Any]:
+    """The images that ``doc_to_visual`` gave; None or an empty list for a question without image."""
+    images = [visual for visual in visuals or [] if visual is not None]
+    for image in images:
+        if not hasattr(image, "convert"):
+            raise ValueError(f"Task {task} gave a {type(image).__name__}; fuzzyroe takes PIL images. Leave it out.")
+    return images
+
+
+def _refusal(requests: list[Instance], what: str) -> str:
+    tasks = sorted({str(request.metadata.get("task")) for request in requests if request.metadata})
+    return (
+        f"Task {', '.join(tasks) or '?'} asks for {what}; fuzzyroe answers with generated text only. Choose a variant "
+        "of the task with output_type generate_until."
+    )

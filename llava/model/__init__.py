@@ -1,0 +1,1 @@
+"""LLaVA models: loading, and how routing reaches their decoder."""

@@ -1,0 +1,33 @@
+"""Text-only batches beside image batches on other ranks: the vision tower runs on every rank, or sharding hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaModel
+
+
+class TextOnlySafeLlavaModel(LlavaModel):
+    """``LlavaModel`` whose soft-routed and training forward always passes through vision tower and projector.
+
+    A batch without images gets one blank image whose features are multiplied by zero and added to the embeddings: the
+    result is the same, every rank gathers the same weights in the same order, and every parameter has a gradient.
+    Outside training, and with images, this is ``LlavaModel`` unchanged.
+    """
+
+    def forward(self, input_ids: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None, **kwargs: Any):
+        """As ``LlavaModel.forward``; shapes (B, N) and (images, 3, H, W)."""
+        is_trained_on = self.training or getattr(kwargs.get("routing"), "mode", None) == "soft"
+        if is_trained_on and pixel_values is None and input_ids is not None:
+            embeddings = self.get_input_embeddings()(input_ids)
+            size = self.config.vision_config.image_size
+            blank = torch.zeros(1, 3, size, size, dtype=embeddings.dtype, device=embeddings.device)
+            features = torch.cat(list(self.get_image_features(blank, return_dict=True).pooler_output))
+            return super().forward(inputs_embeds=embeddings + 0 * features.sum(), **kwargs)
+        return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
+
+
+def make_text_only_safe(model: LlavaForConditionalGeneration) -> None:
+    """Swap the class of a loaded model's inner model; names and weights stay."""
+    model.model.__class__ = TextOnlySafeLlavaModel

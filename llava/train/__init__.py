@@ -1,0 +1,1 @@
+"""Training: stages, arguments, trainer, calibration, checkpoints."""

@@ -1,0 +1,55 @@
+"""The routing state of a training batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuzzyroe.routing_state import RoutingState
+from llava.constants import IGNORE_INDEX
+
+
+def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
+    """Where turns, images and questions are; nothing is planned yet.
+
+    Args:
+        inputs: Batch with ``input_ids``, ``labels`` and ``turn_ids``, (B, N).
+        image_token_id: Token id of image positions.
+
+    Returns:
+        A soft state. Answers are no part of a question, so they cannot influence a route.
+    """
+    turn_ids = inputs["turn_ids"]
+    image_mask = inputs["input_ids"] == image_token_id
+    question_mask = (turn_ids > 0) & (inputs["labels"] == IGNORE_INDEX) & ~image_mask
+    return RoutingState(
+        turn_ids, image_mask, question_mask, "soft", num_turns=max(int(turn_ids.max()), 1)
+    )
+
+
+class BudgetedRouting:
+    """Routes every training sample at a budget of its own, so that one checkpoint serves any.
+
+    Args:
+        image_token_id: Token id of image positions.
+        max_skip_ratio: Largest budget.
+        dense_ratio: Share of samples that skip nothing, in [0, 1].
+
+    A call draws budgets uniform in [0, ``max_skip_ratio``] from torch's default generator, which the trainer saves and
+    restores, so a resumed run draws the same.
+    """
+
+    def __init__(self, image_token_id: int, max_skip_ratio: float, dense_ratio: float = 0.0) -> None:
+        self.image_token_id = image_token_id
+        self.max_skip_ratio = max_skip_ratio
+        self.dense_ratio = dense_ratio
+
+    def __call__(self, inputs: dict[str, Any]) -> RoutingState:
+        state = describe_batch(inputs, self.image_token_id)
+        num_samples = state.turn_ids.shape[0]
+        budgets: Tensor = torch.rand(num_samples) * self.max_skip_ratio
+        budgets[torch.rand(num_samples) < self.dense_ratio] = 0.0
+        state.skip_rate = budgets.to(state.turn_ids.device)
+        return state

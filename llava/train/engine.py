@@ -1,0 +1,79 @@
+"""The DeepSpeed engine under a trainer: started for forward passes, asked what it really is, gathered from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor, distributed, nn
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_init
+
+Result = TypeVar("Result")
+
+
+def import_deepspeed() -> ModuleType:
+    """Import DeepSpeed, the only place that does.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to install it.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            f"--deepspeed was given but DeepSpeed cannot be imported ({error}); install it with "
+            "pip install 'fuzzyroe[train]', or leave --deepspeed out to train in one process."
+        ) from error
+    return deepspeed
+
+
+def init_engine_communication() -> None:
+    """Initialise DeepSpeed's own communication; without it, loading under ZeRO-3 on CPU fails."""
+    deepspeed = import_deepspeed()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed()
+
+
+def prepare_for_forward(trainer: Trainer) -> nn.Module:
+    """Give a trainer's model an engine for forward passes only, or return the one that training left.
+
+    Under DeepSpeed this is a ZeRO-3 engine without an optimizer; without DeepSpeed the model on its device.
+    """
+    if not trainer.is_deepspeed_enabled:
+        return trainer.model.to(trainer.args.device).eval()
+    if trainer.deepspeed is None:
+        deepspeed_init(trainer, num_training_steps=0, inference=True)
+        trainer.deepspeed = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+    trainer.deepspeed.eval()  # gives None, unlike a module's
+    return trainer.deepspeed
+
+
+def describe_engine(trainer: Trainer) -> dict[str, Any]:
+    """What is really running: class of the engine, ZeRO stage and number of ranks, read from the live objects."""
+    engine = trainer.deepspeed
+    return {
+        "engine": type(engine).__name__ if engine is not None else type(trainer.model).__name__,
+        "zero_stage": engine.zero_optimization_stage() if engine is not None else 0,
+        "world_size": distributed.get_world_size() if distributed.is_initialized() else 1,
+    }
+
+
+def map_parameters(named: dict[str, nn.Parameter], function: Callable[[Tensor], Result]) -> dict[str, Result]:
+    """Apply a function to whole parameters, gathered one at a time where ZeRO-3 has sharded them; call on all ranks."""
+    results = {}
+    for name, parameter in named.items():
+        if hasattr(parameter, "ds_id"):
+            gathered = import_deepspeed().zero.GatheredParameters([parameter], modifier_rank=None)
+        else:
+            gathered = nullcontext()
+        with gathered:
+            results[name] = function(parameter.detach())
+    return results
+
+
+def gather_parameters(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Full copies of parameters on the CPU; call on all ranks."""
+    return map_parameters(named, lambda tensor: tensor.to("cpu", copy=True).contiguous())

@@ -1,0 +1,177 @@
+"""What happens in one stage, in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from fuzzyroe.attach import find_decoder
+from fuzzyroe.calibrate import calibrate_router
+from fuzzyroe.routers import FuzzyRouter
+from fuzzyroe.rules import load_rule_base
+from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTDataset
+from llava.image_tokens import count_image_tokens
+from llava.model.builder import Checkpoint, load_checkpoint
+from llava.model.routing import attach_routing
+from llava.model.text_only import make_text_only_safe
+from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
+from llava.train.batch_routing import BudgetedRouting
+from llava.train.calibrate import CalibrationSize, Measurer
+from llava.train.callbacks import MetricsFile
+from llava.train.checkpoint import save_stage, write_json
+from llava.train.engine import describe_engine, init_engine_communication, prepare_for_forward
+from llava.train.movement import MovementCheck
+from llava.train.param_groups import freeze_all_but
+from llava.train.stages import PARTS, Stage, get_stage
+from llava.train.trainer import LlavaTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_stage(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    routing_args: RoutingArguments,
+    training_args: LlavaTrainingArguments,
+) -> dict[str, Any]:
+    """Run one stage and write its output folder.
+
+    The folder is written beside its final place and renamed once complete, so ``output_dir`` either holds a whole
+    checkpoint or what it held before.
+
+    Returns:
+        The stage's summary, as in ``stage.json``.
+    """
+    started = time.time()
+    stage = get_stage(routing_args.stage)
+    output = Path(training_args.output_dir)
+    training_args.output_dir = str(output.with_name(output.name + ".partial"))
+    if training_args.deepspeed:
+        init_engine_communication()
+    set_seed(training_args.seed)
+    checkpoint = load_checkpoint(
+        model_args.model_name_or_path, torch_dtype(training_args), model_args.attn_implementation
+    )
+    if stage.routing != "off" and checkpoint.routing is None:
+        _attach_new_router(checkpoint, routing_args)
+    make_text_only_safe(checkpoint.model)
+    trained = freeze_all_but(checkpoint.model, stage)
+    trainer = _build_trainer(stage, checkpoint, model_args, data_args, routing_args, training_args)
+    summary: dict[str, Any] = {"stage": stage.name, "purpose": stage.purpose, "samples": len(trainer.train_dataset)}
+    if stage.trains:
+        if training_args.process_index == 0:
+            Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_json(Path(training_args.output_dir) / "trainable_params.json", trained)
+        movement = MovementCheck(checkpoint.model, stage)
+        trainer.add_callback(movement)
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        summary |= {
+            "steps": result.global_step,
+            "global_batch": trainer.get_total_train_batch_size(training_args),
+            "training_loss": result.training_loss,
+            "training_seconds": time.time() - started,
+            "moved": movement.moved,
+        }
+    if stage.calibrates:
+        summary["calibration"] = _calibrate(trainer, routing_args, checkpoint)
+    summary |= describe_engine(trainer)
+    summary["seconds"] = time.time() - started
+    save_stage(trainer, checkpoint, stage, output, summary)
+    if training_args.process_index == 0:
+        say(f"{stage.name}: {summary['engine']}, ZeRO {summary['zero_stage']}, world size {summary['world_size']}")
+        say(f"{stage.name}: {summary['seconds']:.0f} s in all, written to {output}")
+    return summary
+
+
+def torch_dtype(training_args: LlavaTrainingArguments) -> torch.dtype:
+    """Data type weights are loaded in: bfloat16 or float16 where the flags say so, float32 otherwise."""
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+
+
+def say(line: str) -> None:
+    """Print one line of progress; this is a command-line program."""
+    print(line, flush=True)
+
+
+def _attach_new_router(checkpoint: Checkpoint, routing_args: RoutingArguments) -> None:
+    rule_base = load_rule_base(routing_args.rule_base)
+    router = FuzzyRouter(rule_base, checkpoint.model.config.text_config.num_hidden_layers)
+    attach_routing(checkpoint.model, router, routing_args.adapter_hidden_dim)
+
+
+def _build_trainer(
+    stage: Stage,
+    checkpoint: Checkpoint,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    routing_args: RoutingArguments,
+    training_args: LlavaTrainingArguments,
+) -> LlavaTrainer:
+    config = checkpoint.model.config
+    dataset = SFTDataset(
+        data_args.data_path,
+        data_args.image_folder,
+        checkpoint.tokenizer,
+        checkpoint.image_processor,
+        model_args.version,
+        count_image_tokens(config),
+        config.image_token_index,
+        training_args.model_max_length,
+        data_args.image_aspect_ratio,
+    )
+    rates = dict.fromkeys(PARTS, routing_args.backbone_lr or training_args.learning_rate)
+    rates["adapter"] = routing_args.roe_lr
+    routing = None
+    if stage.routing == "plan":
+        routing = BudgetedRouting(config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
+    return LlavaTrainer(
+        stage=stage,
+        learning_rates=rates,
+        batch_routing=routing,
+        model=checkpoint.model,
+        args=training_args,
+        train_dataset=dataset,
+        data_collator=SFTCollator(checkpoint.tokenizer.pad_token_id),
+        callbacks=[MetricsFile(Path(training_args.output_dir) / "metrics.jsonl")],
+    )
+
+
+def _calibrate(trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Measure on all ranks, fit the router, put it in place."""
+    started = time.time()
+    engine, decoder = prepare_for_forward(trainer), find_decoder(checkpoint.model)
+    num_layers = checkpoint.model.config.text_config.num_hidden_layers
+    measurer = Measurer(
+        engine,
+        trainer.train_dataset,
+        trainer.data_collator,
+        checkpoint.model.config.image_token_index,
+        num_layers,
+        CalibrationSize(
+            routing_args.order_samples,
+            routing_args.calibration_samples,
+            routing_args.score_samples,
+            routing_args.calibration_batch_size,
+            routing_args.max_skip_ratio,
+        ),
+        trainer.args.device,
+        trainer.args.seed,
+        say if trainer.args.process_index == 0 else lambda line: None,
+    )
+    measured = measurer.measure()
+    seconds_measuring = time.time() - started
+    router, report = calibrate_router(decoder.router.rule_base, measured, num_layers, routing_args.skip_ratio)
+    decoder.router = router.to(trainer.args.device)
+    return {
+        **report,
+        "samples": measurer.cost.samples,
+        "passes": measurer.cost.passes,
+        "seconds": time.time() - started,
+        "seconds_fitting": time.time() - started - seconds_measuring,
+    }

@@ -1,0 +1,1 @@
+"""Where data lives, with the generator of the embedded default dataset."""

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Runs the tests on the CPU, offline. Makes or repairs the environment first (scripts/env.sh).
+#
+#   bash scripts/test.sh                    ruff, then every test that is not marked slow      (at most 9 min on 2 cores)
+#   bash scripts/test.sh --all              then the slow tests, then the unit tests once more
+#                                           with the oldest supported transformers             (at most 60 min)
+#   bash scripts/test.sh [--all] -- ARGS    ARGS go to pytest, e.g. -- -k attach -x
+#
+# A skipped test fails the run unless it is marked gpu. FUZZYROE_PYTHON=python tests in an environment of your own.
+set -euo pipefail
+
+# The oldest supported transformers, with the packages it needs in versions older than those of requirements.txt.
+OLDEST_TRANSFORMERS=5.17
+OLDEST_PACKAGES=(transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9)
+
+all=false
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --all) all=true ;;
+    -h | --help) sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
+    --) shift; break ;;
+    *) echo "test.sh: unknown argument '$1'; known are --all, --help and -- followed by pytest's own arguments" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+FUZZYROE_EXTRAS="train eval playground dev"
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+# tests that launch two ranks share the cores: more threads than one make them slower
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PYTHONPATH:$FUZZYROE_ROOT/tests/support"
+
+timings=()
+tier() { # label, command...: run it, remember how long it took, stop at the first failure
+  local label="$1" start=$SECONDS status=0
+  shift
+  printf '\n== %s ==\n' "$label"
+  "$@" || status=$?
+  timings+=("$(printf '%5d s  %s' "$((SECONDS - start))" "$label")")
+  if [[ $status -ne 0 ]]; then
+    print_timings
+    echo "FAILED: $label (exit status $status)" >&2
+    exit "$status"
+  fi
+}
+
+print_timings() {
+  printf '\n'
+  printf '%s\n' "${timings[@]}"
+}
+
+pytest_tier() { # marker expression, pytest arguments...
+  local expression="$1" status=0
+  shift
+  "$PYTHON" -m pytest -p no_skips --durations=5 -m "$expression" "$@" || status=$?
+  # arguments such as -k may leave a tier without tests; without arguments an empty tier is a mistake
+  [[ $status -eq 0 || ($status -eq 5 && $# -gt 0) ]] || return "$status"
+}
+
+install_oldest() { # directory: goes onto PYTHONPATH for one tier; no environment is changed
+  local wanted
+  wanted="$("$PYTHON" --version) ${OLDEST_PACKAGES[*]}"
+  if [[ "$(cat "$1/complete" 2>/dev/null)" != "$wanted" ]]; then
+    rm -rf "$1"
+    mkdir -p "$1" || return
+    "$PYTHON" -m pip --quiet --disable-pip-version-check install --no-deps --no-compile \
+      --target "$1" "${OLDEST_PACKAGES[@]}" || return
+    echo "$wanted" >"$1/complete"
+  fi
+  PYTHONPATH="$1:$PYTHONPATH" "$PYTHON" -c "
+import transformers
+assert transformers.__version__.startswith('$OLDEST_TRANSFORMERS.'), transformers.__file__
+print('transformers', transformers.__version__, 'from', transformers.__file__)"
+}
+
+tier "ruff" "$PYTHON" -m ruff check .
+tier "unit tests" pytest_tier "not slow" "$@"
+if $all; then
+  tier "slow tests" pytest_tier slow "$@"
+  if [[ -n "${FUZZYROE_PYTHON:-}" ]]; then overlay=.cache; else overlay=.venv; fi
+  overlay="$FUZZYROE_ROOT/$overlay/overlay-transformers-$OLDEST_TRANSFORMERS"
+  tier "installing transformers $OLDEST_TRANSFORMERS beside the environment" install_oldest "$overlay"
+  export PYTHONPATH="$overlay:$PYTHONPATH"
+  tier "unit tests with transformers $OLDEST_TRANSFORMERS" pytest_tier "not slow" "$@"
+fi
+print_timings
+echo "all passed in $SECONDS s"

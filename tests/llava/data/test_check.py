@@ -1,0 +1,246 @@
+"""The check finds what would stop training hours later, and can write a file without it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from llava.data.check import DataError, check_data
+from llava.data.image_files import ImageState, find_other_extension, inspect_image, open_rgb, sniff_format
+from llava.data.records import ImageFileError, RecordFile
+
+
+def _record(identifier: str, image: str | list | None, answer: str = "Yes.") -> dict:
+    tags = "<image>\n" * (len(image) if isinstance(image, list) else int(image is not None))
+    talk = [{"from": "human", "value": f"{tags}Is it?"}, {"from": "gpt", "value": answer}]
+    return {"id": identifier, **({} if image is None else {"image": image}), "conversations": talk}
+
+
+def _save(path, kind: str, color=(255, 0, 0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (4, 4), color)
+    more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), (0, 0, 255))]} if kind == "GIF" else {}
+    image.save(path, format=kind, **more)
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    _save(folder / "coco/good.jpg", "JPEG")
+    _save(folder / "ocr_vqa/gif.gif", "GIF")
+    _save(folder / "ocr_vqa/png.PNG", "PNG")
+    _save(folder / "ocr_vqa/mislabelled.jpg", "GIF")
+    (folder / "vg").mkdir()
+    (folder / "vg/empty.jpg").write_bytes(b"")
+    (folder / "vg/page.jpg").write_bytes(b"<html>gone</html>")
+    (folder / "vg/cut.jpg").write_bytes((folder / "coco/good.jpg").read_bytes()[:300])
+    return folder
+
+
+RECORDS = [
+    _record("good", "coco/good.jpg"),
+    _record("text", None),
+    _record("lost", "coco/lost.jpg"),
+    _record("gif", "ocr_vqa/gif.jpg"),
+    _record("png", "ocr_vqa/png.jpg"),
+    _record("mislabelled", "ocr_vqa/mislabelled.jpg"),
+    _record("empty", "vg/empty.jpg"),
+    _record("page", "vg/page.jpg"),
+    _record("cut", "vg/cut.jpg"),
+    _record("no answer", "coco/good.jpg", answer=""),
+    _record("two", ["coco/good.jpg", "ocr_vqa/gif.jpg"]),
+    {"id": "broken", "image": 3},
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "mix.json"
+    path.write_text(json.dumps(RECORDS, indent=1))
+    return path
+
+
+def _ids(path) -> list[str]:
+    return [RecordFile(path).raw(index)["id"] for index in range(len(RecordFile(path)))]
+
+
+def _row(report, source: str) -> dict:
+    return {name: value for name, value in vars(report.sources[source]).items() if value}
+
+
+def test_clean_data_passes_and_leaves_no_file(tmp_path, images):
+    path = tmp_path / "clean.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in RECORDS[:2]))
+    report = check_data(path, images, conv_template="v1", decode=True)
+    report.raise_if_bad()
+    assert (report.is_ok, report.num_records, report.errors, report.usable_path) == (True, 2, [], path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.jsonl", "images"]
+
+
+def test_every_finding_is_counted_under_its_source(data, images):
+    report = check_data(data, images)
+    assert _row(report, "coco") == {"records": 4, "bad": 3, "invalid": 1, "images": 4, "missing": 2}
+    assert _row(report, "ocr_vqa") == {"records": 3, "bad": 2, "images": 3, "missing": 2}
+    assert _row(report, "vg") == {"records": 3, "bad": 1, "images": 3, "empty": 1}
+    assert _row(report, "text") == {"records": 1}
+    assert _row(report, "unreadable") == {"records": 1, "bad": 1, "invalid": 1}
+    assert (report.num_records, report.num_bad, report.is_ok) == (12, 7, False)
+
+
+def test_decoding_finds_corrupt_images(data, images):
+    report = check_data(data, images, decode=True)
+    assert _row(report, "vg") == {"records": 3, "bad": 3, "images": 3, "empty": 1, "corrupt": 2}
+    assert report.bad_images["vg/page.jpg"] is ImageState.CORRUPT
+    assert "ocr_vqa/mislabelled.jpg" not in report.bad_images
+
+
+def test_bad_images_are_listed_once_each(data, images):
+    report = check_data(data, images)
+    assert report.missing_list == data.with_name("missing_images.txt")
+    assert report.missing_list.read_text() == (
+        "coco/lost.jpg\tmissing\nocr_vqa/gif.jpg\tmissing\nocr_vqa/png.jpg\tmissing\nvg/empty.jpg\tempty\n"
+    )
+
+
+def test_list_of_an_earlier_check_is_emptied_when_all_is_well(tmp_path, images):
+    path = tmp_path / "clean.json"
+    path.write_text(json.dumps(RECORDS[:2]))
+    (tmp_path / "missing_images.txt").write_text("old\tmissing\n")
+    assert check_data(path, images).missing_list is None
+    assert (tmp_path / "missing_images.txt").read_text() == ""
+
+
+def test_error_names_records_and_counts_the_rest(data, images):
+    report = check_data(data, images, max_shown=2)
+    with pytest.raises(DataError, match="7 of 12 records cannot be trained on") as caught:
+        report.raise_if_bad()
+    assert "record 2 (id 'lost'): Image 'coco/lost.jpg' is not in" in str(caught.value)
+    assert "record 3 (id 'gif')" in str(caught.value)
+    assert "... and 5 more" in str(caught.value)
+
+
+def test_drop_writes_the_good_records_only(data, images):
+    before = data.read_bytes()
+    report = check_data(data, images, decode=True, on_missing="drop")
+    assert report.is_ok and report.usable_path == report.output == data.with_name("mix.drop.json")
+    assert _ids(report.output) == ["good", "text", "mislabelled"] and report.num_output == 3
+    assert check_data(report.output, images, decode=True).is_ok
+    assert data.read_bytes() == before
+    manifest = json.loads(data.with_name("mix.drop.json.manifest.json").read_text())
+    assert manifest["before"] == {"coco": 4, "ocr_vqa": 3, "text": 1, "unreadable": 1, "vg": 3}
+    assert manifest["after"] == {"coco": 1, "ocr_vqa": 1, "text": 1, "unreadable": 0, "vg": 0}
+
+
+def test_resolve_renames_images_and_keeps_every_record(data, images):
+    before = data.read_bytes()
+    report = check_data(data, images, on_missing="resolve", output=data.with_name("new.json"))
+    assert _ids(report.output) == _ids(data) and data.read_bytes() == before
+    new = [record.get("image") for record in json.loads(report.output.read_text())]
+    assert new[3:5] == ["ocr_vqa/gif.gif", "ocr_vqa/png.PNG"]
+    assert new[10] == ["coco/good.jpg", "ocr_vqa/gif.gif"]
+    assert _row(report, "ocr_vqa") == {"records": 3, "images": 3, "resolved": 2}
+    assert not report.is_ok and "coco/lost.jpg" in report.bad_images and "ocr_vqa/gif.jpg" not in report.bad_images
+
+
+def test_resolve_is_enough_where_only_endings_were_wrong(tmp_path, images):
+    path = tmp_path / "ocr.json"
+    path.write_text(json.dumps(RECORDS[3:6]))
+    report = check_data(path, images, on_missing="resolve")
+    report.raise_if_bad()
+    assert check_data(report.usable_path, images, decode=True).is_ok
+
+
+def test_nothing_left_after_drop_is_refused(tmp_path, images):
+    path = tmp_path / "lost.json"
+    path.write_text(json.dumps(RECORDS[2:3]))
+    with pytest.raises(DataError, match="no record is left after dropping 1"):
+        check_data(path, images, on_missing="drop")
+    assert not (tmp_path / "lost.drop.json").exists()
+
+
+def test_lengths_count_what_is_cut_and_what_has_no_answer(data, images):
+    def lengths(record):
+        if record.id == "mislabelled":
+            raise ValueError("The image tokens end at position 600")
+        return {"good": (10, 3), "text": (30, 2), "gif": (40, 0)}.get(record.id, (5, 1))
+
+    report = check_data(data, images, lengths=lengths, model_max_length=20)
+    counts = report.lengths
+    assert (counts.measured, counts.truncated, counts.unlabelled, counts.longest) == (10, 3, 2, 40)
+    assert (counts.truncated_ratio, counts.unlabelled_ratio) == (0.3, 0.2)
+    assert any("(id 'mislabelled'): The image tokens end" in error for error in report.errors)
+
+
+def test_progress_ends_at_the_number_of_records(data, images):
+    calls = []
+    check_data(data, images, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"conv_template": "vicuna9"}, "template 'vicuna9' is unknown; .*v1"),
+        ({"on_missing": "ignore"}, "on_missing 'ignore' is unknown"),
+        ({"output": "x.json"}, "on_missing='error' writes none"),
+        ({"model_max_length": 5}, "belong together"),
+        ({"image_folder": "/no/such/folder"}, "is not a folder"),
+        ({"data_path": "/no/such/file.json"}, "does not exist"),
+        ({"on_missing": "drop", "output": "/no/such/folder/x.json"}, "output folder /no/such/folder does not exist"),
+        ({"missing_list": "DATA"}, "is the data itself"),
+        ({"on_missing": "drop", "output": "DATA"}, "is the input itself"),
+    ],
+)
+def test_bad_arguments_are_refused_and_the_data_is_untouched(data, images, arguments, message):
+    before = data.read_bytes()
+    arguments = {name: data if value == "DATA" else value for name, value in arguments.items()}
+    with pytest.raises(DataError, match=message):
+        check_data(**{"data_path": data, "image_folder": images, **arguments})
+    assert data.read_bytes() == before
+
+
+def test_images_outside_the_folder_are_missing(tmp_path, images):
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    assert inspect_image(images, "out.jpg")[0] is ImageState.MISSING
+    assert inspect_image(images, "../secret.jpg")[0] is ImageState.MISSING
+    assert inspect_image(images, "x" * 5000)[0] is ImageState.MISSING
+
+
+def test_first_frame_of_a_gif_named_jpg_is_decoded_as_rgb(images):
+    image = open_rgb(images / "ocr_vqa/mislabelled.jpg")
+    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vg/empty.jpg", "zero bytes"),
+        ("vg/page.jpg", "not a known image format"),
+        ("vg/cut.jpg", "does not decode .JPEG"),
+    ],
+)
+def test_undecodable_image_says_why(images, name, message):
+    with pytest.raises(ImageFileError, match=message):
+        open_rgb(images / name)
+
+
+def test_unreadable_image_says_why(images):
+    with pytest.raises(ImageFileError, match="cannot be read"):
+        open_rgb(images / "absent.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_format_is_known_from_the_first_bytes(tmp_path, kind):
+    _save(tmp_path / "image.bin", kind)
+    assert sniff_format(tmp_path / "image.bin") == kind
+
+
+def test_other_extension_must_be_an_image(images):
+    (images / "vg/fake.png").write_bytes(b"not an image")
+    assert find_other_extension(images, "vg/fake.jpg") is None
+    os.replace(images / "coco/good.jpg", images / "vg/fake.webp")
+    assert find_other_extension(images, "vg/fake.jpg") == "vg/fake.webp"

@@ -1,0 +1,87 @@
+"""What lmms-eval's runs wrote, and whether it is complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.eval.results import find_missing, format_table, leaf_tasks, main, read_metrics, read_run
+from llava.eval.routing_log import RequestRecord, write_routing_log
+
+RESULTS = {
+    "results": {
+        "gqa": {"alias": "gqa", "exact_match,none": 0.6, "exact_match_stderr,none": 0.1, "exact_match_stderr_clt,none": 0.1},
+        "bench": {"alias": "bench"},
+        "bench_dev": {"alias": " - bench_dev", "gpt_eval_score,none": 64.0, "submission,none": None},
+        "bench_test": {"alias": " - bench_test", "submission,none": None},
+    },
+    "group_subtasks": {"gqa": [], "bench": ["bench_dev", "bench_test"]},
+    "n-samples": {name: {"original": 9, "effective": 2} for name in ("gqa", "bench_dev", "bench_test")},
+}
+
+
+def write_run(folder: Path, tasks: tuple[str, ...] = ("gqa", "bench_dev", "bench_test"), num_samples: int = 2) -> Path:
+    model = folder / "tiny"
+    model.mkdir(parents=True)
+    (model / "d_results.json").write_text(json.dumps(RESULTS))
+    for task in tasks:
+        lines = [json.dumps({"doc_id": doc_id}) + "\n" for doc_id in range(num_samples)]
+        (model / f"d_samples_{task}.jsonl").write_text("".join(lines))
+    records = [RequestRecord("gqa", 0, None, None, 1, [1, 0, 1, 1], 3.0, None, 1, 9, 1, "tiny", 0.3)]
+    write_routing_log(folder / "routing.jsonl", records)
+    return folder
+
+
+def test_groups_stand_for_their_members(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path))
+    assert leaf_tasks(run, "bench") == ["bench_dev", "bench_test"]
+    assert leaf_tasks(run, "gqa") == ["gqa"]
+    assert leaf_tasks(run, "mme") == []
+    assert read_metrics(run, "bench") == {"bench_dev gpt_eval_score": 64.0}
+    assert read_metrics(run, "gqa") == {"gqa exact_match": 0.6}
+
+
+def test_complete_runs_pass_and_are_laid_out_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "dense")
+    write_run(tmp_path / "skip_0.3")
+    assert main(["--tasks", "gqa,bench", str(tmp_path / "dense"), str(tmp_path / "skip_0.3")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["dense", "skip_0.3"]
+    assert lines[1].split() == ["skip", "rate,", "observed", "0.2500", "0.2500"]
+    assert ["gqa", "exact_match", "0.6000", "0.6000"] in [line.split() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tasks", "sentence"),
+    [
+        ({}, "gqa,mme", "task mme has no result"),
+        ({"tasks": ("bench_dev", "bench_test")}, "gqa", "task gqa has samples of 0 documents, not of 2"),
+        ({"num_samples": 1}, "gqa", "task gqa has samples of 1 documents, not of 2"),
+        ({"tasks": ("gqa", "bench_dev")}, "bench", "task bench_test has samples of 0 documents, not of 2"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: dict, tasks: str, sentence: str
+) -> None:
+    run = write_run(tmp_path, **arguments)
+    assert sentence in find_missing(read_run(run), tasks.split(","))
+    assert main(["--tasks", tasks, str(run)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_run_without_results_or_routing_log_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tasks", "gqa", str(tmp_path)]) == 2
+    assert "lmms-eval exits with 0 even then" in capsys.readouterr().err
+    (write_run(tmp_path) / "routing.jsonl").unlink()
+    assert main(["--tasks", "gqa", str(tmp_path)]) == 2
+    assert "no routing log" in capsys.readouterr().err
+
+
+def test_a_table_shows_what_a_run_lacks() -> None:
+    assert format_table({"a": {"x": 1.0}, "b": {"x": 0.5, "yy": 2.0}}).splitlines() == [
+        "         a       b",
+        "x   1.0000  0.5000",
+        "yy       -  2.0000",
+    ]
