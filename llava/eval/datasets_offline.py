@@ -74,7 +74,9 @@ def read_task_configs(tasks: list[str], include_path: str | None = None) -> dict
     """
     from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import load_yaml_config
+    from loguru import logger
 
+    logger.disable("lmms_eval")  # it reports every folder it reads
     index = TaskManager("ERROR", include_path=include_path).task_index
     configs: dict[str, dict[str, Any]] = {}
     waiting = list(tasks)

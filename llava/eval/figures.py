@@ -52,7 +52,7 @@ class Theme:
 
 
 LIGHT = Theme("#ffffff", "#1f2933", "#d8dee4", "#1f6fb2", "#c2571a", ("#7fb3de", "#0b3d6b"))
-DARK = Theme("#14181d", "#e3e8ee", "#39424c", "#63b0f0", "#f29b5c", ("#3f78ab", "#bfe0ff"))
+DARK = Theme("#14181d", "#e3e8ee", "#39424c", "#63b0f0", "#f29b5c", ("#5b93c6", "#d6ebff"))
 
 Draw = Callable[[Theme], Figure]
 
@@ -119,6 +119,7 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
         points = np.hstack([grid, np.tile(fixed, (len(grid), 1))])
         outputs = rule_base.evaluate(points).reshape(GRID_POINTS, GRID_POINTS)
         surface = axes.contourf(columns, rows, outputs, np.linspace(lower, upper, 21), cmap="cividis")
+        surface.set_edgecolor("face")  # no hairlines between the bands
         _style(axes, theme)
         axes.set_xlabel(_title(first.name))
         axes.set_title("" if level is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink)

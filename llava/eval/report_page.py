@@ -42,9 +42,16 @@ th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-b
 th { color: var(--quiet); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 tr.mark td { background: var(--mark); }
-figure { margin: .8rem 0; }
-img { max-width: 100%; height: auto; display: block; }
+figure { margin: .8rem 0; overflow-x: auto; }
+img { max-width: 100%; min-width: 32rem; height: auto; display: block; }
 """
+
+
+_READING_LAYERS = (
+    "One row per question type, one column per decoder layer. A cell says how many of 100 questions of this type skip "
+    "this layer. Rows with more colour are questions the router takes for easy; columns without colour are layers that "
+    "this run never skips."
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,7 @@ def report_figures(report: Report) -> tuple[ReportFigure, ...]:
             ReportFigure(
                 f"layers_{number}",
                 f"Which layers are skipped: {run.label}",
-                "One row per question type, one column per decoder layer. A cell says how many of 100 questions of "
-                "this type skip this layer. Rows with more colour are questions the router takes for easy; columns "
-                "without colour are layers that this run never skips.",
+                _READING_LAYERS if number == 1 else "Read as above.",
                 f"Skip rate of each decoder layer by question type for {run.label}.",
                 partial(draw_layer_skips, run.layer_skip_rates),
             )

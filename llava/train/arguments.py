@@ -59,6 +59,9 @@ class RoutingArguments:
             raise ValueError(f"--dense_ratio {self.dense_ratio} lies outside [0, 1].")
         if self.adapter_hidden_dim < 1:
             raise ValueError(f"--adapter_hidden_dim {self.adapter_hidden_dim} must be at least 1; RoE uses 1024.")
+        for name in ("calibration_samples", "order_samples", "score_samples", "calibration_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1; leave it out for the default.")
 
 
 @dataclass
@@ -71,4 +74,5 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: batches carry turn ids."})
     report_to: str = field(default="none", metadata={"help": "none, tensorboard or wandb."})
+    fingerprint: str = field(default="", metadata={"help": "Written to OUTPUT_DIR/fingerprint with the checkpoint."})
     skip_data_check: bool = field(default=False, metadata={"help": "Start without checking records and images."})

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import Trainer
@@ -53,14 +52,17 @@ def save_stage(
         if is_routed:
             _save_routing(model, adapters, stage, base, partial)
         if writes_backbone:
-            model.save_pretrained(partial, state_dict=tensors, save_original_format=False)
-            _verify_weights(partial, tensors)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            model.save_pretrained(partial, state_dict=tensors, save_original_format=False)  # empties ``tensors``
+            _verify_weights(partial, shapes)
         else:
             model.config.save_pretrained(partial)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         checkpoint.tokenizer.save_pretrained(partial)
         checkpoint.image_processor.save_pretrained(partial)
+        if trainer.args.fingerprint:
+            (partial / "fingerprint").write_text(trainer.args.fingerprint + "\n")
         write_json(partial / "stage.json", summary)
         replace_folder(partial, output)
     trainer.accelerator.wait_for_everyone()
@@ -107,17 +109,16 @@ def _relative_base(weights_path: str, output: Path) -> str:
     return os.path.relpath(Path(weights_path).resolve(), output.resolve())
 
 
-def _verify_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Re-open what was written and compare names and shapes.
+def _verify_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Re-open what was written and compare names and shapes with the model's.
 
     Raises:
         RuntimeError: If they differ, as when a sharded tensor was saved empty.
     """
-    written: dict[str, torch.Size] = {}
+    written: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as opened:
             written |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if written != wanted:
-        wrong = sorted(set(written.items()) ^ set(wanted.items()))[:5]
+    if written != shapes:
+        wrong = sorted(set(written.items()) ^ set(shapes.items()))[:5]
         raise RuntimeError(f"Saved weights in {folder} differ in name or shape from the model's: {wrong}.")

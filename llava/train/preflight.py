@@ -7,10 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+from transformers import LlavaConfig
+
 from llava.conversation import get_template
 from llava.data.records import RecordFile, resolve_image
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
-from llava.train.stages import get_stage
+from llava.train.stages import Stage, get_stage
 
 MIN_FREE_BYTES = 64 * 2**20
 
@@ -31,36 +33,63 @@ def check_inputs(
         StageInputError: With what was found, what is allowed, what to do.
         KeyError: If the stage or the conversation template is unknown.
     """
-    get_stage(routing_args.stage)
+    stage = get_stage(routing_args.stage)
     get_template(model_args.version)
-    _check_model_folder(model_args.model_name_or_path)
-    _check_output(training_args.output_dir)
-    _check_deepspeed(training_args)
+    sources = _check_model(model_args.model_name_or_path)
+    _check_output(Path(training_args.output_dir), sources)
+    _check_deepspeed(training_args, stage)
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
     if training_args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise StageInputError(
             "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
         )
-    if not training_args.skip_data_check and training_args.process_index == 0:
+    if not training_args.skip_data_check:
         _check_records(data_args)
 
 
-def _check_model_folder(model_path: str) -> None:
+def _check_model(model_path: str) -> list[Path]:
+    """Read the configuration; give the folders that the model's files lie in, none if it comes from the hub."""
     folder = Path(model_path)
-    if not folder.exists():
-        if model_path.startswith((".", "/")) or model_path.count("/") != 1:
-            raise StageInputError(
-                f"--model_name_or_path {model_path} does not exist; name a checkpoint folder or a hub id (owner/name)."
-            )
-        return
-    if not (folder / "config.json").is_file():
+    if folder.exists() and not (folder / "config.json").is_file():
         raise StageInputError(f"{folder} holds no config.json; name a LLaVA checkpoint folder.")
+    try:
+        config, _ = LlavaConfig.get_config_dict(model_path)
+    except OSError as error:
+        if folder.exists():
+            raise StageInputError(f"{folder / 'config.json'} cannot be read ({error}); write the checkpoint again.") from error
+        raise StageInputError(
+            f"--model_name_or_path {model_path} is no folder, and its configuration cannot be had from the hub either; "
+            "name a checkpoint folder, as an earlier stage writes it, or a hub id (owner/name)."
+        ) from error
+    if config.get("model_type") != "llava":
+        raise StageInputError(
+            f"{model_path} is a model of type {config.get('model_type')}; only llava can be trained. Name another."
+        )
+    if not folder.exists():
+        return []
+    base = (config.get("fuzzyroe") or {}).get("base_model")
+    if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):
+        return [folder]
+    if not (folder / base / "config.json").is_file():
+        raise StageInputError(
+            f"{model_path} holds no backbone weights and its base model is not at {folder / base}; put it there, or "
+            "correct fuzzyroe.base_model in its config.json."
+        )
+    return [folder, folder / base]
 
 
-def _check_output(output_dir: str) -> None:
-    parent = Path(output_dir).absolute()
-    while not parent.exists():
+def _check_output(output: Path, sources: list[Path]) -> None:
+    """The output must be writable and must not replace what it is made from."""
+    for source in sources:
+        if output.resolve() == source.resolve():
+            raise StageInputError(
+                f"--output_dir {output} is the folder that the model is read from; choose another, so that it stays."
+            )
+    parent = output.absolute()
+    while not os.path.lexists(parent):
         parent = parent.parent
+    if not parent.is_dir():
+        raise StageInputError(f"{parent} is a file, --output_dir {output} needs a folder there; choose another.")
     if not os.access(parent, os.W_OK):
         raise StageInputError(f"{parent} cannot be written; choose another --output_dir.")
     free = shutil.disk_usage(parent).free
@@ -70,8 +99,8 @@ def _check_output(output_dir: str) -> None:
         )
 
 
-def _check_deepspeed(training_args: LlavaTrainingArguments) -> None:
-    """A DeepSpeed JSON must leave the optimizer to the trainer, and must be able to save."""
+def _check_deepspeed(training_args: LlavaTrainingArguments, stage: Stage) -> None:
+    """A DeepSpeed JSON must leave the optimizer to the trainer, be able to save, and to run without an optimizer."""
     if not training_args.deepspeed or isinstance(training_args.deepspeed, dict):
         return
     config = json.loads(Path(training_args.deepspeed).read_text())
@@ -85,6 +114,11 @@ def _check_deepspeed(training_args: LlavaTrainingArguments) -> None:
         raise StageInputError(
             f"{training_args.deepspeed} cannot save under ZeRO-3; set "
             "zero_optimization.stage3_gather_16bit_weights_on_model_save to true."
+        )
+    if not stage.trains and zero.get("stage") != 3:
+        raise StageInputError(
+            f"{training_args.deepspeed} has ZeRO stage {zero.get('stage', 0)}; stage {stage.name} only runs forward "
+            "passes, which DeepSpeed does with ZeRO stage 3 alone. Use scripts/zero3.json, or leave --deepspeed out."
         )
 
 

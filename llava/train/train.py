@@ -5,11 +5,13 @@ Launched by ``deepspeed``, ``torchrun``, ``accelerate launch`` or plain ``python
     deepspeed llava/train/train.py --deepspeed scripts/zero3.json --stage adapter --model_name_or_path ... \
         --data_path ... --image_folder ... --output_dir ...
 
-Bad input ends with exit code 2 and a message before a model is loaded; earlier outputs stay as they were.
+Bad input ends every process with exit code 2, one of them with a message, before a model is loaded; earlier outputs
+stay as they were.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ if __package__ in (None, ""):  # launchers run this file by its path; imports st
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import transformers
+from torch import distributed
 
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
 from llava.train.preflight import StageInputError, check_inputs
@@ -28,14 +31,31 @@ def main() -> None:
     parser = transformers.HfArgumentParser(
         (ModelArguments, DataArguments, RoutingArguments, LlavaTrainingArguments), allow_abbrev=False
     )
+    problem = None
     try:
-        model_args, data_args, routing_args, training_args = parser.parse_args_into_dataclasses()
-        check_inputs(model_args, data_args, routing_args, training_args)
-    except (StageInputError, ValueError, KeyError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {message}", file=sys.stderr)
+        arguments = parser.parse_args_into_dataclasses()
+        if arguments[-1].process_index == 0:
+            check_inputs(*arguments)
+    except (StageInputError, ValueError, KeyError, OSError, ImportError) as error:
+        problem = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    problem = agree(problem)
+    if problem is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
-    run_stage(model_args, data_args, routing_args, training_args)
+    run_stage(*arguments)
+
+
+def agree(problem: str | None) -> str | None:
+    """Give every process the first problem that any of them found, so that none goes on alone; None if there is none.
+
+    Flags that cannot be parsed stop all processes before they know of each other; then each has its own.
+    """
+    if not distributed.is_initialized():
+        return problem
+    problems: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(problems, problem)
+    return next((found for found in problems if found is not None), None)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,15 @@ SKIP_RATES="${SKIP_RATES:-off 0.25 0.3}"
 OUTPUT="${OUTPUT:-outputs/eval/$(basename "$MODEL_PATH")}"
 BATCH_SIZE="${BATCH_SIZE:-8}"
 
-# everything that accelerate would otherwise look for in a configuration file
-launch=(accelerate launch --num_processes "$NUM_GPUS" --num_machines 1 --mixed_precision no --dynamo_backend no)
+# `accelerate launch` without its other commands, which need packages that are not needed here; everything it would
+# otherwise look for in a configuration file is given
+launch=(
+  "$PYTHON" -m accelerate.commands.launch
+  --num_processes "$NUM_GPUS"
+  --num_machines 1
+  --mixed_precision no
+  --dynamo_backend no
+)
 if ((NUM_GPUS > 1)); then
   ((NUM_GPUS <= VISIBLE_GPUS)) || [[ -n "${DRY_RUN:-}" ]] ||
     fail "NUM_GPUS is $NUM_GPUS, but $VISIBLE_GPUS are visible; give at most that many, or 1 to run on a CPU."

@@ -149,9 +149,9 @@ def dry_run(**variables: str) -> subprocess.CompletedProcess:
 def test_a_dry_run_shows_the_commands() -> None:
     result = dry_run(MODEL_PATH="checkpoints/ours", INCLUDE_PATH="my tasks", OPENAI_API_KEY="key")
     assert result.returncode == 0, result.stderr
-    launches = [line for line in result.stdout.splitlines() if line.startswith("accelerate launch")]
+    launches = [line for line in result.stdout.splitlines() if "accelerate.commands.launch" in line]
     assert len(launches) == 3
-    assert launches[0].startswith("accelerate launch --num_processes 1 ")
+    assert launches[0].startswith("python -m accelerate.commands.launch --num_processes 1 ")
     for launch, rate, name in zip(launches, ("off", "0.25", "0.3"), ("dense", "skip_0.25", "skip_0.3"), strict=True):
         assert f"pretrained=checkpoints/ours,skip_rate={rate},conv_template=vicuna_v1" in launch
         assert f"--output_path outputs/eval/ours/{name}" in launch
@@ -162,7 +162,7 @@ def test_a_dry_run_shows_the_commands() -> None:
 def test_without_a_key_no_task_needs_one_and_gpus_are_counted() -> None:
     result = dry_run(MODEL_PATH="ours", NUM_GPUS="4", SKIP_RATES="off")
     assert "mmvet" not in result.stdout
-    assert "accelerate launch --num_processes 4 " in result.stdout and "--multi_gpu" in result.stdout
+    assert "accelerate.commands.launch --num_processes 4 " in result.stdout and "--multi_gpu" in result.stdout
 
 
 def test_what_the_script_needs_is_asked_for_by_name() -> None:

@@ -12,7 +12,7 @@ from llava.eval.routing_log import RequestRecord, write_routing_log
 
 RESULTS = {
     "results": {
-        "gqa": {"alias": "gqa", "exact_match,none": 0.6, "exact_match_stderr,none": 0.1, "exact_match_stderr_clt,none": 0.1},
+        "gqa": {"alias": "gqa", "exact_match,none": 0.6, "exact_match_stderr,none": 0.1},
         "bench": {"alias": "bench"},
         "bench_dev": {"alias": " - bench_dev", "gpt_eval_score,none": 64.0, "submission,none": None},
         "bench_test": {"alias": " - bench_test", "submission,none": None},

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Sourced by the stage scripts: runs one training stage as one DeepSpeed launch, or reuses it if it is finished.
+#
+#   train_stage STAGE MODEL DATA OUTPUT [flag...]
+#
+# A finished stage is reused when its flags, its data and the model it started from are the same; FRESH=1 does it again.
+# A stage that was interrupted left only OUTPUT.partial: it is started again from its beginning. Exit code 2 means bad
+# input, found before a model is loaded; an earlier OUTPUT stays until the new one is complete.
+#
+#   ZERO_CONFIG           DeepSpeed configuration (default: scripts/zero3.json)
+#   GLOBAL_BATCH          samples per optimizer step over all processes (default: 128)
+#   PER_DEVICE_BATCH      samples per process and pass (default: 4); accumulation follows from the two
+#   IMAGE_FOLDER          folder that image paths are relative to
+#   VERSION               conversation template (default: v1)
+#   SKIP_DATA_CHECK=1     start without looking at records and images
+#   NUM_GPUS, DRY_RUN     see scripts/v1_5/common.sh; on a machine without a GPU two CPU processes are started
+set -euo pipefail
+
+GLOBAL_BATCH="${GLOBAL_BATCH:-128}"
+PER_DEVICE_BATCH="${PER_DEVICE_BATCH:-4}"
+VERSION="${VERSION:-v1}"
+ZERO_CONFIG="${ZERO_CONFIG:-scripts/zero3.json}"
+NUM_RANKS="$NUM_GPUS"
+PRECISION=(--bf16 True --tf32 True)
+if ((VISIBLE_GPUS == 0)) && [[ -z "${DRY_RUN:-}" ]]; then
+  NUM_RANKS="${NUM_RANKS_CPU:-2}"
+  PRECISION=(--use_cpu True)
+  export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+export TOKENIZERS_PARALLELISM=false
+# PyTorch and DeepSpeed announce renamed collectives once per call; nothing a user of these scripts can act on.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
+
+((GLOBAL_BATCH % (PER_DEVICE_BATCH * NUM_RANKS) == 0)) ||
+  fail "GLOBAL_BATCH $GLOBAL_BATCH is no multiple of PER_DEVICE_BATCH $PER_DEVICE_BATCH x $NUM_RANKS processes; change one."
+ACCUMULATION=$((GLOBAL_BATCH / (PER_DEVICE_BATCH * NUM_RANKS)))
+
+choose_port() { # [port]: the port asked for if it is free, any free one if none is asked for
+  "$PYTHON" - "${1:-0}" <<'PY' || fail "MASTER_PORT $1 is in use; choose another, or unset it to have a free one chosen."
+import socket, sys
+with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port closed just now is free
+    try:
+        probe.bind(("127.0.0.1", int(sys.argv[1])))
+    except OSError:
+        sys.exit(1)
+    print(probe.getsockname()[1])
+PY
+}
+
+fingerprint() { # data, model, flags...: what a stage's result depends on
+  local data="$1" model="$2"
+  shift 2
+  {
+    printf '%s\n' "$model" "$NUM_RANKS" "$@"
+    cat "$data"
+    cat "$ZERO_CONFIG" "$model/stage.json" "$model/config.json" 2>/dev/null || true
+  } | sha256sum | cut -d' ' -f1
+}
+
+train_stage() { # stage, model, data, output, flags...
+  local stage="$1" model="$2" data="$3" output="$4" mark="" port="${MASTER_PORT:-}"
+  shift 4
+  local flags=(
+    --stage "$stage"
+    --model_name_or_path "$model"
+    --data_path "$data"
+    --image_folder "${IMAGE_FOLDER:?folder that image paths are relative to}"
+    --version "$VERSION"
+    --deepspeed "$ZERO_CONFIG"
+    --per_device_train_batch_size "$PER_DEVICE_BATCH"
+    --gradient_accumulation_steps "$ACCUMULATION"
+    "${PRECISION[@]}"
+    "$@"
+  )
+  if [[ -z "${DRY_RUN:-}" ]]; then
+    if [[ ! -e "$output" && -d "$output.old" ]]; then mv "$output.old" "$output"; fi # killed while replacing it
+    if [[ -f "$data" ]]; then mark="$(fingerprint "$data" "$model" "${flags[@]}")"; fi
+    if [[ -z "${FRESH:-}" && -n "$mark" && "$(cat "$output/fingerprint" 2>/dev/null)" == "$mark" ]]; then
+      say "$stage: finished before, reused from $output (FRESH=1 does it again)"
+      return
+    fi
+    if [[ -d "$output.partial" ]]; then
+      say "$stage: an earlier run was interrupted; it is started again from its beginning"
+      rm -rf "$output.partial"
+    fi
+    command -v deepspeed >/dev/null ||
+      fail "DeepSpeed is not installed in this environment; run pip install 'fuzzyroe[train]' and start again."
+    [[ -n "${SKIP_DATA_CHECK:-}" ]] ||
+      "$PYTHON" -c "from llava.cli import main; main()" check-data "$data" --image-folder "$IMAGE_FOLDER" --version "$VERSION"
+    port="$(choose_port "$port")"
+  fi
+  say "$stage: $NUM_RANKS processes, global batch $GLOBAL_BATCH, into $output"
+  run deepspeed --num_gpus "$NUM_RANKS" --master_port "${port:-29500}" llava/train/train.py \
+    --output_dir "$output" --skip_data_check True ${mark:+--fingerprint "$mark"} "${flags[@]}"
+  # DeepSpeed's launcher ends with status 0 when the process below it is killed
+  [[ -n "${DRY_RUN:-}" || "$(cat "$output/fingerprint" 2>/dev/null)" == "$mark" ]] ||
+    { say "error: $stage ended without writing $output; start it again." >&2; exit 1; }
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# All of FuzzyRoE for LLaVA-1.5-7B: subsample the data, then router, adapter and finetune stage, one launch each.
+#
+#   DATA_PATH=playground/data/llava_v1_5_mix665k.json bash scripts/v1_5/train_all.sh
+#
+# The shares are RoE's (20% router, 30% adapters, 50% everything), the router's cut to a third as in the FuzzyRoE paper.
+# A stage that is finished is reused, one that was interrupted is started again; DRY_RUN=1 prints the commands.
+#
+#   DATA_PATH       SFT JSON (required); IMAGE_FOLDER (default: playground/data)
+#   MODEL_PATH      LLaVA-1.5 checkpoint (default: llava-hf/llava-1.5-7b-hf)
+#   OUTPUT          prefix of the three folders (default: checkpoints/fuzzyroe-7b)
+#   SPLIT           shares of the data (default: router=0.066,adapter=0.3,finetune=0.5)
+#
+# Further variables: scripts/v1_5/stage.sh.
+set -euo pipefail
+
+FUZZYROE_EXTRAS="train"
+# shellcheck source=scripts/v1_5/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+: "${DATA_PATH:?path to the SFT JSON}"
+OUTPUT="${OUTPUT:-checkpoints/fuzzyroe-7b}"
+parts="$OUTPUT-data"
+
+run mkdir -p "$parts"
+run "$PYTHON" random_drop.py --input "$DATA_PATH" --output "$parts/data.json" --seed 42 \
+  --split "${SPLIT:-router=0.066,adapter=0.3,finetune=0.5}"
+model="${MODEL_PATH:-llava-hf/llava-1.5-7b-hf}"
+for stage in router adapter finetune; do
+  MODEL_PATH="$model" DATA_PATH="$parts/data.$stage.json" OUTPUT="$OUTPUT-$stage" bash "scripts/v1_5/$stage.sh"
+  model="$OUTPUT-$stage"
+done

@@ -1,0 +1,153 @@
+"""Promises of the task-complexity features: range, what they read, what they must not read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuzzyroe.features import FEATURES, MAX_QUESTION_LENGTH, compute_features, summarise
+from fuzzyroe.routing_state import RoutingState
+
+NAMES = tuple(FEATURES)
+TEXT_ONLY_NAMES = ("text_entropy", "text_dispersion", "question_length")
+
+# one row per example: s system, i image, digit = question of that turn, a answer, . padding
+ROWS = ("siii11a22a", "siii111a..", "s11a2222a.")
+
+
+def make_state(rows: tuple[str, ...] = ROWS, num_turns: int | None = None) -> RoutingState:
+    """Read a drawn batch; answers belong to the turn of the question before them."""
+    turns, image, question = [], [], []
+    for row in rows:
+        turn, ids = 0, []
+        for sign in row:
+            turn = int(sign) if sign.isdigit() else turn
+            ids.append({".": -1, "s": 0, "i": 0}.get(sign, turn))
+        turns.append(ids)
+        image.append([sign == "i" for sign in row])
+        question.append([sign.isdigit() for sign in row])
+    return RoutingState(
+        torch.tensor(turns), torch.tensor(image), torch.tensor(question), "soft", num_turns=num_turns
+    )
+
+
+def features_of(states: Tensor, rows: tuple[str, ...] = ROWS, num_turns: int | None = None) -> Tensor:
+    return compute_features(summarise(states, make_state(rows), num_turns), NAMES)
+
+
+@pytest.fixture
+def states() -> Tensor:
+    return torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_lie_in_the_unit_interval(name: str, states: Tensor) -> None:
+    constant = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(3)).expand(3, 10, 16)
+    for case in (states, 100 * states, 1e-6 * states, torch.zeros(3, 10, 16), torch.ones(3, 10, 16), constant):
+        values = FEATURES[name](summarise(case, make_state()))
+        assert values.shape == (3, 2) and values.dtype == torch.float32
+        assert values.min() >= 0 and values.max() <= 1
+
+
+def test_rounding_cannot_push_a_feature_out_of_the_unit_interval() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):  # equal states everywhere: cosine, norm and entropy sit on their bounds
+        state = torch.randn(1, 1, 7, generator=generator).expand(1, 10, 7)
+        values = features_of(state, ROWS[:1])
+        assert values.min() >= 0 and values.max() <= 1
+
+
+def test_features_of_a_sample_ignore_its_neighbours(states: Tensor) -> None:
+    expected = features_of(states)
+    others = states.clone()
+    others[1:] = 1e4
+    assert torch.equal(features_of(others)[0], expected[0])
+    for index, row in enumerate(ROWS):
+        alone = features_of(states[index : index + 1], (row,), num_turns=2)
+        torch.testing.assert_close(alone[0], expected[index], atol=1e-6, rtol=0)
+
+
+def test_features_ignore_padding_answers_and_the_system_prompt(states: Tensor) -> None:
+    other = states.clone()
+    state = make_state()
+    other[~(state.image_mask | state.question_mask)] = 1e4
+    assert torch.equal(features_of(other), features_of(states))
+
+
+def test_more_padding_changes_no_feature(states: Tensor) -> None:
+    padded = torch.cat([states, torch.randn(3, 5, 16)], dim=1)
+    right = features_of(padded, tuple(row + "....." for row in ROWS))
+    left = features_of(padded.roll(5, dims=1), tuple("....." + row for row in ROWS))
+    torch.testing.assert_close(right, features_of(states), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left, features_of(states), atol=1e-6, rtol=0)
+
+
+def test_a_turn_ignores_the_words_of_other_turns(states: Tensor) -> None:
+    other = states.clone()
+    other[make_state().turn_ids == 2] = 5.0
+    assert torch.equal(features_of(other)[:, 0], features_of(states)[:, 0])
+    assert not torch.equal(features_of(other)[0, 1], features_of(states)[0, 1])
+
+
+def test_without_an_image_features_are_defined_and_those_of_the_image_are_zero(states: Tensor) -> None:
+    values = dict(zip(NAMES, features_of(states)[2].unbind(-1), strict=True))
+    assert all(torch.isfinite(value).all() for value in values.values())
+    for name in set(NAMES) - set(TEXT_ONLY_NAMES):
+        assert values[name].tolist() == [0, 0]
+    assert all(values[name].min() > 0 for name in TEXT_ONLY_NAMES)
+
+
+def test_a_turn_that_an_example_lacks_is_finite(states: Tensor) -> None:
+    assert torch.isfinite(features_of(states)[1, 1]).all()
+    assert torch.isfinite(features_of(states, ("..........",) * 3)).all()
+
+
+def test_one_turn_asked_for_is_the_first_of_one_turn_batches(states: Tensor) -> None:
+    rows = ("siii11aaaa", "siii111a..", "s11aaaa...")
+    assert torch.equal(features_of(states, rows, num_turns=1), features_of(states, rows))
+
+
+def test_features_follow_their_formulas() -> None:
+    states = torch.zeros(1, 10, 4)
+    states[0, 1:4] = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 2.0, 0]])
+    states[0, 4:6] = torch.tensor([3.0, 3.0, 3.0, 0])
+    values = dict(zip(NAMES, features_of(states, ("siii11aaaa",))[0, 0].tolist(), strict=True))
+    probabilities = torch.tensor([2 / 3, 2 / 3, 2 / 3, 0]).softmax(0)
+    assert values["image_entropy"] == pytest.approx(-(probabilities * probabilities.log()).sum().item() / math.log(4))
+    probabilities = torch.tensor([3.0, 3, 3, 0]).softmax(0)
+    assert values["text_entropy"] == pytest.approx(-(probabilities * probabilities.log()).sum().item() / math.log(4))
+    assert values["cross_modal_similarity"] == pytest.approx(1)
+    assert values["image_dispersion"] == pytest.approx(1 - 1 / math.sqrt(3))
+    assert values["text_dispersion"] == pytest.approx(0, abs=1e-6)
+    assert values["question_length"] == pytest.approx(math.log(3) / math.log(513))
+
+
+def test_opposite_image_and_question_have_similarity_zero() -> None:
+    states = torch.ones(1, 10, 4)
+    states[0, 4:6] = -1
+    assert features_of(states, ("siii11aaaa",))[0, 0, NAMES.index("cross_modal_similarity")] == pytest.approx(0)
+
+
+def test_question_length_ends_at_one() -> None:
+    for length, expected in ((MAX_QUESTION_LENGTH, 1.0), (MAX_QUESTION_LENGTH + 90, 1.0)):
+        value = features_of(torch.ones(1, length, 4), ("1" * length,))[0, 0, NAMES.index("question_length")]
+        assert value == pytest.approx(expected)
+
+
+def test_half_precision_states_are_pooled_in_float32(states: Tensor) -> None:
+    rounded = states.bfloat16()
+    assert torch.equal(features_of(rounded), features_of(rounded.float()))
+
+
+def test_columns_come_in_the_order_of_the_names(states: Tensor) -> None:
+    summary = summarise(states, make_state())
+    backwards = compute_features(summary, NAMES[::-1])
+    assert torch.equal(backwards.flip(-1), compute_features(summary, list(NAMES)))
+
+
+def test_an_unknown_feature_is_named_with_the_known_ones(states: Tensor) -> None:
+    with pytest.raises(KeyError, match="Feature 'brightness' is unknown.*image_entropy"):
+        compute_features(summarise(states, make_state()), ("brightness",))
