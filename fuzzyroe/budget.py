@@ -32,7 +32,7 @@ class BudgetTable:
         Raises:
             ValueError: If the rate lies outside the calibrated range.
         """
-        if not 0 <= skip_rate <= self.skip_rates[-1] + 1e-9:
+        if not 0 <= skip_rate <= self.skip_rates[-1] + 1e-6:  # a router keeps its rates in float32
             raise ValueError(
                 f"Skip rate {skip_rate} lies outside the calibrated range [0, {self.skip_rates[-1]:.3f}]; choose one "
                 "inside, or calibrate with a larger max_skip_ratio."

@@ -77,8 +77,8 @@ def calibrate_router(
         num_bins: Score bins of the allocation.
 
     Returns:
-        The router, with a report: rank correlation of each feature and of the score with the loss increase, flipped
-        features, rules before and after, thresholds.
+        The router, with a report: rank correlation of each feature and of the score with the loss increase, features
+        whose declared direction was flipped here, rules before and after, thresholds.
 
     Raises:
         ValueError: If there are too few examples for ``num_bins``, or the skip rate is out of range.
@@ -92,8 +92,8 @@ def calibrate_router(
     correlations = [rank_correlation(column, targets) for column in scaled.T]
     prior = rule_base.unfitted()
     prior = prior if prior.is_complete else prior.interpolate()
-    actual = [1 if correlation >= 0 else -1 for correlation in correlations]
-    flips = [actual[j] * (int(sign) or 1) for j, sign in enumerate(prior.signs)]
+    # A constant feature contradicts nothing, and a direction that the rules leave open cannot be contradicted.
+    flips = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
     prior = prior.reorient(flips).with_quantile_knots(scaled_all)
     spread = max(float(targets.std()), 1e-9)
     fitted = prior.fit(scaled, 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread)

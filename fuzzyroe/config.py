@@ -32,11 +32,7 @@ class FuzzyRoEConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"The checkpoint's fuzzyroe block has format_version {self.format_version}, this version reads "
-                f"{FORMAT_VERSION}; install the fuzzyroe that wrote it."
-            )
+        _check_version(self.format_version)
         if self.adapter_width < 1 or self.num_budgets < 1:
             raise ValueError(
                 f"adapter_width {self.adapter_width} and num_budgets {self.num_budgets} must be at least 1; the "
@@ -48,14 +44,30 @@ class FuzzyRoEConfig:
         """Read the block.
 
         Raises:
-            ValueError: If it has a key that is not known.
+            ValueError: If it is of another version, lacks ``adapter_width``, or has a key that is not known.
         """
+        _check_version(block.get("format_version", FORMAT_VERSION))
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(block) - known)
         if unknown:
-            raise ValueError(f"The fuzzyroe block has unknown keys {unknown}; known are {sorted(known)}.")
+            raise ValueError(
+                f"The fuzzyroe block has unknown keys {unknown}; known are {sorted(known)}. Correct config.json."
+            )
+        if "adapter_width" not in block:
+            raise ValueError(
+                f"The fuzzyroe block has no adapter_width, only {sorted(block)}; a whole number of at least 1 is "
+                "needed. Write the checkpoint again."
+            )
         return cls(**block)
 
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written to ``config.json``."""
         return asdict(self)
+
+
+def _check_version(version: int) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint's fuzzyroe block has format_version {version}, this version reads {FORMAT_VERSION}; "
+            "install the fuzzyroe that wrote it."
+        )

@@ -1,8 +1,9 @@
 """Task-complexity features: what the rules know of an example before the first decoder layer runs.
 
 Positions of an image and of each question are pooled once (``summarise``); every feature is a function of the pooled
-states. All are computed in float32, per example, from nothing but that example, and lie in [0, 1]. How a raw feature
-fills that range is left to calibration (``FuzzyRouter.feature_range``), as some vary by little.
+states, or of the pixels. All are computed in float32, per example, from nothing but that example, and lie in [0, 1].
+How a raw feature fills that range is left to calibration (``calibrate.feature_range``), as some vary by little. Only
+features that a rule base names are computed; ``docs/rules.md`` says what each costs and which way it was expected to act.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fuzzyroe import image_statistics
 from fuzzyroe.routing_state import RoutingState
 
 MAX_QUESTION_LENGTH = 512
@@ -32,6 +34,8 @@ class Summary:
         text_mean: Mean state of each question, (B, T, D); zero for a turn an example does not have.
         text_direction: Mean of its unit-length states, (B, T, D).
         question_length: Tokens of each question, (B, T).
+        image_length: Image positions of each row, (B,).
+        pixel_values: Images of the batch in the order of its rows, (images, channels, H, W); None if unknown.
     """
 
     image_mean: Tensor
@@ -40,6 +44,8 @@ class Summary:
     text_mean: Tensor
     text_direction: Tensor
     question_length: Tensor
+    image_length: Tensor
+    pixel_values: Tensor | None = None
 
 
 def summarise(hidden_states: Tensor, routing: RoutingState, num_turns: int | None = None) -> Summary:
@@ -68,7 +74,14 @@ def summarise(hidden_states: Tensor, routing: RoutingState, num_turns: int | Non
     pooled = members @ torch.cat([states, F.normalize(states, dim=-1)], dim=-1)  # (B, 1 + T, 2D)
     mean, direction = pooled.chunk(2, dim=-1)
     return Summary(
-        mean[:, 0], direction[:, 0], (counts[:, :1] > 0).float(), mean[:, 1:], direction[:, 1:], counts[:, 1:]
+        image_mean=mean[:, 0],
+        image_direction=direction[:, 0],
+        has_image=(counts[:, :1] > 0).float(),
+        text_mean=mean[:, 1:],
+        text_direction=direction[:, 1:],
+        question_length=counts[:, 1:],
+        image_length=counts[:, 0],
+        pixel_values=routing.pixel_values,
     )
 
 
@@ -85,19 +98,18 @@ def text_entropy(summary: Summary) -> Tensor:
 def cross_modal_similarity(summary: Summary) -> Tensor:
     """``(1 + cosine) / 2`` of mean image and mean question state (FuzzyRoE, mapped to [0, 1]); 0 without an image."""
     cosine = F.cosine_similarity(summary.image_mean.unsqueeze(1), summary.text_mean, dim=-1)
-    return (1 + cosine) / 2 * summary.has_image
+    return ((1 + cosine) / 2 * summary.has_image).clamp(0, 1)
 
 
 def image_dispersion(summary: Summary) -> Tensor:
     """``1 - |mean of unit states|`` over image positions: 0 if all point one way, near 1 if they scatter."""
-    return ((1 - summary.image_direction.norm(dim=-1, keepdim=True)) * summary.has_image).expand_as(
-        summary.question_length
-    )
+    dispersion = _dispersion(summary.image_direction).unsqueeze(1)
+    return (dispersion * summary.has_image).expand_as(summary.question_length)
 
 
 def text_dispersion(summary: Summary) -> Tensor:
     """``1 - |mean of unit states|`` over the positions of a question."""
-    return 1 - summary.text_direction.norm(dim=-1)
+    return _dispersion(summary.text_direction)
 
 
 def question_length(summary: Summary) -> Tensor:
@@ -105,9 +117,34 @@ def question_length(summary: Summary) -> Tensor:
     return (torch.log1p(summary.question_length) / math.log1p(MAX_QUESTION_LENGTH)).clamp(max=1)
 
 
+def edge_density(summary: Summary) -> Tensor:
+    """Share of pixels on an edge, mean over the images of a row (``image_statistics.edge_density``)."""
+    return _mean_statistic(summary, image_statistics.edge_density)
+
+
+def coding_cost(summary: Summary) -> Tensor:
+    """How badly the images compress, mean over those of a row (``image_statistics.coding_cost``)."""
+    return _mean_statistic(summary, image_statistics.coding_cost)
+
+
+def _mean_statistic(summary: Summary, statistic: Callable[[Tensor], Tensor]) -> Tensor:
+    """A statistic of the pixels for every turn, (B, T); 0 where there is no image or its pixels are unknown."""
+    if summary.pixel_values is None:
+        return torch.zeros_like(summary.question_length)
+    values = statistic(summary.pixel_values.flatten(0, -4)).to(summary.image_length.device)
+    return image_statistics.mean_over_images(values, summary.image_length).unsqueeze(1).expand_as(
+        summary.question_length
+    )
+
+
 def _entropy(states: Tensor) -> Tensor:
     log_probabilities = states.log_softmax(dim=-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1) / math.log(states.shape[-1])
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+    return (entropy / math.log(states.shape[-1])).clamp(0, 1)  # rounding passes the ends of the range
+
+
+def _dispersion(directions: Tensor) -> Tensor:
+    return (1 - directions.norm(dim=-1)).clamp(0, 1)
 
 
 FEATURES: dict[str, Callable[[Summary], Tensor]] = {
@@ -119,6 +156,8 @@ FEATURES: dict[str, Callable[[Summary], Tensor]] = {
         image_dispersion,
         text_dispersion,
         question_length,
+        edge_density,
+        coding_cost,
     )
 }
 """Features by name, each from a summary to values in [0, 1], (B, T); the names are antecedents in rule bases."""

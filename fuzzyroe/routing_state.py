@@ -28,6 +28,8 @@ class RoutingState:
             caller they are forced and no router is called.
         num_turns: Turns T that a router plans for; None lets it count them (one device transfer).
         skip_rate: Mean skip rate asked for, one number or one per example (B,); None uses the router's own budget.
+        pixel_values: Images of the batch in the order of its rows, (images, channels, H, W); only features that look at
+            pixels read them.
         summary: Pooled states that the features are computed from, filled by the router.
         features: Antecedents in [0, 1], (B, T, K), filled by the router.
         scores: Router scores, (B, T), filled by the router.
@@ -41,6 +43,7 @@ class RoutingState:
     keep_weights: Tensor | None = None
     num_turns: int | None = None
     skip_rate: Tensor | float | None = None
+    pixel_values: Tensor | None = None
     summary: Any = None
     features: Tensor | None = None
     scores: Tensor | None = None

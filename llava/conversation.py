@@ -76,8 +76,9 @@ class Conversation:
     def segments(self) -> Iterator[Segment]:
         """Yield the prompt in pieces that know their turn, and whether they are learned.
 
-        An answer's piece ends with the separator behind it, which the model learns as its end; what leads up to an
-        answer ("ASSISTANT:") belongs to the question.
+        An answer's piece begins with the blank before it, which some tokenizers make a token of its own, and ends with
+        the separator behind it; the model learns both. What leads up to it ("ASSISTANT:") belongs to the question, so
+        an open prompt ends exactly where the answer's piece begins.
         """
         if self.sep_style is SeparatorStyle.LLAMA_2:
             yield from self._llama_2_segments()
@@ -111,7 +112,7 @@ class Conversation:
         if text is None:
             return f"{role}:", None, ""
         ends_turn = is_answer and self.sep_style is SeparatorStyle.TWO
-        return f"{role}: ", text, (self.sep2 or self.sep) if ends_turn else self.sep
+        return f"{role}:", f" {text}", (self.sep2 or self.sep) if ends_turn else self.sep
 
     def _llama_2_segments(self) -> Iterator[Segment]:
         """Llama 2: the system prompt sits inside the first instruction, a new turn opens with the separator."""

@@ -32,6 +32,8 @@ class FuzzyRouter(Router):
         score_quantiles: Scores at equally spaced percentiles, non-decreasing, (Q,).
         budget_rates, budget_thresholds: Skip rates (G,) with the thresholds that meet them (G, L).
         skip_rate: Mean skip rate planned by default, ().
+        non_finite_turns: Turns that had a non-finite feature and hence kept every layer, counted on the device, ();
+            not saved.
     """
 
     def __init__(self, rule_base: FuzzyRuleBase, num_layers: int, num_budgets: int = 1) -> None:
@@ -51,9 +53,10 @@ class FuzzyRouter(Router):
         self.register_buffer("budget_rates", torch.zeros(num_budgets))
         self.register_buffer("budget_thresholds", torch.zeros(num_budgets, num_layers))
         self.register_buffer("skip_rate", torch.zeros(()))
+        self.register_buffer("non_finite_turns", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
-        """Fill ``routing`` with summary, features, scores and keep weights.
+        """Fill ``routing`` with summary, features, scores and keep weights; a non-finite feature keeps every layer.
 
         Args:
             hidden_states: States before the first decoder layer, (B, N, D).
@@ -63,7 +66,10 @@ class FuzzyRouter(Router):
         raw = compute_features(routing.summary, self.antecedents)  # (B, T, K)
         routing.features = self.scale(raw)
         routing.scores = self.rules(routing.features)  # (B, T)
-        routing.keep_weights = self.keep_weights(routing.scores, routing.skip_rate)
+        is_broken = ~(raw.abs().amax(dim=-1) < torch.inf)  # (B, T)
+        self.non_finite_turns += is_broken.sum()
+        planned = self.keep_weights(routing.scores, routing.skip_rate)
+        routing.keep_weights = planned.masked_fill(is_broken.unsqueeze(-1), 1.0)
 
     def scale(self, raw_features: Tensor) -> Tensor:
         """Map raw features to [0, 1] by the calibrated range, (..., K)."""
@@ -72,20 +78,22 @@ class FuzzyRouter(Router):
     def percentiles(self, scores: Tensor) -> Tensor:
         """Share of calibration examples with a lower score, in [0, 1], same shape."""
         quantiles = self.score_quantiles
-        right = torch.searchsorted(quantiles, scores.contiguous(), right=True).clamp(1, len(quantiles) - 1)
-        left_value, right_value = quantiles[right - 1], quantiles[right]
-        share = (scores - left_value) / (right_value - left_value).clamp(min=1e-12)
-        return (right - 1 + share.clamp(0, 1)) / (len(quantiles) - 1)
+        cell = torch.searchsorted(quantiles[1:-1], scores.contiguous(), right=True)  # 0 .. Q - 2
+        left, right = quantiles.unfold(0, 2, 1)[cell].unbind(dim=-1)
+        share = ((scores - left) / (right - left).clamp(min=1e-12)).clamp(0, 1)
+        return (cell + share) / (len(quantiles) - 1)
 
     def thresholds(self, skip_rate: Tensor | float | None = None) -> Tensor:
         """Thresholds of all layers for one budget or several, (L,) or (B, L)."""
         rate = self.skip_rate if skip_rate is None else torch.as_tensor(skip_rate, device=self.budget_rates.device)
         if len(self.budget_rates) == 1:
             return self.budget_thresholds[0].expand(*rate.shape, -1)
-        right = torch.searchsorted(self.budget_rates, rate.float().contiguous()).clamp(1, len(self.budget_rates) - 1)
-        low, high = self.budget_rates[right - 1], self.budget_rates[right]
-        share = ((rate - low) / (high - low)).clamp(0, 1).unsqueeze(-1)
-        return torch.lerp(self.budget_thresholds[right - 1], self.budget_thresholds[right], share)
+        flat = rate.reshape(-1).float()  # indexing by a tensor without dimensions would wait for the device
+        cell = torch.searchsorted(self.budget_rates[1:-1], flat)
+        low, high = self.budget_rates.unfold(0, 2, 1)[cell].unbind(dim=-1)
+        share = ((flat - low) / (high - low)).clamp(0, 1).unsqueeze(-1)
+        thresholds = torch.lerp(self.budget_thresholds[cell], self.budget_thresholds[cell + 1], share)
+        return thresholds.view(*rate.shape, -1)
 
     def keep_weights(self, scores: Tensor, skip_rate: Tensor | float | None = None) -> Tensor:
         """Keep weights, 0 or 1, (B, T, L), of scores (B, T) under a budget for all or one per example (B,)."""
@@ -109,5 +117,9 @@ class FuzzyRouter(Router):
 
     def _apply(self, fn, recurse: bool = True) -> FuzzyRouter:
         """Move with the model, but stay in float32: a score quantile rounded to bfloat16 would shift plans."""
-        super()._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(fn(tensor).device), recurse)
-        return self
+
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)

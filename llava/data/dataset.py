@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from llava.conversation import get_template
 from llava.data.image_files import open_rgb
 from llava.data.preprocess import encode_conversation
-from llava.data.records import ImageFileError, Record, RecordError, RecordFile, resolve_image
+from llava.data.records import DataError, ImageFileError, Record, RecordError, RecordFile, resolve_image
 from llava.mm_utils import process_images
 
 
@@ -62,13 +62,14 @@ class SFTDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: ``input_ids``, ``labels``, ``turn_ids`` (N,) and ``pixel_values`` (images, 3, H, W) or None."""
         record = self.records[index]
-        encoded = encode_conversation(
-            record.turns, self.tokenizer, self.template, self.num_image_tokens, self.image_token_id, self.max_length
-        )
+        image = (self.num_image_tokens, self.image_token_id)
+        try:
+            encoded = encode_conversation(record.turns, self.tokenizer, self.template, *image, self.max_length)
+        except DataError as error:
+            raise self._error(record, str(error)) from error
         if not encoded.num_trained:
-            raise RecordError(
-                f"{self.records.path}: record {record.index} (id {record.id!r}) has no answer within "
-                f"{self.max_length} tokens; raise --model_max_length or drop the record."
+            raise self._error(
+                record, f"no answer within {self.max_length} tokens; raise --model_max_length or drop the record."
             )
         return {
             "input_ids": tensor(encoded.input_ids),
@@ -91,5 +92,8 @@ class SFTDataset(Dataset):
             try:
                 images.append(open_rgb(resolve_image(self.image_folder, relative)))
             except ImageFileError as error:
-                raise RecordError(f"{self.records.path}: record {record.index} (id {record.id!r}): {error}") from error
+                raise self._error(record, str(error)) from error
         return process_images(images, self.image_processor, self)
+
+    def _error(self, record: Record, problem: str) -> RecordError:
+        return RecordError(f"{self.records.path}: record {record.index} (id {record.id!r}): {problem}")

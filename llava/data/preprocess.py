@@ -12,7 +12,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.data.records import Turn
+from llava.data.records import DataError, Turn
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EncodedConversation:
         input_ids: Token ids after image expansion, N.
         labels: Token ids where learned, ``IGNORE_INDEX`` elsewhere, N.
         turn_ids: 0 up to and including the first question's last image token (the system prompt where there is no
-            image), then the number of the turn, N.
+            image) and at every other image token, else the number of the turn, N.
         is_truncated: Whether turns or tokens were cut to fit the maximum length.
     """
 
@@ -58,7 +58,7 @@ def encode_conversation(
     """Render, tokenize and mark one conversation.
 
     Args:
-        turns: Questions with their answers; ``<image>`` marks images in questions.
+        turns: Questions with their answers; ``<image>`` marks images in questions. A single marker goes first.
         tokenizer: A fast tokenizer (it must give character offsets).
         template: Empty conversation of the wanted template.
         num_image_tokens: Positions one image takes.
@@ -70,27 +70,19 @@ def encode_conversation(
         The encoded conversation.
 
     Raises:
-        ValueError: If the tokenizer gives no offsets, or if an image does not fit ``max_length``.
+        DataError: If an image does not fit ``max_length``.
+        ValueError: If the tokenizer gives no offsets.
     """
     conversation = template.copy()
     for turn in turns:
-        conversation.append_message(conversation.roles[0], turn.question)
+        conversation.append_message(conversation.roles[0], _marker_first(turn.question))
         conversation.append_message(conversation.roles[1], turn.answer)
-    text, spans = _render(conversation)
     ids, labels, turn_ids = [], [], []
-    tokens = _tokenize(text, tokenizer)
-    last_image = max((i for i, token in enumerate(tokens) if token.id is None), default=-1)
-    for index, token in enumerate(tokens):
-        turn, is_answer = _lookup(spans, token)
-        if token.id is None:
-            ids += [image_token_id] * num_image_tokens
-            labels += [IGNORE_INDEX] * num_image_tokens
-            turn_ids += [0] * num_image_tokens
-            continue
-        in_prefix = turn == 1 and index < last_image and not is_answer
-        ids.append(token.id)
-        labels.append(token.id if is_answer else IGNORE_INDEX)
-        turn_ids.append(0 if in_prefix else turn)
+    for token_id, turn, is_answer in _marked_tokens(conversation, tokenizer):
+        count = num_image_tokens if token_id is None else 1
+        ids += [image_token_id if token_id is None else token_id] * count
+        labels += [token_id if is_answer else IGNORE_INDEX] * count
+        turn_ids += [turn] * count
     return _truncate(ids, labels, turn_ids, image_token_id, max_length)
 
 
@@ -98,16 +90,36 @@ def encode_prompt(
     conversation: Conversation, tokenizer: Any, num_image_tokens: int, image_token_id: int
 ) -> tuple[list[int], list[int]]:
     """Token ids and turn ids of a conversation whose last answer is open; a prefix of its training encoding."""
+    ids, turn_ids = [], []
+    for token_id, turn, _ in _marked_tokens(conversation, tokenizer):
+        count = num_image_tokens if token_id is None else 1
+        ids += [image_token_id if token_id is None else token_id] * count
+        turn_ids += [turn] * count
+    return ids, turn_ids
+
+
+def _marker_first(question: str) -> str:
+    """Move the one image marker of a question to its front, where evaluation puts it (LLaVA's preprocess_multimodal).
+
+    LLaVA's mixture writes many of them last. A question of several images keeps its order, which it may refer to.
+    """
+    if question.count(DEFAULT_IMAGE_TOKEN) != 1:
+        return question
+    text = question.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    return f"{DEFAULT_IMAGE_TOKEN}\n{text}".strip()
+
+
+def _marked_tokens(conversation: Conversation, tokenizer: Any) -> list[tuple[int | None, int, bool]]:
+    """Token id (None for an image), turn and whether it is learned, for every token of a conversation."""
     text, spans = _render(conversation)
     tokens = _tokenize(text, tokenizer)
-    last_image = max((i for i, token in enumerate(tokens) if token.id is None), default=-1)
-    ids, turn_ids = [], []
-    for index, token in enumerate(tokens):
-        turn, _ = _lookup(spans, token)
-        count = num_image_tokens if token.id is None else 1
-        ids += [image_token_id if token.id is None else token.id] * count
-        turn_ids += [0 if token.id is None or (turn == 1 and index < last_image) else turn] * count
-    return ids, turn_ids
+    places = [_lookup(spans, token) for token in tokens]
+    first_images = (i for i, token in enumerate(tokens) if token.id is None and places[i][0] == 1)
+    prefix_end = max(first_images, default=-1)
+    return [
+        (token.id, 0 if token.id is None or index <= prefix_end else turn, is_answer and token.id is not None)
+        for index, (token, (turn, is_answer)) in enumerate(zip(tokens, places, strict=True))
+    ]
 
 
 def _render(conversation: Conversation) -> tuple[str, list[tuple[int, int, bool]]]:
@@ -159,7 +171,7 @@ def _truncate(
         return EncodedConversation(ids, labels, turn_ids)
     if image_token_id in ids[max_length:]:
         last_image = len(ids) - ids[::-1].index(image_token_id)
-        raise ValueError(
+        raise DataError(
             f"The image tokens end at position {last_image}, beyond model_max_length {max_length}; raise "
             "--model_max_length or drop the sample."
         )

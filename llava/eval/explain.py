@@ -76,7 +76,7 @@ def explain_question(
     router = _find_router(checkpoint)
     set_budget(model, float(router.skip_rate) if skip_rate is None else skip_rate)
     inputs = _encode(checkpoint, question, image, template)
-    routing = prompt_routing(inputs["input_ids"], inputs["attention_mask"], model.config.image_token_index)
+    routing = prompt_routing(image_token_id=model.config.image_token_index, **inputs)
     model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
     raw_features = compute_features(routing.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()

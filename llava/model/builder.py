@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import cached_file
 
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers import get_router_class
@@ -69,7 +70,7 @@ def load_checkpoint(
     # Under ZeRO-3 a model keeps key conversions and would reverse them on saving, into names that others cannot read.
     model.__dict__.pop("_weight_conversions", None)
     if routing is not None:
-        _load_routing(model, Path(path), routing)
+        _load_routing(model, path, routing)
     tokenizer = AutoTokenizer.from_pretrained(path)
     processor = CLIPImageProcessorPil.from_pretrained(path)
     return Checkpoint(model, tokenizer, processor, path, weights_path, routing)
@@ -122,12 +123,12 @@ def load_pretrained_model(
     return checkpoint.tokenizer, model, checkpoint.image_processor, model.config.text_config.max_position_embeddings
 
 
-def _load_routing(model: LlavaForConditionalGeneration, folder: Path, routing: FuzzyRoEConfig) -> None:
-    rule_base = load_rule_base(folder / routing.rule_base)
+def _load_routing(model: LlavaForConditionalGeneration, path: str, routing: FuzzyRoEConfig) -> None:
+    rule_base = load_rule_base(cached_file(path, routing.rule_base))
     num_layers = model.config.text_config.num_hidden_layers
     router = get_router_class(routing.router)(rule_base, num_layers, routing.num_budgets)
     attach_routing(model, router, routing.adapter_width)
-    load_routing_state_dict(model, load_routing(folder / ROUTING_FILE))
+    load_routing_state_dict(model, load_routing(cached_file(path, ROUTING_FILE)))
 
 
 def _resolve_base(path: str, base_model: str) -> str:

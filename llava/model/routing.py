@@ -46,13 +46,16 @@ def set_budget(model: LlavaForConditionalGeneration, skip_rate: float | None) ->
     router.enabled = skip_rate is not None
 
 
-def prompt_routing(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> RoutingState:
+def prompt_routing(
+    input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, pixel_values: Tensor | None = None
+) -> RoutingState:
     """The routing state of prompts: what follows the last image token is the question.
 
     Args:
         input_ids: Token ids with images expanded, (B, N).
         attention_mask: 0 at padding, (B, N); None for none.
         image_token_id: Token id of image positions.
+        pixel_values: Their images, (images, 3, H, W); None for none.
 
     Returns:
         A hard state with one turn per example, still to be planned.
@@ -62,15 +65,16 @@ def prompt_routing(input_ids: Tensor, attention_mask: Tensor | None, image_token
     images_from_here = image_mask.flip(1).cumsum(1).flip(1)  # (B, N), image positions at or behind each position
     question_mask = is_token & (images_from_here == 0)
     turn_ids = question_mask.long() - (~is_token).long()
-    return RoutingState(turn_ids, image_mask, question_mask, "hard", num_turns=1)
+    return RoutingState(turn_ids, image_mask, question_mask, "hard", num_turns=1, pixel_values=pixel_values)
 
 
 def _describe_prompt(llava_model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook: at prefill, tell the router where image and question are, which only token ids know."""
-    router = find_decoder(llava_model).router
+    router = getattr(find_decoder(llava_model), "router", None)  # None once detached
     input_ids = kwargs.get("input_ids")
-    is_silent = llava_model.training or not router.enabled or kwargs.get("routing") is not None
+    is_silent = llava_model.training or not getattr(router, "enabled", False) or kwargs.get("routing") is not None
     if is_silent or input_ids is None or has_started(kwargs.get("past_key_values")):
         return None
-    state = prompt_routing(input_ids, kwargs.get("attention_mask"), llava_model.config.image_token_index)
+    image_token_id, pixel_values = llava_model.config.image_token_index, kwargs.get("pixel_values")
+    state = prompt_routing(input_ids, kwargs.get("attention_mask"), image_token_id, pixel_values)
     return args, {**kwargs, "routing": state}

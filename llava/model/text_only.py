@@ -24,7 +24,8 @@ class TextOnlySafeLlavaModel(LlavaModel):
             size = self.config.vision_config.image_size
             blank = torch.zeros(1, 3, size, size, dtype=embeddings.dtype, device=embeddings.device)
             features = torch.cat(list(self.get_image_features(blank, return_dict=True).pooler_output))
-            return super().forward(**{**kwargs, "inputs_embeds": embeddings + 0 * features.sum()})
+            # zero before the sum: features summed first overflow float16, and 0 * inf is nan
+            return super().forward(**{**kwargs, "inputs_embeds": embeddings + (0 * features).sum()})
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
 
 

@@ -14,6 +14,9 @@ from llava.constants import IGNORE_INDEX
 def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
     """Where turns, images and questions are; nothing is planned yet.
 
+    Without an image the system prompt is read as part of the first question, as ``prompt_routing`` does at inference:
+    there only token ids are known, and nothing but an image ends the prefix.
+
     Args:
         inputs: Batch with ``input_ids``, ``labels`` and ``turn_ids``, (B, N).
         image_token_id: Token id of image positions.
@@ -23,10 +26,10 @@ def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
     """
     turn_ids = inputs["turn_ids"]
     image_mask = inputs["input_ids"] == image_token_id
+    has_image = image_mask.any(dim=1, keepdim=True)
+    turn_ids = turn_ids.masked_fill((turn_ids == 0) & ~has_image, 1)
     question_mask = (turn_ids > 0) & (inputs["labels"] == IGNORE_INDEX) & ~image_mask
-    return RoutingState(
-        turn_ids, image_mask, question_mask, "soft", num_turns=max(int(turn_ids.max()), 1)
-    )
+    return RoutingState(turn_ids, image_mask, question_mask, "soft", num_turns=max(int(turn_ids.max()), 1))
 
 
 class BudgetedRouting:

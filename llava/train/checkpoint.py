@@ -24,9 +24,7 @@ from llava.train.stages import Stage
 BACKBONE_PARTS = ("vision_tower", "projector", "decoder")
 
 
-def save_stage(
-    trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: Path, summary: dict[str, Any]
-) -> None:
+def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: Path, summary: dict[str, Any]) -> None:
     """Write a stage's checkpoint; call on all ranks.
 
     The folder holds ``config.json`` with a ``fuzzyroe`` block, the rule base, ``routing.safetensors``, tokenizer and

@@ -16,6 +16,9 @@ from llava.train.stages import Stage, get_stage
 
 MIN_FREE_BYTES = 64 * 2**20
 
+MIN_CALIBRATION_SAMPLES = 8
+"""One for each bin of scores that ``fuzzyroe.calibrate.calibrate_router`` makes."""
+
 
 class StageInputError(ValueError):
     """Input that a stage cannot run on; the message names it and the remedy."""
@@ -43,8 +46,10 @@ def check_inputs(
         raise StageInputError(
             "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
         )
+    records = RecordFile(data_args.data_path)
     if not training_args.skip_data_check:
-        _check_records(data_args)
+        _check_records(records, data_args.image_folder)
+    _check_number(len(records), stage, routing_args, training_args.world_size)
 
 
 def _check_model(model_path: str) -> list[Path]:
@@ -56,7 +61,9 @@ def _check_model(model_path: str) -> list[Path]:
         config, _ = LlavaConfig.get_config_dict(model_path)
     except OSError as error:
         if folder.exists():
-            raise StageInputError(f"{folder / 'config.json'} cannot be read ({error}); write the checkpoint again.") from error
+            raise StageInputError(
+                f"{folder / 'config.json'} cannot be read ({error}); write the checkpoint again."
+            ) from error
         raise StageInputError(
             f"--model_name_or_path {model_path} is no folder, and its configuration cannot be had from the hub either; "
             "name a checkpoint folder, as an earlier stage writes it, or a hub id (owner/name)."
@@ -122,13 +129,25 @@ def _check_deepspeed(training_args: LlavaTrainingArguments, stage: Stage) -> Non
         )
 
 
-def _check_records(data_args: DataArguments) -> None:
+def _check_number(found: int, stage: Stage, routing_args: RoutingArguments, world_size: int) -> None:
+    """Calibration needs samples in every bin of scores and, for each of its passes, on every process."""
+    if not stage.calibrates:
+        return
+    asked = {name: getattr(routing_args, name) for name in ("calibration_samples", "order_samples", "score_samples")}
+    for name, number in asked.items():
+        usable = min(found, number) // world_size * world_size
+        needed = MIN_CALIBRATION_SAMPLES if name == "calibration_samples" else world_size
+        if usable < needed:
+            raise StageInputError(
+                f"Stage {stage.name} would calibrate on {usable} samples ({found} records, --{name} {number}, "
+                f"{world_size} processes); at least {needed} are needed. Give more."
+            )
+
+
+def _check_records(records: RecordFile, image_folder: str) -> None:
     """Read every record and look every image up (the files are opened by ``fuzzyroe check-data --decode``)."""
-    if not Path(data_args.image_folder).is_dir():
-        raise StageInputError(f"--image_folder {data_args.image_folder} is not a folder; name the one images lie in.")
-    records = RecordFile(data_args.data_path)
-    if not len(records):
-        raise StageInputError(f"{records.path} holds no records; choose another --data_path.")
+    if not Path(image_folder).is_dir():
+        raise StageInputError(f"--image_folder {image_folder} is not a folder; name the one images lie in.")
     known: set[str] = set()
     for record in records:
         for relative in record.images:
@@ -136,7 +155,7 @@ def _check_records(data_args: DataArguments) -> None:
                 continue
             known.add(relative)
             try:
-                path = resolve_image(data_args.image_folder, relative)
+                path = resolve_image(image_folder, relative)
             except ValueError as error:
                 raise StageInputError(f"{records.path}: record {record.index} (id {record.id!r}): {error}") from error
             if not path.stat().st_size:

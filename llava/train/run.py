@@ -54,10 +54,10 @@ def run_stage(
     training_args.output_dir = str(output.with_name(output.name + ".partial"))
     if training_args.deepspeed:
         init_engine_communication()
-    set_seed(training_args.seed)
     checkpoint = load_checkpoint(
         model_args.model_name_or_path, torch_dtype(training_args), model_args.attn_implementation
     )
+    set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
     if stage.routing != "off" and checkpoint.routing is None:
         _attach_new_router(checkpoint, routing_args)
     make_text_only_safe(checkpoint.model)
@@ -114,6 +114,7 @@ def _build_trainer(
     training_args: LlavaTrainingArguments,
 ) -> LlavaTrainer:
     config = checkpoint.model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio  # saved, so that evaluation prepares images alike
     dataset = SFTDataset(
         data_args.data_path,
         data_args.image_folder,

@@ -87,7 +87,8 @@ train_stage() { # stage, model, data, output, flags...
     command -v deepspeed >/dev/null ||
       fail "DeepSpeed is not installed in this environment; run pip install 'fuzzyroe[train]' and start again."
     [[ -n "${SKIP_DATA_CHECK:-}" ]] ||
-      "$PYTHON" -c "from llava.cli import main; main()" check-data "$data" --image-folder "$IMAGE_FOLDER" --version "$VERSION"
+      "$PYTHON" -c "from llava.cli import main; main()" check-data \
+        "$data" --image-folder "$IMAGE_FOLDER" --version "$VERSION"
     port="$(choose_port "$port")"
   fi
   say "$stage: $NUM_RANKS processes, global batch $GLOBAL_BATCH, into $output"

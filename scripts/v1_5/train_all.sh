@@ -11,7 +11,7 @@
 #   OUTPUT          prefix of the three folders (default: checkpoints/fuzzyroe-7b)
 #   SPLIT           shares of the data (default: router=0.066,adapter=0.3,finetune=0.5)
 #
-# Further variables: scripts/v1_5/stage.sh.
+# Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py in every stage.
 set -euo pipefail
 
 FUZZYROE_EXTRAS="train"
@@ -27,6 +27,6 @@ run "$PYTHON" random_drop.py --input "$DATA_PATH" --output "$parts/data.json" --
   --split "${SPLIT:-router=0.066,adapter=0.3,finetune=0.5}"
 model="${MODEL_PATH:-llava-hf/llava-1.5-7b-hf}"
 for stage in router adapter finetune; do
-  MODEL_PATH="$model" DATA_PATH="$parts/data.$stage.json" OUTPUT="$OUTPUT-$stage" bash "scripts/v1_5/$stage.sh"
+  MODEL_PATH="$model" DATA_PATH="$parts/data.$stage.json" OUTPUT="$OUTPUT-$stage" bash "scripts/v1_5/$stage.sh" "$@"
   model="$OUTPUT-$stage"
 done

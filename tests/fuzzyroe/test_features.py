@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fuzzyroe import image_statistics
 from fuzzyroe.features import FEATURES, MAX_QUESTION_LENGTH, compute_features, summarise
 from fuzzyroe.routing_state import RoutingState
 
@@ -151,3 +152,29 @@ def test_columns_come_in_the_order_of_the_names(states: Tensor) -> None:
 def test_an_unknown_feature_is_named_with_the_known_ones(states: Tensor) -> None:
     with pytest.raises(KeyError, match="Feature 'brightness' is unknown.*image_entropy"):
         compute_features(summarise(states, make_state()), ("brightness",))
+
+
+def test_image_statistics_are_means_over_the_images_of_a_row(states: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, 3, 8, 8, generator=generator) * torch.tensor([0.01, 0.1, 1.0]).view(3, 1, 1, 1)
+    rows = ("siiii11aaa", "s11aaaaaaa", "sii11aaaaa")  # two images, none, one
+    state = make_state(rows)
+    state.pixel_values = pixels
+    names = ("edge_density", "coding_cost")
+    values = compute_features(summarise(states, state), names)  # (B, T, 2)
+    for column, name in enumerate(names):
+        alone = getattr(image_statistics, name)(pixels)
+        assert 0 < alone[0] < alone[1] < alone[2] <= 1
+        expected = torch.stack([alone[:2].mean(), torch.zeros(()), alone[2]])
+        torch.testing.assert_close(values[:, 0, column], expected)
+
+
+def test_without_pixels_image_statistics_are_zero(states: Tensor) -> None:
+    assert not compute_features(summarise(states, make_state()), ("edge_density", "coding_cost")).any()
+
+
+def test_pixels_are_looked_at_only_where_a_feature_asks_for_them(states: Tensor) -> None:
+    state = make_state()
+    state.pixel_values = torch.zeros(2, 3, 8, 8, device="meta")  # any use of its values would fail
+    names = tuple(name for name in NAMES if name not in ("edge_density", "coding_cost"))
+    compute_features(summarise(states, state), names)

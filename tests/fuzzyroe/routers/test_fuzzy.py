@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,8 +61,6 @@ def test_an_unknown_router_is_named_with_the_known_ones() -> None:
 
 
 def test_an_antecedent_that_is_no_feature_is_named(rule_base: FuzzyRuleBase) -> None:
-    from dataclasses import replace
-
     variables = (replace(rule_base.antecedents[0], name="brightness"), *rule_base.antecedents[1:])
     with pytest.raises(KeyError, match="antecedent 'brightness', which is no feature"):
         FuzzyRouter(replace(rule_base, antecedents=variables), NUM_LAYERS)
@@ -89,6 +89,7 @@ def test_plan_fills_the_state(router: FuzzyRouter) -> None:
     assert routing.features.min() >= 0 and routing.features.max() <= 1
     assert torch.equal(routing.scores, router.rules(routing.features))
     assert torch.equal(routing.keep_weights, router.keep_weights(routing.scores))
+    assert set(routing.keep_weights.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_a_plan_ignores_the_neighbours_of_an_example(router: FuzzyRouter) -> None:
@@ -108,6 +109,7 @@ def test_non_finite_states_keep_every_layer_and_spare_the_neighbours(
     router: FuzzyRouter, value: float, position: int
 ) -> None:
     router.set_budget(0.5)
+    router.score_quantiles.copy_(torch.linspace(0, 2, 257).clamp(max=1))  # half of the examples share the top score
     states, expected = make_batch()
     router.plan(states, expected)
     broken, routing = make_batch()
@@ -116,6 +118,17 @@ def test_non_finite_states_keep_every_layer_and_spare_the_neighbours(
     assert routing.keep_weights[1].all() and torch.isfinite(routing.scores).all()
     assert torch.equal(routing.keep_weights[[0, 2]], expected.keep_weights[[0, 2]])
     assert not expected.keep_weights.all()
+
+
+def test_turns_with_a_non_finite_feature_are_counted_and_not_saved(router: FuzzyRouter) -> None:
+    states, routing = make_batch()
+    router.plan(states, routing)
+    assert int(router.non_finite_turns) == 0
+    states[0] = torch.nan
+    for _ in range(2):
+        router.plan(states, make_batch()[1])
+    assert int(router.non_finite_turns) == 2 * routing.keep_weights.shape[1]
+    assert "non_finite_turns" not in router.state_dict()
 
 
 def test_percentiles_count_the_calibration_scores_below(router: FuzzyRouter) -> None:
@@ -131,7 +144,7 @@ def test_percentiles_count_the_calibration_scores_below(router: FuzzyRouter) -> 
 def test_scores_that_many_examples_share_get_their_upper_percentile(router: FuzzyRouter) -> None:
     router.score_quantiles.copy_(torch.linspace(0, 1, 257).clamp(0.25, 0.5))
     found = router.percentiles(torch.tensor([0.24, 0.25, 0.375, 0.5, 0.51]))
-    assert found.tolist() == pytest.approx([0, 0.25, 0.375, 1, 1])
+    assert found.tolist() == pytest.approx([0, 0.25, 0.375, 1, 1], abs=1 / 256)
 
 
 def test_the_requested_rate_is_met_on_uniform_percentiles(router: FuzzyRouter) -> None:
@@ -193,8 +206,8 @@ def test_changing_one_term_of_the_scikit_fuzzy_system_changes_the_router(
     moved = FuzzyRouter(rule_base, NUM_LAYERS)
     assert moved.rules.knots[1].tolist() == pytest.approx([0, 0.3, 1])
     assert torch.equal(moved.rules.knots[[0, 2]], plain.rules.knots[[0, 2]])
-    features = torch.tensor([0.5, 0.3, 0.5])
-    assert abs(moved.rules(features) - plain.rules(features)) > 0.02
+    features = torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3)
+    assert (moved.rules(features) - plain.rules(features)).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -1,0 +1,293 @@
+#!/usr/bin/env python
+"""What the fuzzy router costs, how exact it is, and how much its calibration recovers, in one run.
+
+    python scripts/bench/router.py --check --json router.json       about two minutes on one CPU core; no model, no data
+    python scripts/bench/router.py --quick                          fewer repeats, under a minute
+
+Times are CPU time of this process on one thread, medians over blocks of calls that take turns; only ratios of times
+carry over to other machines. Each line has a bar; with --check the exit status is 1 if one is not met, and the line is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import nn
+
+from fuzzyroe.calibrate import Measurements, calibrate_router
+from fuzzyroe.features import FEATURES
+from fuzzyroe.routers.fuzzy import FuzzyRouter
+from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.rules import Consequent, FuzzyRuleBase, LinguisticVariable, compile_rule_base, load_rule_base, oracle
+from fuzzyroe.rules.compat import BORDERS
+from fuzzyroe.rules.isotonic import project_missing
+
+NUM_LAYERS, BATCH, WIDTH, TOKENS = 32, 64, 4096, 640
+THREE_TERMS = ("low", "medium", "high")
+EQUAL_MASS = (1 / 6, 1 / 2, 5 / 6)
+"""Knots at which three terms share uniform features equally."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured number with its bar.
+
+    Attributes:
+        name: What was measured.
+        value: The number.
+        bar: What it must not exceed; None if it only stands beside others.
+        unit: Unit of both.
+    """
+
+    name: str
+    value: float
+    bar: float | None = None
+    unit: str = ""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bar is met."""
+        return self.bar is None or self.value <= self.bar
+
+    def __str__(self) -> str:
+        bar = "" if self.bar is None else f"  bar {self.bar:g}{self.unit}  {'met' if self.is_met else 'NOT MET'}"
+        return f"{self.name:<78} {self.value:>11.4g}{self.unit}{bar}"
+
+
+def median_seconds(repeats: int, block: int, **calls: Callable[[], Any]) -> dict[str, float]:
+    """Median CPU seconds of each call; blocks of calls take turns, and the first call of a block is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            call()
+            started = time.process_time()
+            for _ in range(block):
+                call()
+            times[name].append((time.process_time() - started) / block)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def calibrated_router() -> FuzzyRouter:
+    """A router with a full table of budgets, set to skip 0.3."""
+    return calibrate_router(load_rule_base("default"), planted_measurements(), NUM_LAYERS, 0.3)[0].eval()
+
+
+def published_loop(points: list[list[float]], rules: list[tuple[tuple[int, ...], float]]) -> list[float]:
+    """Score elements as published: one by one, box by box, else by the two nearest centres."""
+    centres = [[(BORDERS[level] + BORDERS[level + 1]) / 2 for level in levels] for levels, _ in rules]
+    scores = []
+    for point in points:
+        for levels, value in rules:
+            if all(BORDERS[k] <= x < BORDERS[k + 1] for x, k in zip(point, levels, strict=True)):
+                scores.append(value)
+                break
+        else:
+            distances = [sum((x - c) ** 2 for x, c in zip(point, centre, strict=True)) ** 0.5 for centre in centres]
+            (d1, v1), (d2, v2) = sorted(zip(distances, (value for _, value in rules), strict=True))[:2]
+            scores.append((d2 * v1 + d1 * v2) / (d1 + d2))
+    return scores
+
+
+@torch.no_grad()
+def time_decisions(repeats: int) -> list[Line]:
+    """All layers of a batch, features given, beside linear routers, the published loop and scikit-fuzzy."""
+    router = calibrated_router()
+    linears = [nn.Linear(2 * WIDTH, 2) for _ in range(NUM_LAYERS)]
+    states, raw = torch.randn(BATCH, 2 * WIDTH), torch.rand(BATCH, 1, 3)
+    table = load_rule_base("published_raw").table
+    rules = [(cell, float(table[cell])) for cell in map(tuple, np.argwhere(~np.isnan(table)).tolist())]
+    points = raw[:, 0].tolist()
+    names = list(router.antecedents)
+    system = oracle.to_control_system(router.rule_base)
+    fast = median_seconds(
+        repeats,
+        10,
+        fuzzy=lambda: router.keep_weights(router.rules(router.scale(raw))),
+        linear=lambda: [linear(states).softmax(dim=-1) for linear in linears],
+    )
+    slow = median_seconds(
+        max(2, repeats // 20),
+        1,
+        loop=lambda: published_loop(points, rules),
+        skfuzzy=lambda: oracle.evaluate(system, np.array(points), names, "execute_weight"),
+    )
+    return [
+        Line(
+            f"decisions of {NUM_LAYERS} layers, B = {BATCH}, features given, of {NUM_LAYERS} x (Linear({2 * WIDTH}, 2) "
+            "+ softmax)",
+            100 * fast["fuzzy"] / fast["linear"],
+            5.0,
+            " %",
+        ),
+        Line("  fuzzy router, all layers", 1e3 * fast["fuzzy"], unit=" ms"),
+        Line(f"  {NUM_LAYERS} linear routers", 1e3 * fast["linear"], unit=" ms"),
+        Line(f"  published loop over elements, per layer x {NUM_LAYERS}", 1e3 * NUM_LAYERS * slow["loop"], unit=" ms"),
+        Line(f"  scikit-fuzzy, per layer x {NUM_LAYERS}", 1e3 * NUM_LAYERS * slow["skfuzzy"], unit=" ms"),
+    ]
+
+
+@torch.no_grad()
+def time_planning(repeats: int) -> list[Line]:
+    """Features and decisions of one prompt beside the decoder layers that they decide about."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    router = calibrated_router()
+    states = torch.randn(1, TOKENS, WIDTH)
+    image = (torch.arange(TOKENS) < 576).unsqueeze(0)
+
+    def plan() -> None:
+        router.plan(states, RoutingState((~image).long(), image, ~image, "hard", num_turns=1))
+
+    planning = median_seconds(10, 5, plan=plan)["plan"]
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=11008, num_attention_heads=32)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, layer_idx=0)
+    layer = layer.to_empty(device="cpu").eval()
+    for parameter in layer.parameters():
+        parameter.fill_(1e-3)
+    rotary = LlamaRotaryEmbedding(config)(states, torch.arange(TOKENS).unsqueeze(0))
+    forward = median_seconds(repeats, 1, layer=lambda: layer(states, position_embeddings=rotary))["layer"]
+    share = 100 * planning / (NUM_LAYERS * forward)
+    return [
+        Line(f"router with its features, one prompt, of {NUM_LAYERS} decoder layers", share, 1.0, " %"),
+        Line("  features and decisions", 1e3 * planning, unit=" ms"),
+        Line(f"  one decoder layer, width {WIDTH}, {TOKENS} tokens", 1e3 * forward, unit=" ms"),
+    ]
+
+
+def planted_measurements() -> Measurements:
+    """500 examples whose losses grow with their first feature, as forward passes would measure them."""
+    rng = np.random.default_rng(0)
+    features = rng.random((500, len(FEATURES)))
+    increase = np.exp(2 * features[:, :1] - 1) * np.linspace(0, 1, NUM_LAYERS // 2 + 1) ** 2
+    losses = 0.5 + increase + 0.05 * rng.standard_normal(increase.shape)
+    order = list(range(1, NUM_LAYERS // 2 + 1))
+    return Measurements(tuple(FEATURES), features, losses, order, rng.random((4096, len(FEATURES))))
+
+
+def time_fit() -> list[Line]:
+    """The whole fit of a router to measured examples: knots, 27 consequents, quantiles, L thresholds per budget."""
+    base, measured = load_rule_base("default"), planted_measurements()
+    seconds = median_seconds(3, 1, fit=lambda: calibrate_router(base, measured, NUM_LAYERS, 0.3))["fit"]
+    return [Line(f"fit of 27 consequents and {NUM_LAYERS} layers to 500 examples", seconds, 1.0, " s")]
+
+
+@torch.no_grad()
+def firing_error(count: int = 10_000) -> list[Line]:
+    """Largest difference of firing strengths between the float32 module and scikit-fuzzy."""
+    rule_base = load_rule_base("default").interpolate()
+    points = np.random.default_rng(0).random((count, 3)).astype(np.float32)
+    expected = oracle.firing_strengths(rule_base, points.astype(np.float64))
+    actual = compile_rule_base(rule_base).firing_strengths(torch.from_numpy(points)).double().numpy()
+    return [
+        Line(f"firing strengths against scikit-fuzzy, float32, {count} points", np.abs(actual - expected).max(), 1e-6)
+    ]
+
+
+def recover(repeats: int) -> list[Line]:
+    """Fit to noisy targets of a planted truth: prior plus 0.1 noise made monotone, targets with sd 0.2."""
+    prior = load_rule_base("default").interpolate().with_knots([EQUAL_MASS] * 3)
+    rng, free, sizes = np.random.default_rng(0), np.zeros(prior.shape, dtype=bool), (25, 50, 100, 200, 500, 1000)
+    test = prior.firing_strengths(rng.random((2000, 3)))
+    errors: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    for _ in range(repeats):
+        noisy = np.clip(prior.output_table + 0.1 * rng.standard_normal(prior.shape), 0, 1)
+        truth = project_missing(noisy, free, prior.signs).ravel()
+        for size in sizes:
+            features = rng.random((size, 3))
+            targets = prior.firing_strengths(features) @ truth + 0.2 * rng.standard_normal(size)
+            tables = (prior.fit(features, targets).output_table.ravel(), prior.output_table.ravel())
+            errors[size].append(tuple(float(np.sqrt(np.mean((test @ (table - truth)) ** 2))) for table in tables))
+    bars, lines = {100: 0.060, 500: 0.040, 1000: 0.030}, []
+    for size, pairs in errors.items():
+        fitted, before = np.mean(pairs, axis=0)
+        lines.append(Line(f"recovery from {size} examples, RMSE, mean of {repeats}", fitted, bars.get(size)))
+        lines.append(Line("  as a share of the error of the expert's rules alone", 100 * fitted / before, 100.0, " %"))
+    return lines
+
+
+def complete(draws: int) -> list[Line]:
+    """Complete random monotone tables of which 15 to 17 rules are kept."""
+    rng = np.random.default_rng(0)
+    variables = [LinguisticVariable(name, (0, 1), THREE_TERMS, (0, 0.5, 1), "increasing") for name in "abc"]
+    errors, violations = [], 0
+    for _ in range(draws):
+        truth = rng.random((3, 3, 3))
+        for axis in range(3):
+            truth = np.sort(truth, axis=axis)
+        kept = np.zeros(27, dtype=bool)
+        kept[rng.choice(27, rng.integers(15, 18), replace=False)] = True
+        table = np.where(kept.reshape(truth.shape), truth, np.nan)
+        source = np.where(np.isnan(table), "none", "expert")
+        completed = FuzzyRuleBase("drawn", variables, table, source, Consequent("y", (0, 1))).interpolate()
+        errors.append(np.sqrt(np.mean((completed.table - truth)[np.isnan(table)] ** 2)))
+        violations += len(completed.monotonicity_violations())
+    return [
+        Line(f"completion of {draws} random monotone rule bases, RMSE of missing rules", np.mean(errors), 0.085),
+        Line("  rules in the wrong order", violations, 0),
+    ]
+
+
+def conditions() -> str:
+    """Machine and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if (
+        cpuinfo.exists()
+    ) else []
+    return (
+        f"{models[0] if models else platform.processor() or 'unknown CPU'}, {os.cpu_count()} cores of which one is used, "
+        f"load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"numpy {np.__version__}, float32, CPU time"
+    )
+
+
+def measure(quick: bool) -> list[Line]:
+    """All lines."""
+    return [
+        *time_decisions(40 if quick else 200),
+        *time_planning(1 if quick else 5),
+        *time_fit(),
+        *firing_error(),
+        *recover(30 if quick else 100),
+        *complete(150),
+    ]
+
+
+def main() -> None:
+    """Measure, print, check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(conditions())
+    lines = measure(arguments.quick)
+    print(*lines, sep="\n")
+    if arguments.json:
+        numbers = [{**asdict(line), "value": float(line.value), "met": line.is_met} for line in lines]
+        arguments.json.write_text(json.dumps({"conditions": conditions(), "lines": numbers}, indent=2) + "\n")
+    missed = [line for line in lines if not line.is_met]
+    if arguments.check and missed:
+        sys.exit("bars not met:\n" + "\n".join(map(str, missed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""llava/train/train.py refuses bad input with exit code 2 and its own message, before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from bad_inputs import DATA, STAGE
+from launching import ROOT, Launch
+from tiny_training import Tiny
+
+CASES = {**DATA, **STAGE}
+ZERO3 = ROOT / "scripts" / "zero3.json"
+
+
+EXTRA: dict[str, tuple[dict[str, object], str]] = {
+    "the model as output": ({"output_dir": "BASE"}, r"is the folder that the model is read from"),
+    "a model without config": ({"model_name_or_path": "IMAGES"}, r"holds no config\.json"),
+    "a stage of forward passes under ZeRO-2": (
+        {"deepspeed": ROOT / "scripts" / "zero2.json"},
+        r"has ZeRO stage 2; stage router only runs forward passes",
+    ),
+    "a zero json that is not there": ({"deepspeed": "none.json"}, r"none\.json"),
+    "reentrant checkpointing": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
+        r"use_reentrant=True cuts the gradient",
+    ),
+    "skip ratio above its maximum": ({"skip_ratio": 0.7}, r"--skip_ratio 0\.7 lies outside"),
+    "no calibration": ({"order_samples": 0}, r"--order_samples 0 must be at least 1"),
+    "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, str]]:
+    """Exit code and message of every case, from one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    words = {"BASE": tiny.base, "IMAGES": tiny.images}
+    changes = {name: {key: words.get(str(value), value) for key, value in EXTRA[name][0].items()} for name in EXTRA}
+    for name, case in CASES.items():
+        (folder / name).mkdir()
+        changes[name] = {"deepspeed": ZERO3, **case.changes(tiny, folder / name)}
+    lines = {}
+    for name, flags in changes.items():
+        values = {"stage": "router", "model_name_or_path": tiny.base, "output_dir": folder / name / "output", **flags}
+        stage, model, output = (values.pop(key) for key in ("stage", "model_name_or_path", "output_dir"))
+        lines[name] = tiny.flags(stage, model, output, **values)
+    (folder / "cases.json").write_text(json.dumps(lines))
+    launch = Launch([sys.executable, "tests/support/refusal_cases.py", folder / "cases.json", folder / "results.json"])
+    code, output = launch.finish(120)
+    assert code == 0, output[-4000:]
+    assert not list(folder.glob("*/output*"))
+    return {name: tuple(result) for name, result in json.loads((folder / "results.json").read_text()).items()}
+
+
+@pytest.mark.parametrize("name", [*CASES, *EXTRA])
+def test_bad_input_is_refused_before_a_model_is_loaded(refusals: dict[str, tuple[object, str]], name: str) -> None:
+    code, printed = refusals[name]
+    message = CASES[name].message if name in CASES else EXTRA[name][1]
+    assert code == 2, (code, printed)
+    assert re.search(message, " ".join(printed.split())), printed
+    assert name == "unknown flag" or printed.count("error: ") == 1
+
+
+def test_a_refusal_touches_no_file(tiny: Tiny, refusals: dict[str, tuple[object, str]]) -> None:
+    assert sorted(path.name for path in tiny.base.parent.iterdir()) == ["base", "digits", "train.json"]
