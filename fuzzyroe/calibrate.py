@@ -6,7 +6,7 @@ thresholds follow from measured losses. Everything runs in numpy within a second
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,8 @@ def calibrate_router(
     prior = prior.reorient(flips).with_quantile_knots(scaled_all)
     spread = max(float(targets.std()), 1e-9)
     fitted = prior.fit(scaled, 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread)
+    ranges = {name: [float(low[j]), float(high[j])] for j, name in enumerate(names)}
+    fitted = replace(fitted, provenance={**fitted.provenance, "feature_range": ranges})
 
     router = FuzzyRouter(fitted, num_layers)
     router.feature_low.copy_(torch.as_tensor(low))

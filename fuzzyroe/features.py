@@ -3,7 +3,7 @@
 Positions of an image and of each question are pooled once (``summarise``); every feature is a function of the pooled
 states, or of the pixels. All are computed in float32, per example, from nothing but that example, and lie in [0, 1].
 How a raw feature fills that range is left to calibration (``calibrate.feature_range``), as some vary by little. Only
-features that a rule base names are computed; ``docs/rules.md`` says what each costs and which way it was expected to act.
+features that a rule base names are computed; ``docs/rules.md`` says what each costs and which way it should act.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 #
 # The base model (playground/digits/base) answers questions about scanned handwritten digits. Its training data is
 # subsampled by random_drop.py, the fuzzy router is calibrated, adapters are trained, the routed model is finetuned, and
-# the released lmms-eval asks 2,400 questions about unseen scans, dense and at several skip rates. What was finished
-# before is reused; what was interrupted is done again. Exit status 1 if a stage did not run under ZeRO-3 on two ranks
-# or if an evaluation lacks items.
+# the released lmms-eval asks 2,400 questions about unseen scans and 200 without image, dense and at several skip
+# rates. What was finished before is reused; what was interrupted is done again. Exit status 1 if a stage did not run
+# under ZeRO-3 on all ranks or if an evaluation lacks items.
 #
 #   OUTPUT       folder of results (default: outputs/quickstart)
 #   SKIP_RATES   skip rates to evaluate (default: "0.3 0.4")

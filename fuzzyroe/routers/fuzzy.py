@@ -12,7 +12,8 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules.oracle import compile_rule_base
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 
-NUM_QUANTILES = 257
+NUM_QUANTILES = 1025
+"""Percentiles are told apart to a thousandth, so a skip rate is met within 0.1 points of what the scores allow."""
 
 
 class FuzzyRouter(Router):
@@ -32,6 +33,7 @@ class FuzzyRouter(Router):
         score_quantiles: Scores at equally spaced percentiles, non-decreasing, (Q,).
         budget_rates, budget_thresholds: Skip rates (G,) with the thresholds that meet them (G, L).
         skip_rate: Mean skip rate planned by default, ().
+        planned_thresholds: Thresholds that meet it, (L,); ``set_budget`` looks them up once, not every plan.
         non_finite_turns: Turns that had a non-finite feature and hence kept every layer, counted on the device, ();
             not saved.
     """
@@ -53,6 +55,7 @@ class FuzzyRouter(Router):
         self.register_buffer("budget_rates", torch.zeros(num_budgets))
         self.register_buffer("budget_thresholds", torch.zeros(num_budgets, num_layers))
         self.register_buffer("skip_rate", torch.zeros(()))
+        self.register_buffer("planned_thresholds", torch.zeros(num_layers))
         self.register_buffer("non_finite_turns", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
@@ -76,16 +79,15 @@ class FuzzyRouter(Router):
         return ((raw_features - self.feature_low) / (self.feature_high - self.feature_low)).clamp(0, 1)
 
     def percentiles(self, scores: Tensor) -> Tensor:
-        """Share of calibration examples with a lower score, in [0, 1], same shape."""
-        quantiles = self.score_quantiles
-        cell = torch.searchsorted(quantiles[1:-1], scores.contiguous(), right=True)  # 0 .. Q - 2
-        left, right = quantiles.unfold(0, 2, 1)[cell].unbind(dim=-1)
-        share = ((scores - left) / (right - left).clamp(min=1e-12)).clamp(0, 1)
-        return (cell + share) / (len(quantiles) - 1)
+        """Share of calibration examples whose score is no higher, in [0, 1], same shape."""
+        above_lowest = self.score_quantiles[1:]
+        return torch.searchsorted(above_lowest, scores.contiguous(), right=True) / len(above_lowest)
 
     def thresholds(self, skip_rate: Tensor | float | None = None) -> Tensor:
         """Thresholds of all layers for one budget or several, (L,) or (B, L)."""
-        rate = self.skip_rate if skip_rate is None else torch.as_tensor(skip_rate, device=self.budget_rates.device)
+        if skip_rate is None:
+            return self.planned_thresholds
+        rate = torch.as_tensor(skip_rate, device=self.budget_rates.device)
         if len(self.budget_rates) == 1:
             return self.budget_thresholds[0].expand(*rate.shape, -1)
         flat = rate.reshape(-1).float()  # indexing by a tensor without dimensions would wait for the device
@@ -110,6 +112,7 @@ class FuzzyRouter(Router):
         """
         self.budget_table().thresholds_for(skip_rate)
         self.skip_rate.fill_(skip_rate)
+        self.planned_thresholds.copy_(self.thresholds(skip_rate))
 
     def budget_table(self) -> BudgetTable:
         """The calibrated budgets, as arrays."""

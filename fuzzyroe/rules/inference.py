@@ -110,7 +110,8 @@ class ZeroOrderTSK(nn.Module):
         """
         features, is_broken = self._guard(features)
         outputs = self._fire(features) @ self.consequents.to(features.dtype)
-        return outputs.masked_fill(is_broken if self.consequents.ndim == 1 else is_broken.unsqueeze(-1), self.non_finite)
+        is_broken = is_broken if self.consequents.ndim == 1 else is_broken.unsqueeze(-1)
+        return outputs.masked_fill(is_broken, self.non_finite)
 
     def _guard(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Cast, and zero non-finite features *before* the arithmetic, so that gradients stay finite; say which rows."""
@@ -132,7 +133,7 @@ class ZeroOrderTSK(nn.Module):
         knots = self.knots.to(features.dtype)
         lower, upper = knots[:, :-1], knots[:, 1:]
         ramps = ((features.unsqueeze(-1) - lower) / (upper - lower)).clamp(0.0, 1.0)  # (..., K, terms - 1)
-        ramps = functional.pad(functional.pad(ramps, (1, 0), value=1.0), (0, 1))  # from one to zero, (..., K, terms + 1)
+        ramps = functional.pad(functional.pad(ramps, (1, 0), value=1.0), (0, 1))  # one to zero, (..., K, terms + 1)
         first, *others = (ramps[..., :-1] - ramps[..., 1:]).unbind(dim=-2)
         firing = first[..., : self.term_counts[0]]
         for membership, count in zip(others, self.term_counts[1:], strict=True):

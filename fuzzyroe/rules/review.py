@@ -10,6 +10,9 @@ import numpy as np
 from fuzzyroe.rules.interpolation import Disagreement
 from fuzzyroe.rules.rule_base import NO_RULE, FuzzyRuleBase
 
+IDLE = 1.0
+"""Effective examples below which a rule keeps its prior and hardly counts."""
+
 
 @dataclass(frozen=True)
 class Review:
@@ -25,6 +28,7 @@ class Review:
         fitted_contradictions: The same for the table in use, where it has been completed or fitted.
         undirected: Variables without a declared direction.
         disagreements: Missing cells on which completion methods differ.
+        idle: Rules that fewer than ``IDLE`` examples of the fit informed, with that number; empty before a fit.
     """
 
     num_rules: int
@@ -35,6 +39,7 @@ class Review:
     fitted_contradictions: tuple[tuple[tuple[str, ...], tuple[str, ...], float], ...]
     undirected: tuple[str, ...]
     disagreements: tuple[Disagreement, ...]
+    idle: tuple[tuple[tuple[str, ...], float], ...] = ()
 
     @property
     def is_ok(self) -> bool:
@@ -56,6 +61,12 @@ def expert_rules(rule_base: FuzzyRuleBase) -> FuzzyRuleBase:
             "rules."
         )
     return replace(prior, table=np.where(is_expert, prior.table, np.nan), source=np.where(is_expert, "expert", NO_RULE))
+
+
+def evidence_of(rule_base: FuzzyRuleBase) -> np.ndarray | None:
+    """Give the effective examples of each rule in the fit, (K_1, ..., K_D); None if it was not fitted."""
+    counts = rule_base.provenance.get("fit", {}).get("effective_examples")
+    return None if counts is None or rule_base.prior_table is None else np.reshape(counts, rule_base.shape)
 
 
 def review_rule_base(
@@ -80,6 +91,8 @@ def review_rule_base(
         for index, term in enumerate(variable.terms)
         if np.isnan(np.take(expert.table, index, axis=axis)).all()
     )
+    evidence = evidence_of(rule_base)
+    idle = () if evidence is None else map(tuple, np.argwhere(evidence < IDLE))
     is_same_table = np.array_equal(rule_base.table, expert.table, equal_nan=True)
     is_comparable = not expert.is_complete and not (unused and "additive" in methods)
     return Review(
@@ -91,4 +104,5 @@ def review_rule_base(
         fitted_contradictions=() if is_same_table else tuple(rule_base.monotonicity_violations()),
         undirected=tuple(variable.name for variable in expert.antecedents if not variable.sign),
         disagreements=expert.method_disagreements(methods, tolerance) if is_comparable else (),
+        idle=tuple((rule_base.terms_of(cell), float(evidence[cell])) for cell in idle),
     )

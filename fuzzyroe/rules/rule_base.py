@@ -296,6 +296,7 @@ class FuzzyRuleBase:
             "prior_strength": dict(prior_strength) if isinstance(prior_strength, Mapping) else prior_strength,
             "monotone": monotone,
             "max_change": max_change,
+            "effective_examples": calibration.effective_examples(firing).round(2).tolist(),
             "root_mean_square_error": float(np.sqrt(np.mean(np.square(firing @ fitted - targets)))),
         }
         arrays = {"table": table, "source": np.full(self.shape, "fitted")}
@@ -358,7 +359,8 @@ class FuzzyRuleBase:
         axes = tuple(axis for axis, sign in enumerate(signs) if sign < 0)
         variables = [v.turned() if axis in axes else v for axis, v in enumerate(self.antecedents)]
         arrays = {key: np.flip(getattr(self, key), axes) for key in _ARRAYS if getattr(self, key) is not None}
-        return replace(self, antecedents=tuple(variables), **arrays)
+        kept = {key: value for key, value in self.provenance.items() if key != "fit"}  # its examples fired other cells
+        return replace(self, antecedents=tuple(variables), provenance=kept, **arrays)
 
     def _sparse(self) -> SparseTable:
         """Give the table with the geometry that interpolation needs."""

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +19,6 @@ from torch import Tensor
 
 from fuzzyroe.rules import oracle
 from fuzzyroe.rules.inference import ZeroOrderTSK
-
-if TYPE_CHECKING:
-    from skfuzzy.control import ControlSystem
 
 CONFIDENCE = 0.999
 CHUNK = 4096
@@ -134,7 +130,7 @@ def tabulate(
 
 
 def tabulate_control_system(
-    system: ControlSystem, antecedents: Sequence[str], consequent: str, **options: float
+    system: oracle.control.ControlSystem, antecedents: Sequence[str], consequent: str, **options: float
 ) -> ControlSurface:
     """Tabulate any scikit-fuzzy system: terms of any shape, any operators, any defuzzification.
 
@@ -168,7 +164,8 @@ def tabulate_control_system(
                 f"Some point fires no rule of '{consequent}'; every point must fire one; add rules or widen terms."
             ) from error
 
-    kinks = [_find_kinks(known[name].universe, [term.mf for term in known[name].terms.values()]) for name in antecedents]
+    nodes = [known[name] for name in antecedents]
+    kinks = [_find_kinks(node.universe, [term.mf for term in node.terms.values()]) for node in nodes]
     return tabulate(evaluate, kinks, **options)
 
 

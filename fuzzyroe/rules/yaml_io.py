@@ -136,7 +136,7 @@ def dump_rule_base(rule_base: FuzzyRuleBase) -> str:
     lines += [f"  - {_flow(row)}" for row in _rows(rule_base)]
     if rule_base.provenance:
         provenance = {"provenance": dict(rule_base.provenance)}
-        lines.append(yaml.safe_dump(provenance, sort_keys=False, allow_unicode=True).rstrip())
+        lines.append(yaml.safe_dump(provenance, default_flow_style=None, sort_keys=False, allow_unicode=True).rstrip())
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from fuzzyroe.rules.review import evidence_of
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 from fuzzyroe.rules.variable import LinguisticVariable
 
@@ -125,6 +127,39 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
         axes.set_title("" if level is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink)
     panels[0].set_ylabel(_title(second.name))
     _colorbar(figure, surface, list(panels), _title(rule_base.consequent.name), theme)
+    return figure
+
+
+def draw_firing(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
+    """Draw how many examples of the fit informed each rule: a column per term of the first antecedent.
+
+    Args:
+        rule_base: A fitted rule base.
+        theme: Colours.
+
+    Raises:
+        ValueError: If the rule base does not know what it was fitted to.
+    """
+    evidence = evidence_of(rule_base)
+    if evidence is None:
+        raise ValueError(f"Rule base '{rule_base.name}' was not fitted, so nothing fired; calibrate it first.")
+    first, *others = rule_base.antecedents
+    rows = [", ".join(terms) for terms in itertools.product(*(variable.terms for variable in others))]
+    table = evidence.reshape(len(first.terms), -1).T  # (rows, terms of the first)
+    figure = _figure(5.0, 1.1 + 0.28 * len(rows), theme)
+    axes = figure.subplots()
+    image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, edgecolors=theme.grid, linewidth=0.4)
+    axes.invert_yaxis()
+    axes.set_xticks(np.arange(len(first.terms)) + 0.5, first.terms)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_xlabel(_title(first.name))
+    axes.set_ylabel(", ".join(_title(variable.name) for variable in others))
+    _style(axes, theme)
+    axes.tick_params(length=0)
+    for (row, column), count in np.ndenumerate(table):
+        color = theme.surface if count > 0.65 * table.max() else theme.ink
+        axes.text(column + 0.5, row + 0.5, f"{count:.1f}", ha="center", va="center", color=color, size=7)
+    _colorbar(figure, image, [axes], "effective examples", theme)
     return figure
 
 

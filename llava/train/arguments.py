@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from llava.train.stages import STAGES
 
+SKIP_PATTERNS = ("plan", "random")
+
 
 @dataclass
 class ModelArguments:
@@ -38,8 +40,9 @@ class RoutingArguments:
     stage: str = field(default="finetune", metadata={"help": f"One of {', '.join(STAGES)}."})
     rule_base: str = field(default="default", metadata={"help": "Shipped rule base by name, or a YAML file."})
     adapter_hidden_dim: int = field(default=1024, metadata={"help": "Width of the adapters' bottleneck."})
-    skip_ratio: float = field(default=0.3, metadata={"help": "Target skip ratio the router is set to, in [0, 0.5]."})
+    skip_ratio: float = field(default=0.3, metadata={"help": "Mean skip rate the router is set to."})
     max_skip_ratio: float = field(default=0.5, metadata={"help": "Largest budget that is calibrated and trained for."})
+    skip_pattern: str = field(default="plan", metadata={"help": "plan (the router decides) or random."})
     dense_ratio: float = field(default=0.0, metadata={"help": "Share of samples that skip nothing, in [0, 1]."})
     calibration_samples: int = field(default=1024, metadata={"help": "Samples measured at each skip count."})
     order_samples: int = field(default=256, metadata={"help": "Samples that the order of layers is searched on."})
@@ -55,6 +58,8 @@ class RoutingArguments:
             )
         if not 0 < self.max_skip_ratio < 1:
             raise ValueError(f"--max_skip_ratio {self.max_skip_ratio} lies outside (0, 1); 0.5 is usual.")
+        if self.skip_pattern not in SKIP_PATTERNS:
+            raise ValueError(f"--skip_pattern {self.skip_pattern} is unknown; use {' or '.join(SKIP_PATTERNS)}.")
         if not 0 <= self.dense_ratio <= 1:
             raise ValueError(f"--dense_ratio {self.dense_ratio} lies outside [0, 1].")
         if self.adapter_hidden_dim < 1:

@@ -18,7 +18,7 @@ def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
     there only token ids are known, and nothing but an image ends the prefix.
 
     Args:
-        inputs: Batch with ``input_ids``, ``labels`` and ``turn_ids``, (B, N).
+        inputs: Batch with ``input_ids``, ``labels`` and ``turn_ids``, (B, N), and ``pixel_values`` if it has images.
         image_token_id: Token id of image positions.
 
     Returns:
@@ -29,7 +29,14 @@ def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
     has_image = image_mask.any(dim=1, keepdim=True)
     turn_ids = turn_ids.masked_fill((turn_ids == 0) & ~has_image, 1)
     question_mask = (turn_ids > 0) & (inputs["labels"] == IGNORE_INDEX) & ~image_mask
-    return RoutingState(turn_ids, image_mask, question_mask, "soft", num_turns=max(int(turn_ids.max()), 1))
+    return RoutingState(
+        turn_ids,
+        image_mask,
+        question_mask,
+        "soft",
+        num_turns=max(int(turn_ids.max()), 1),
+        pixel_values=inputs.get("pixel_values"),
+    )
 
 
 class BudgetedRouting:
@@ -55,4 +62,30 @@ class BudgetedRouting:
         budgets: Tensor = torch.rand(num_samples) * self.max_skip_ratio
         budgets[torch.rand(num_samples) < self.dense_ratio] = 0.0
         state.skip_rate = budgets.to(state.turn_ids.device)
+        return state
+
+
+class RandomRouting:
+    """Skips layers at random, without a router: each sample draws a rate, then each turn and layer a coin.
+
+    Args:
+        image_token_id: Token id of image positions.
+        num_layers: Layers of the decoder; the first is always kept.
+        max_skip_ratio: Largest rate over the layers that may be skipped.
+
+    Reference:
+        RoE (arXiv:2407.14093) warms its adapters up with random skips.
+    """
+
+    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float) -> None:
+        self.image_token_id = image_token_id
+        self.num_layers = num_layers
+        self.max_skip_ratio = max_skip_ratio
+
+    def __call__(self, inputs: dict[str, Any]) -> RoutingState:
+        state = describe_batch(inputs, self.image_token_id)
+        rates = torch.rand(state.turn_ids.shape[0], 1, 1) * self.max_skip_ratio
+        keep = (torch.rand(state.turn_ids.shape[0], state.num_turns, self.num_layers) >= rates).float()
+        keep[:, :, 0] = 1.0
+        state.keep_weights = keep.to(state.turn_ids.device)
         return state

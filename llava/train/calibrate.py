@@ -166,7 +166,7 @@ class Measurer:
         return model.get_decoder()
 
     def _describe(self, batch: dict[str, Tensor]) -> RoutingState:
-        moved = {key: batch[key].to(self.device) for key in ("input_ids", "labels", "turn_ids")}
+        moved = {key: value.to(self.device) for key, value in batch.items()}
         return describe_batch(moved, self.image_token_id)
 
     def _forward(self, batch: dict[str, Tensor], state: RoutingState) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import LlavaConfig
 
+from fuzzyroe.features import FEATURES
+from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.records import RecordFile, resolve_image
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
@@ -38,7 +40,8 @@ def check_inputs(
     """
     stage = get_stage(routing_args.stage)
     get_template(model_args.version)
-    sources = _check_model(model_args.model_name_or_path)
+    config, sources = _check_model(model_args.model_name_or_path)
+    _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, routing_args)
     _check_output(Path(training_args.output_dir), sources)
     _check_deepspeed(training_args, stage)
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
@@ -52,8 +55,30 @@ def check_inputs(
     _check_number(len(records), stage, routing_args, training_args.world_size)
 
 
-def _check_model(model_path: str) -> list[Path]:
-    """Read the configuration; give the folders that the model's files lie in, none if it comes from the hub."""
+def _check_routing(block: dict | None, stage: Stage, model_path: str, routing_args: RoutingArguments) -> None:
+    """A stage that trains along the router's plans needs a calibrated router, a dense one none at all."""
+    if stage.routing != "off" and not block:
+        _check_rule_base(routing_args.rule_base)
+    if stage.routing == "off" and block:
+        raise StageInputError(
+            f"{model_path} is routed, stage {stage.name} trains dense models; name its base model, or another --stage."
+        )
+    if stage.trains and stage.routing == "plan" and not block and routing_args.skip_pattern == "plan":
+        raise StageInputError(
+            f"Stage {stage.name} follows the plans of a calibrated router, but {model_path} has none; run the router "
+            "stage first, or start with --skip_pattern random."
+        )
+
+
+def _check_rule_base(name: str) -> None:
+    """The rule base must load, and its antecedents must be features."""
+    unknown = [v.name for v in load_rule_base(name).antecedents if v.name not in FEATURES]
+    if unknown:
+        raise StageInputError(f"Rule base {name} has antecedents {unknown}, no features; use {', '.join(FEATURES)}.")
+
+
+def _check_model(model_path: str) -> tuple[dict, list[Path]]:
+    """Read the configuration, with the folders that the model's files lie in, none if it comes from the hub."""
     folder = Path(model_path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise StageInputError(f"{folder} holds no config.json; name a LLaVA checkpoint folder.")
@@ -73,16 +98,16 @@ def _check_model(model_path: str) -> list[Path]:
             f"{model_path} is a model of type {config.get('model_type')}; only llava can be trained. Name another."
         )
     if not folder.exists():
-        return []
+        return config, []
     base = (config.get("fuzzyroe") or {}).get("base_model")
     if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):
-        return [folder]
+        return config, [folder]
     if not (folder / base / "config.json").is_file():
         raise StageInputError(
             f"{model_path} holds no backbone weights and its base model is not at {folder / base}; put it there, or "
             "correct fuzzyroe.base_model in its config.json."
         )
-    return [folder, folder / base]
+    return config, [folder, folder / base]
 
 
 def _check_output(output: Path, sources: list[Path]) -> None:

@@ -21,7 +21,7 @@ from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.routing import attach_routing
 from llava.model.text_only import make_text_only_safe
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
-from llava.train.batch_routing import BudgetedRouting
+from llava.train.batch_routing import BudgetedRouting, RandomRouting
 from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.callbacks import MetricsFile
 from llava.train.checkpoint import save_stage, write_json
@@ -129,7 +129,10 @@ def _build_trainer(
     rates = dict.fromkeys(PARTS, routing_args.backbone_lr or training_args.learning_rate)
     rates["adapter"] = routing_args.roe_lr
     routing = None
-    if stage.routing == "plan":
+    if stage.routing == "plan" and routing_args.skip_pattern == "random":
+        num_layers = config.text_config.num_hidden_layers
+        routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio)
+    elif stage.routing == "plan":
         routing = BudgetedRouting(config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
     return LlavaTrainer(
         stage=stage,

@@ -1,7 +1,7 @@
-"""A first course for the base model: only the turns that ask what a named place shows.
+"""Courses for the base model: training records cut down to the turns of a few types.
 
-Tying words of place to image tokens is what a small model learns last when every kind of question comes at once; alone
-it is learned in minutes.
+Tying words of place to image tokens, and matching a named digit with a shown one, is what a small model learns last
+when every kind of question comes at once; alone each is learned in minutes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import argparse
 import json
 from pathlib import Path
 
-FIRST_COURSE = ("position", "row")
+COURSES = {
+    "place": ("position", "row"),
+    "match": ("presence_at", "presence", "sum_two"),
+}
+"""Courses by name: the types of question they keep."""
 
 
 def select_turns(record: dict, types: tuple[str, ...]) -> dict | None:
@@ -28,15 +32,16 @@ def select_turns(record: dict, types: tuple[str, ...]) -> dict | None:
 
 
 def main() -> None:
-    """Command line: ``python -m playground.digits.curriculum --input JSON --output JSON``."""
+    """Command line: ``python -m playground.digits.curriculum --course place --input JSON --output JSON``."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--course", choices=COURSES, required=True)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    records = [select_turns(record, FIRST_COURSE) for record in json.loads(arguments.input.read_text())]
+    records = [select_turns(record, COURSES[arguments.course]) for record in json.loads(arguments.input.read_text())]
     chosen = [record for record in records if record is not None]
     arguments.output.write_text(json.dumps(chosen))
-    print(f"{len(chosen)} of {len(records)} records ask about a place, written to {arguments.output}")
+    print(f"{len(chosen)} of {len(records)} records belong to course {arguments.course}, written to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ import torch
 
 from fuzzyroe.attach import detach, find_decoder, find_decoder_layers
 from llava.conversation import get_template
+from llava.data.image_files import open_rgb
 from llava.data.preprocess import encode_prompt
 from llava.data.records import RecordFile, resolve_image
 from llava.image_tokens import count_image_tokens
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.routing import set_budget
-from llava.data.image_files import open_rgb
 
 
 def load_prompts(checkpoint: Checkpoint, data: Path, template: str, number: int) -> list[dict[str, torch.Tensor]]:

@@ -5,7 +5,7 @@
     python scripts/bench/router.py --quick                          fewer repeats, under a minute
 
 Times are CPU time of this process on one thread, medians over blocks of calls that take turns; only ratios of times
-carry over to other machines. Each line has a bar; with --check the exit status is 1 if one is not met, and the line is named.
+carry over to other machines. With --check the exit status is 1 if a bar is not met, and its line is named.
 """
 
 from __future__ import annotations
@@ -222,36 +222,53 @@ def recover(repeats: int) -> list[Line]:
     return lines
 
 
-def complete(draws: int) -> list[Line]:
-    """Complete random monotone tables of which 15 to 17 rules are kept."""
-    rng = np.random.default_rng(0)
+def draw_structured(rng: np.random.Generator) -> np.ndarray:
+    """A monotone table, (3, 3, 3): main effects of random shape and importance, 0.1 noise, made monotone."""
+    effects = np.meshgrid(*(np.sort(rng.random(3)) for _ in range(3)), indexing="ij")
+    table = np.tensordot(rng.dirichlet(np.ones(3)), effects, axes=1) + 0.1 * rng.standard_normal((3, 3, 3))
+    return np.clip(project_missing(table, np.zeros((3, 3, 3), dtype=bool), (1, 1, 1)), 0, 1)
+
+
+def draw_unstructured(rng: np.random.Generator) -> np.ndarray:
+    """A monotone table, (3, 3, 3): uniform numbers, sorted along every axis."""
+    table = rng.random((3, 3, 3))
+    for axis in range(3):
+        table = np.sort(table, axis=axis)
+    return table
+
+
+def complete(draw: Callable[[np.random.Generator], np.ndarray], draws: int) -> tuple[float, int]:
+    """Complete random monotone tables of which 15 to 17 rules are kept; RMSE of the others and wrong orders."""
+    rng, errors, violations = np.random.default_rng(0), [], 0
     variables = [LinguisticVariable(name, (0, 1), THREE_TERMS, (0, 0.5, 1), "increasing") for name in "abc"]
-    errors, violations = [], 0
     for _ in range(draws):
-        truth = rng.random((3, 3, 3))
-        for axis in range(3):
-            truth = np.sort(truth, axis=axis)
-        kept = np.zeros(27, dtype=bool)
+        truth, kept = draw(rng), np.zeros(27, dtype=bool)
         kept[rng.choice(27, rng.integers(15, 18), replace=False)] = True
         table = np.where(kept.reshape(truth.shape), truth, np.nan)
         source = np.where(np.isnan(table), "none", "expert")
         completed = FuzzyRuleBase("drawn", variables, table, source, Consequent("y", (0, 1))).interpolate()
         errors.append(np.sqrt(np.mean((completed.table - truth)[np.isnan(table)] ** 2)))
         violations += len(completed.monotonicity_violations())
+    return float(np.mean(errors)), violations
+
+
+def completion(draws: int) -> list[Line]:
+    """Default completion of random monotone rule bases."""
+    structured, unstructured = complete(draw_structured, draws), complete(draw_unstructured, draws)
     return [
-        Line(f"completion of {draws} random monotone rule bases, RMSE of missing rules", np.mean(errors), 0.085),
-        Line("  rules in the wrong order", violations, 0),
+        Line(f"completion of {draws} random monotone rule bases, RMSE of missing rules", structured[0], 0.085),
+        Line("  rules in the wrong order", structured[1] + unstructured[1], 0),
+        Line("  the same for tables of sorted uniform numbers, without main effects", unstructured[0]),
     ]
 
 
 def conditions() -> str:
     """Machine and versions."""
     cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if (
-        cpuinfo.exists()
-    ) else []
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     return (
-        f"{models[0] if models else platform.processor() or 'unknown CPU'}, {os.cpu_count()} cores of which one is used, "
+        f"{models[0] if models else platform.processor() or 'unknown CPU'}, one of {os.cpu_count()} cores, "
         f"load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"numpy {np.__version__}, float32, CPU time"
     )
@@ -265,7 +282,7 @@ def measure(quick: bool) -> list[Line]:
         *time_fit(),
         *firing_error(),
         *recover(30 if quick else 100),
-        *complete(150),
+        *completion(150),
     ]
 
 

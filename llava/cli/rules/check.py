@@ -51,6 +51,8 @@ def _lines(review: Review, tolerance: float) -> Iterator[str]:
             yield f"  ({', '.join(lower)}) concludes {excess:.3f} more than ({', '.join(upper)}) and should not"
     for variable in review.undirected:
         yield f"  {variable} has no declared direction, so it is not checked"
+    for terms, examples in review.idle:
+        yield f"  hardly used: {', '.join(terms)} was informed by {examples:.2f} examples of the fit"
     if not review.missing:
         yield "completion: nothing to complete"
     else:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from llava.cli.rules.source import RuleBaseName, open_rule_base
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fuzzyroe.rules.rule_base import FuzzyRuleBase
 
 _EMPTY = "–"
 
 
 def show_command(rule_base: RuleBaseName) -> None:
-    """Show variables and rules, with what the expert gave, what was interpolated, what was fitted."""
+    """Show variables and rules, with what the expert gave, what was interpolated, what was fitted and to how much."""
+    from fuzzyroe.rules.review import evidence_of
     from llava.cli.terminal import make_table, open_console
 
     rules = open_rule_base(rule_base)
@@ -34,8 +37,11 @@ def show_command(rule_base: RuleBaseName) -> None:
         make_table("\nVariables", ("name", "terms with their peaks", "universe", "effect"), variables, text_columns=4)
     )
     columns = (*(variable.name for variable in rules.antecedents), "expert", "interpolated", "fitted")
+    evidence = evidence_of(rules)
+    if evidence is not None:
+        columns += ("examples",)
     title = f"\nRules for {consequent.name} in [{lower:g}, {upper:g}]"
-    console.print(make_table(title, columns, _rows(rules), text_columns=len(rules.antecedents)))
+    console.print(make_table(title, columns, _rows(rules, evidence), text_columns=len(rules.antecedents)))
     if not rules.is_complete:
         console.print(
             f"{len(rules.missing_cells())} of {rules.num_rules} combinations have no rule in the file; the "
@@ -45,8 +51,8 @@ def show_command(rule_base: RuleBaseName) -> None:
         )
 
 
-def _rows(rules: FuzzyRuleBase) -> list[list[str]]:
-    """One row per combination of terms."""
+def _rows(rules: FuzzyRuleBase, evidence: np.ndarray | None) -> list[list[str]]:
+    """One row per combination of terms; the examples are those that informed the rule in the fit."""
     prior = rules.unfitted()
     completed = prior if prior.is_complete else prior.interpolate()
     rows = []
@@ -55,5 +61,6 @@ def _rows(rules: FuzzyRuleBase) -> list[list[str]]:
         value = f"{completed.output_table[cell]:.3f}"
         fitted = f"{rules.output_table[cell]:.3f}" if rules.source[cell] == "fitted" else _EMPTY
         by_origin = [value if origin == name else _EMPTY for name in ("expert", "interpolated")]
-        rows.append([*rules.terms_of(cell), *by_origin, fitted])
+        examples = [] if evidence is None else [f"{evidence[cell]:.1f}"]
+        rows.append([*rules.terms_of(cell), *by_origin, fitted, *examples])
     return rows

@@ -10,7 +10,7 @@ import pytest
 from fuzzyroe.rules.consequent import Consequent
 from fuzzyroe.rules.difference import compare_rule_bases
 from fuzzyroe.rules.explain import describe_memberships, explain_features
-from fuzzyroe.rules.review import expert_rules, review_rule_base
+from fuzzyroe.rules.review import evidence_of, expert_rules, review_rule_base
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 from fuzzyroe.rules.variable import LinguisticVariable
 from fuzzyroe.rules.yaml_io import load_rule_base, shipped_rule_bases
@@ -112,6 +112,15 @@ def test_review_finds_cells_on_which_methods_differ():
 @pytest.mark.parametrize("name", shipped_rule_bases())
 def test_shipped_rule_bases_can_be_reviewed(name):
     assert review_rule_base(load_rule_base(name)).num_given == 15
+
+
+def test_review_lists_rules_that_no_example_informed():
+    assert review_rule_base(make_rule_base()).idle == ()
+    fitted = make_rule_base().fit(np.array([[1.0, 0.0]] * 3), np.array([0.5] * 3))
+    idle = dict(review_rule_base(fitted).idle)
+    assert len(idle) == 5 and ("high", "low") not in idle and set(idle.values()) == {0.0}
+    assert evidence_of(fitted)[1, 0] == 3 and evidence_of(fitted.unfitted()) is None
+    assert evidence_of(fitted.reorient([-1, 1])) is None
 
 
 def test_expert_rules_come_back_after_completion_and_fit():

@@ -128,6 +128,13 @@ def test_runs_on_meta_and_exports_with_any_batch(complete):
     assert ZeroOrderTSK.from_rule_base(complete).to("meta")(points.to("meta")).shape == (5,)
 
 
+def test_compiles_without_a_graph_break(complete, uneven):
+    for rule_base in (complete, uneven):
+        module, points = ZeroOrderTSK.from_rule_base(rule_base), torch.rand(5, 3)
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(points), module(points))
+
+
 def test_state_dict_round_trip(complete, uneven):
     source, target = ZeroOrderTSK.from_rule_base(complete), ZeroOrderTSK.from_rule_base(complete.reorient((-1, 1, 1)))
     target.load_state_dict(source.state_dict())

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fuzzyroe.rules.yaml_io import load_rule_base
+from fuzzyroe.rules.yaml_io import load_rule_base, save_rule_base
 from llava.cli.app import app
 from llava.cli.errors import describe_error, is_user_error
 
@@ -160,6 +161,17 @@ def test_rules_plot_draws_terms_and_surface(tmp_path):
     for name in ("memberships.png", "control_surface.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and picture.width > 500
+
+
+def test_rules_plot_draws_what_fired_in_a_fit_and_show_counts_it(tmp_path):
+    features = np.random.default_rng(0).random((40, 3))
+    fitted = load_rule_base("default").interpolate().fit(features, features.mean(axis=1))
+    save_rule_base(fitted, tmp_path / "rule_base.yaml")
+    assert run("rules", "plot", tmp_path, "--output", tmp_path).exit_code == 0
+    with Image.open(tmp_path / "firing.png") as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    assert f"{fitted.report(features)[0].effective_examples:.1f}" in run("rules", "show", tmp_path).stdout
+    assert "hardly used: low, low, low was informed by" in run("rules", "check", tmp_path).stdout
 
 
 def test_rules_diff_accepts_a_checkpoint_folder(tmp_path):

@@ -12,7 +12,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.collator import SFTCollator
-from llava.train.batch_routing import BudgetedRouting, describe_batch
+from llava.train.batch_routing import BudgetedRouting, RandomRouting, describe_batch
 
 IMAGE = 4
 
@@ -108,3 +108,20 @@ def test_budgets_that_were_drawn_are_planned(batch: dict[str, Tensor], router: F
     router.plan(torch.nn.Embedding(200, 16)(batch["input_ids"]), state)
     kept = state.keep_weights.mean(dim=(1, 2))
     assert kept.tolist() == pytest.approx([1, 0.25, 1, 0.25, 0.25, 1])
+
+
+def test_random_skips_reach_the_rate_keep_the_first_layer_and_need_no_router(batch: dict[str, Tensor]) -> None:
+    routing = RandomRouting(IMAGE, num_layers=8, max_skip_ratio=0.5)
+    torch.manual_seed(0)
+    drawn = torch.cat([routing(batch).keep_weights.flatten(0, 1) for _ in range(300)])
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert drawn[:, 0].min() == 1.0
+    assert 1 - drawn[:, 1:].mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_random_skips_repeat_with_the_seed(batch: dict[str, Tensor]) -> None:
+    routing = RandomRouting(IMAGE, num_layers=8, max_skip_ratio=0.5)
+    torch.manual_seed(1)
+    first = routing(batch).keep_weights
+    torch.manual_seed(1)
+    assert torch.equal(first, routing(batch).keep_weights)

@@ -30,6 +30,12 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
     ),
     "skip ratio above its maximum": ({"skip_ratio": 0.7}, r"--skip_ratio 0\.7 lies outside"),
     "no calibration": ({"order_samples": 0}, r"--order_samples 0 must be at least 1"),
+    "adapters without a router": (
+        {"stage": "adapter"},
+        r"Stage adapter follows the plans of a calibrated router, but .* has none; run the router stage first",
+    ),
+    "unknown rule base": ({"rule_base": "sharp"}, r"(?i)rule base.*sharp.*published"),
+    "unknown skip pattern": ({"skip_pattern": "odd"}, r"--skip_pattern odd is unknown; use plan or random"),
     "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate"),
 }
 

@@ -58,7 +58,7 @@ def start(script: str, tiny: Tiny, arguments: list[str] | None = None, **variabl
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of the three folders that scripts/v1_5/train_all.sh wrote."""
     prefix = tmp_path_factory.mktemp("stages") / "tiny"
-    code, output = start("train_all", tiny, MODEL_PATH=tiny.base, OUTPUT=prefix).finish(180)
+    code, output = start("train_all", tiny, MODEL_PATH=tiny.base, OUTPUT=prefix).finish(300)
     assert code == 0, output[-6000:]
     return prefix
 
@@ -131,7 +131,7 @@ def test_a_killed_stage_leaves_the_earlier_output_whole_and_can_be_run_again(
     router_before, adapter_before = digest(router), digest(adapter)
     settings = {"MODEL_PATH": router, "OUTPUT": adapter, "DATA_PATH": f"{trained}-data/data.adapter.json", "FRESH": 1}
     generator = random.Random(0)
-    for moment in (generator.uniform(1, 12), partial / "metrics.jsonl", partial / "routing.safetensors"):
+    for moment in (generator.uniform(2, 9), partial / "routing.safetensors"):
         launch = start("adapter", tiny, **settings)
         wait_for(launch, moment)
         os.killpg(launch.process.pid, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_killed_stage_leaves_the_earlier_output_whole_and_can_be_run_again(
         assert digest(whole) == adapter_before or moment == partial / "routing.safetensors"
         assert load_checkpoint(whole).routing.stage == "adapter"
     was_interrupted = partial.exists()
-    code, output = start("adapter", tiny, **settings).finish(90)
+    code, output = start("adapter", tiny, **settings).finish(150)
     assert code == 0, output[-6000:]
     assert ("interrupted; it is started again from its beginning" in output) == was_interrupted
     assert digest(router) == router_before
@@ -187,6 +187,7 @@ def test_a_script_refuses_bad_input_with_exit_code_2(tiny: Tiny, tmp_path: Path,
     earlier = tmp_path / "output"
     earlier.mkdir()
     (earlier / "stage.json").write_text("{}\n")
+    before = digest(earlier)
     (tmp_path / "input").mkdir()
     changes = {"model_name_or_path": tiny.base, "output_dir": earlier, **case.changes(tiny, tmp_path / "input")}
     variables = {VARIABLES[flag]: value for flag, value in changes.items() if flag in VARIABLES}
@@ -196,13 +197,8 @@ def test_a_script_refuses_bad_input_with_exit_code_2(tiny: Tiny, tmp_path: Path,
     assert re.search(case.message, words(output)), output
     assert "Traceback" not in output and "Loading weights" not in output, output
     assert ("processes, global batch" in output) == (name in STAGE), "data is looked at before anything is launched"
-    assert digest(earlier) == digest_of_one_file("stage.json", b"{}\n")
+    assert digest(earlier) == before
     assert not list(tmp_path.glob("output.*"))
-
-
-def digest_of_one_file(name: str, content: bytes) -> dict[str, str]:
-    """The digest of a folder with one file."""
-    return {name: hashlib.sha256(content).hexdigest()}
 
 
 def test_a_script_refuses_to_start_without_deepspeed(tiny: Tiny, tmp_path: Path) -> None:
