@@ -61,7 +61,7 @@ class Line:
     @property
     def is_met(self) -> bool:
         """Whether the bar is met."""
-        return self.bar is None or self.value <= self.bar
+        return self.bar is None or bool(self.value <= self.bar)
 
     def __str__(self) -> str:
         bar = "" if self.bar is None else f"  bar {self.bar:g}{self.unit}  {'met' if self.is_met else 'NOT MET'}"
