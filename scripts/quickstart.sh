@@ -12,6 +12,7 @@
 #
 #   OUTPUT       folder of results (default: outputs/quickstart)
 #   SKIP_RATES   skip rates to evaluate (default: "0.3 0.4")
+#   ORDER        router-first (default), or adapter-first: RoE's order, adapters on random skips before the router
 #   NUM_TRAIN    canvases to train on (default: 24000)
 set -euo pipefail
 
@@ -45,14 +46,24 @@ say "1/4 data: digits on canvases, subsampled for each stage"
 
 say "2/4 training: router, adapter, finetune, one DeepSpeed ZeRO-3 launch each"
 shared=(--model_max_length 512 --skip_ratio 0.3 --max_skip_ratio 0.5 --seed 0 --report_to "${REPORT_TO:-none}")
-shared+=(--calibration_samples 768 --order_samples 192 --score_samples 2048)
+shared+=(--calibration_samples 512 --order_samples 128 --score_samples 2048)
 training=(--warmup_steps 0.05 --lr_scheduler_type cosine --weight_decay 0. --group_by_modality_length True)
 training+=(--logging_steps 10 --save_strategy no)
-train_stage router "$BASE" "$DATA/stages.router.json" "$OUTPUT/router" --adapter_hidden_dim 32 "${shared[@]}"
-train_stage adapter "$OUTPUT/router" "$DATA/stages.adapter.json" "$OUTPUT/adapter" \
-  --max_steps "${ADAPTER_STEPS:-200}" --roe_lr 2e-3 "${shared[@]}" "${training[@]}"
-train_stage finetune "$OUTPUT/adapter" "$DATA/stages.finetune.json" "$OUTPUT/finetune" \
-  --max_steps "${FINETUNE_STEPS:-200}" --roe_lr 1e-3 --backbone_lr 3e-4 "${shared[@]}" "${training[@]}"
+router=("$DATA/stages.router.json" "$OUTPUT/router" --adapter_hidden_dim 32 "${shared[@]}")
+adapter=("$DATA/stages.adapter.json" "$OUTPUT/adapter" --max_steps 150 --roe_lr 2e-3 "${shared[@]}" "${training[@]}")
+if [[ "${ORDER:-router-first}" == router-first ]]; then
+  STAGES=(router adapter finetune)
+  train_stage router "$BASE" "${router[@]}"
+  train_stage adapter "$OUTPUT/router" "${adapter[@]}"
+  trained="$OUTPUT/adapter"
+else # RoE's order: adapters learn on random skips, before there is a router
+  STAGES=(adapter router finetune)
+  train_stage adapter "$BASE" "${adapter[@]}" --adapter_hidden_dim 32 --skip_pattern random
+  train_stage router "$OUTPUT/adapter" "${router[@]}"
+  trained="$OUTPUT/router"
+fi
+train_stage finetune "$trained" "$DATA/stages.finetune.json" "$OUTPUT/finetune" \
+  --max_steps 150 --roe_lr 1e-3 --backbone_lr 3e-4 "${shared[@]}" "${training[@]}"
 
 check_engines() { # stage folders...: every stage must have run on a DeepSpeed engine, ZeRO stage 3, on all ranks
   "$PYTHON" - "$NUM_RANKS" "$@" <<'PY'
@@ -66,7 +77,7 @@ if wrong:
     sys.exit(f"a stage did not run on DeepSpeedEngine, ZeRO 3, world size {ranks}: {'; '.join(wrong)}")
 PY
 }
-check_engines "$OUTPUT"/{router,adapter,finetune}
+check_engines "${STAGES[@]/#/$OUTPUT/}"
 
 evaluate() { # model, skip rate or off, folder, label: one lmms-eval run, or the one done before
   local model="$1" rate="$2" folder="$3" label="$4" run_folder mark
@@ -103,7 +114,7 @@ for job in "${jobs[@]}"; do wait "$job"; done
 
 say "4/4 report"
 stages=()
-for stage in router adapter finetune; do stages+=(--stages "$OUTPUT/$stage"); done
+for stage in "${STAGES[@]}"; do stages+=(--stages "$OUTPUT/$stage"); done
 fuzzyroe report "${runs[@]/%//evaluation.json}" "${stages[@]}" --output "$OUTPUT/report"
 "$PYTHON" scripts/bench/prefill.py --quick --model "$OUTPUT/finetune" --data "$DATA" --json "$OUTPUT/report/prefill.json"
 say "done in $((SECONDS - started)) s; open $OUTPUT/report/report.html"

@@ -119,17 +119,24 @@ def make_monotone_exactly(table: np.ndarray, signs: Sequence[int]) -> np.ndarray
 
 
 def _bounds_from_given(table: np.ndarray, given: np.ndarray, signs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Bound each free cell by the given cells below it and above it, (F,) each, infinite where there is none."""
+    """Bound each free cell by the given cells below it and above it, (F,) each, infinite where there is none.
+
+    Given cells that contradict each other, be it by rounding, bound with the middle of the largest value below and the
+    smallest above: both grow with the order, so the bounds leave room for a monotone table whatever was given.
+    """
     cells = np.array(list(itertools.product(*map(range, table.shape))))
     signs = np.asarray(signs)
     ordered, fixed = cells * signs, cells[:, signs == 0]
-    free, known = np.flatnonzero(~given), np.flatnonzero(given)
-    same = (fixed[free][:, None] == fixed[known][None]).all(axis=-1)  # cells compare only at equal undirected terms
-    below = same & (ordered[known][None] <= ordered[free][:, None]).all(axis=-1)
-    above = same & (ordered[known][None] >= ordered[free][:, None]).all(axis=-1)
-    values = table.ravel()[known][None]
-    lower = np.where(below, values, -np.inf).max(axis=1, initial=-np.inf)
-    upper = np.where(above, values, np.inf).min(axis=1, initial=np.inf)
-    contradicted = lower > upper
-    lower[contradicted] = upper[contradicted] = (lower[contradicted] + upper[contradicted]) / 2
-    return lower, upper
+    known = np.flatnonzero(given)
+    same = (fixed[:, None] == fixed[known][None]).all(axis=-1)  # cells compare only at equal undirected terms
+    below = same & (ordered[known][None] <= ordered[:, None]).all(axis=-1)  # (cells, known)
+    above = same & (ordered[known][None] >= ordered[:, None]).all(axis=-1)
+
+    def bound(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lower = np.where(below, values, -np.inf).max(axis=1, initial=-np.inf)
+        return lower, np.where(above, values, np.inf).min(axis=1, initial=np.inf)
+
+    lower, upper = bound(table.ravel()[known])
+    lower, upper = bound((lower[known] + upper[known]) / 2)
+    free = np.flatnonzero(~given)
+    return lower[free], upper[free]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+ROUNDING = 1e-12
+
 
 def solve_quadratic_program(
     hessian: np.ndarray, minimum: np.ndarray, constraints: np.ndarray, bounds: np.ndarray
@@ -19,7 +21,7 @@ def solve_quadratic_program(
 
     Args:
         hessian: Symmetric positive definite matrix H, (R, R).
-        minimum: Minimum m without constraints, (R,); it is returned bit for bit when feasible.
+        minimum: Minimum m without constraints, (R,); it is returned bit for bit when feasible up to rounding.
         constraints: Matrix G, (M, R).
         bounds: Right-hand sides h, (M,).
 
@@ -30,7 +32,8 @@ def solve_quadratic_program(
         ValueError: If no point satisfies the constraints.
     """
     gaps = bounds - constraints @ minimum
-    if gaps.size == 0 or gaps.max() <= 0:
+    # gaps of rounding size are no contradiction to work on: scaled up below, they would look like one
+    if gaps.size == 0 or gaps.max() <= ROUNDING * max(np.abs(minimum).max(), np.abs(bounds).max()):
         return minimum.copy()
     from scipy.linalg import solve_triangular
     from scipy.optimize import nnls

@@ -80,11 +80,13 @@ class SFTDataset(Dataset):
 
     def modality_lengths(self) -> list[int]:
         """Rough length of every sample in words and image tokens, negative for text-only ones; nothing is tokenized."""
-        lengths = []
-        for record in self.records:
-            words = sum(len(turn.question.split()) + len(turn.answer.split()) for turn in record.turns)
-            lengths.append(words + len(record.images) * self.num_image_tokens if record.images else -max(words, 1))
-        return lengths
+        return [self.modality_length(index) for index in range(len(self))]
+
+    def modality_length(self, index: int) -> int:
+        """Rough length of one sample, see ``modality_lengths``."""
+        record = self.records[index]
+        words = sum(len(turn.question.split()) + len(turn.answer.split()) for turn in record.turns)
+        return words + len(record.images) * self.num_image_tokens if record.images else -max(words, 1)
 
     def _pixel_values(self, record: Record) -> Tensor:
         images = []

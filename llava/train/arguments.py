@@ -47,7 +47,7 @@ class RoutingArguments:
     calibration_samples: int = field(default=1024, metadata={"help": "Samples measured at each skip count."})
     order_samples: int = field(default=256, metadata={"help": "Samples that the order of layers is searched on."})
     score_samples: int = field(default=4096, metadata={"help": "Samples that score quantiles are taken from."})
-    calibration_batch_size: int = field(default=64, metadata={"help": "Samples per device in calibration passes."})
+    calibration_batch_size: int = field(default=32, metadata={"help": "Samples per device in calibration passes."})
     roe_lr: float = field(default=4e-4, metadata={"help": "Learning rate of the adapters."})
     backbone_lr: float | None = field(default=None, metadata={"help": "Rate of all else; default --learning_rate."})
 

@@ -116,11 +116,14 @@ class Measurer:
         )
 
     def _batches(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches of the first samples; every rank gets equally many batches of equal size."""
+        """This rank's batches of the first samples, short ones together; all ranks get equally many of equal size."""
         usable = min(num_samples, len(self.samples))
         usable -= usable % self.world_size
-        mine = self.samples[self.rank : usable : self.world_size]
+        mine = sorted(self.samples[self.rank : usable : self.world_size], key=self._length)
         return iter(DataLoader(Subset(self.dataset, mine), self.size.batch_size, collate_fn=self.collator))
+
+    def _length(self, sample: int) -> int:
+        return abs(self.dataset.modality_length(sample))
 
     def _losses(self, batches: list[dict[str, Tensor]], skipped: list[int]) -> Tensor:
         """Mean answer loss of every turn of every sample when some layers are skipped, (turns over all ranks,)."""

@@ -29,7 +29,8 @@ def test_exactness_recovery_and_completion_meet_their_bars(bench) -> None:
 
 
 def test_a_missed_bar_is_named_with_exit_status_one(bench, monkeypatch, tmp_path, capsys) -> None:
-    lines = [bench.Line("slow thing", np.float64(7.0), 5.0, " %"), bench.Line("quick thing", 1.0, 5.0), bench.Line("other", 9.0)]
+    slow = bench.Line("slow thing", np.float64(7.0), 5.0, " %")
+    lines = [slow, bench.Line("quick thing", 1.0, 5.0), bench.Line("other", 9.0)]
     monkeypatch.setattr(bench, "measure", lambda quick: lines)
     monkeypatch.setattr(sys, "argv", ["router.py", "--check", "--json", str(tmp_path / "numbers.json")])
     with pytest.raises(SystemExit, match="slow thing") as stopped:

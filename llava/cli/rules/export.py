@@ -1,4 +1,4 @@
-"""``fuzzyroe rules export``: a rule base for other fuzzy tools."""
+"""``fuzzyroe rules export``: a rule base for other fuzzy tools, or under a name of its own."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ class Format(str, Enum):
 
     fcl = "fcl"
     fis = "fis"
+    yaml = "yaml"
 
 
 def export_command(
     rule_base: RuleBaseName,
-    format: Annotated[Format, typer.Option(help="fcl: Fuzzy Control Language; fis: MATLAB.")],
+    format: Annotated[Format, typer.Option(help="fcl: Fuzzy Control Language; fis: MATLAB; yaml: our own.")],
+    name: Annotated[str | None, typer.Option(help="Name to give it; its own if left out.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write; stdout if left out.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a rule base for other tools; combinations without a rule are left out."""
-    from fuzzyroe.rules.export import to_fcl, to_fis
+    """Write a rule base for other tools, or what calibration made of it; combinations without a rule are left out."""
+    from dataclasses import replace
 
-    text = {Format.fcl: to_fcl, Format.fis: to_fis}[format](open_rule_base(rule_base))
+    from fuzzyroe.rules.export import to_fcl, to_fis
+    from fuzzyroe.rules.yaml_io import dump_rule_base
+
+    rules = open_rule_base(rule_base)
+    named = rules if name is None else replace(rules, name=name)
+    text = {Format.fcl: to_fcl, Format.fis: to_fis, Format.yaml: dump_rule_base}[format](named)
     if output is None:
         typer.echo(text, nl=False)
         return

@@ -11,6 +11,7 @@ from fuzzyroe.rules import Consequent, FuzzyRuleBase, InterpolationOptions, Ling
 from fuzzyroe.rules import scale_and_move as tfri
 from fuzzyroe.rules.fuzzy_set import fuzzy_set, is_valid, representative
 from fuzzyroe.rules.interpolation import METHODS
+from fuzzyroe.rules.isotonic import project_missing
 
 # consequents of the 12 missing cells on the raw scale, in row-major order, before any projection
 MISSING = ["001", "010", "012", "021", "101", "110", "112", "121", "201", "210", "212", "221"]
@@ -152,6 +153,19 @@ def test_contradicting_rules_are_kept_and_reported(caplog):
     completed = FuzzyRuleBase.from_rules("odd", [variable], Consequent("y", (0, 1)), rules).interpolate()
     np.testing.assert_allclose(completed.table, (0.8, 0.5, 0.2))
     assert "contradict its directions" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-9, 1.0])
+def test_contradictions_of_any_size_leave_a_completion(size):
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        table = 0.5 + size * rng.uniform(-0.4, 0.4, (3, 3, 3))  # all equal but for the noise
+        given_cells = rng.random(table.shape) < 0.6
+        completed = project_missing(table, given_cells, (1, 1, 1))
+        np.testing.assert_array_equal(completed[given_cells], table[given_cells])
+        free = np.where(given_cells, np.nan, completed)
+        for axis in range(3):
+            assert not (np.diff(free, axis=axis) < -1e-9).any()  # missing neighbours end up in order
 
 
 def test_a_single_rule_is_a_nearly_constant_router_with_a_warning(caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,14 @@ def test_rules_export_writes_to_stdout_or_a_file(tmp_path, dialect, head):
     output = tmp_path / "rules.txt"
     assert run("rules", "export", "default", "--format", dialect, "--output", output).exit_code == 0
     assert output.read_text() == result.stdout
+
+
+def test_rules_export_gives_a_fitted_rule_base_a_name(tmp_path):
+    fitted = load_rule_base("default").interpolate().fit(np.full((9, 3), 0.5), np.ones(9))
+    save_rule_base(fitted, tmp_path / "rule_base.yaml")
+    output = tmp_path / "mine.yaml"
+    assert run("rules", "export", tmp_path, "--format", "yaml", "--name", "mine", "--output", output).exit_code == 0
+    assert load_rule_base(str(output)) == replace(fitted, name="mine")
 
 
 def test_rules_plot_draws_terms_and_surface(tmp_path):
