@@ -85,7 +85,7 @@ def test_losses_are_those_of_the_model_without_the_skipped_layers(routed, sft_da
     single = [index for index in measurer.samples if index in (0, 3, 5)]  # one turn with an image
     rows = {}
     position = 0
-    for index in measurer.samples:
+    for index in sorted(measurer.samples, key=lambda sample: abs(sft_dataset.modality_length(sample))):
         rows[index] = position
         position += int(sft_dataset[index]["turn_ids"].max())
     for count in range(3):
@@ -117,6 +117,9 @@ def test_answers_do_not_reach_the_features(routed, sft_dataset) -> None:
     class OtherAnswers:
         def __len__(self) -> int:
             return len(sft_dataset)
+
+        def modality_length(self, index: int) -> int:
+            return sft_dataset.modality_length(index)
 
         def __getitem__(self, index: int) -> dict:
             sample = sft_dataset[index]
