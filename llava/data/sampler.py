@@ -22,12 +22,16 @@ class ModalityLengthSampler(Sampler[int]):
         lengths: Length of each sample in tokens, negative for text-only samples (LLaVA's convention).
         batch_size: Samples per global batch.
         generator: Source of randomness; its state when iteration starts decides the order.
+        num_ranks: Processes that a global batch is cut up for.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, generator: torch.Generator | None = None, num_ranks: int = 1
+    ) -> None:
         self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.generator = generator
+        self.num_ranks = num_ranks
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -43,5 +47,6 @@ class ModalityLengthSampler(Sampler[int]):
                 by_length = self.lengths[megabatch].abs().argsort(descending=True, stable=True)
                 batches.extend(megabatch[by_length].split(self.batch_size))
         order = torch.randperm(len(batches), generator=self.generator).tolist()
-        chosen = [batches[position] for position in order]
+        # Ranks take equal parts of a global batch one after the other: deal its lengths out evenly among them.
+        chosen = [batches[position][rank :: self.num_ranks] for position in order for rank in range(self.num_ranks)]
         yield from torch.cat([*chosen, *rest]).tolist()

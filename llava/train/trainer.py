@@ -57,5 +57,8 @@ class LlavaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
         return ModalityLengthSampler(
-            dataset.modality_lengths(), self.args.train_batch_size * self.args.world_size, generator
+            dataset.modality_lengths(),
+            self.args.train_batch_size * self.args.world_size,
+            generator,
+            self.args.world_size,
         )

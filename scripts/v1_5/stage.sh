@@ -26,6 +26,8 @@ if ((VISIBLE_GPUS == 0)) && [[ -z "${DRY_RUN:-}" ]]; then
   NUM_RANKS="${NUM_RANKS_CPU:-2}"
   PRECISION=(--use_cpu True)
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  # glibc otherwise gives every large activation back to the system and has its pages cleared again
+  export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 fi
 export TOKENIZERS_PARALLELISM=false
 # PyTorch and DeepSpeed announce renamed collectives once per call; nothing a user of these scripts can act on.

@@ -65,3 +65,14 @@ def test_the_order_follows_the_generator() -> None:
     assert draw(lengths) == draw(lengths) != draw(lengths, seed=1)
     sampler = ModalityLengthSampler(lengths, 8, torch.Generator().manual_seed(0))
     assert list(sampler) != list(sampler), "epochs differ"
+
+
+def test_ranks_share_the_lengths_of_a_global_batch_evenly() -> None:
+    lengths = list(range(1, 65))
+    order = list(ModalityLengthSampler(lengths, 16, torch.Generator().manual_seed(0), num_ranks=2))
+    assert sorted(order) == list(range(64))
+    for start in range(0, 64, 16):
+        first = [lengths[index] for index in order[start : start + 8]]
+        second = [lengths[index] for index in order[start + 8 : start + 16]]
+        assert abs(sum(first) - sum(second)) == 8
+        assert max(first + second) - min(first + second) == 15
