@@ -50,7 +50,7 @@ shared+=(--calibration_samples 512 --order_samples 128 --score_samples 2048)
 training=(--warmup_steps 0.05 --lr_scheduler_type cosine --weight_decay 0. --group_by_modality_length True)
 training+=(--logging_steps 10 --save_strategy no)
 router=("$DATA/stages.router.json" "$OUTPUT/router" --adapter_hidden_dim 32 "${shared[@]}")
-adapter=("$DATA/stages.adapter.json" "$OUTPUT/adapter" --max_steps 150 --roe_lr 2e-3 "${shared[@]}" "${training[@]}")
+adapter=("$DATA/stages.adapter.json" "$OUTPUT/adapter" --max_steps 120 --roe_lr 2e-3 "${shared[@]}" "${training[@]}")
 if [[ "${ORDER:-router-first}" == router-first ]]; then
   STAGES=(router adapter finetune)
   train_stage router "$BASE" "${router[@]}"
@@ -63,7 +63,7 @@ else # RoE's order: adapters learn on random skips, before there is a router
   trained="$OUTPUT/router"
 fi
 train_stage finetune "$trained" "$DATA/stages.finetune.json" "$OUTPUT/finetune" \
-  --max_steps 150 --roe_lr 1e-3 --backbone_lr 3e-4 "${shared[@]}" "${training[@]}"
+  --max_steps 120 --roe_lr 1e-3 --backbone_lr 3e-4 "${shared[@]}" "${training[@]}"
 
 check_engines() { # stage folders...: every stage must have run on a DeepSpeed engine, ZeRO stage 3, on all ranks
   "$PYTHON" - "$NUM_RANKS" "$@" <<'PY'

@@ -10,6 +10,9 @@ from llava.train.stages import STAGES
 
 SKIP_PATTERNS = ("plan", "random")
 
+DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH = "default", 1024
+"""What routing is attached with where flags say nothing."""
+
 
 @dataclass
 class ModelArguments:
@@ -38,8 +41,8 @@ class RoutingArguments:
     """What is skipped, and how the router is fitted."""
 
     stage: str = field(default="finetune", metadata={"help": f"One of {', '.join(STAGES)}."})
-    rule_base: str = field(default="default", metadata={"help": "Shipped rule base by name, or a YAML file."})
-    adapter_hidden_dim: int = field(default=1024, metadata={"help": "Width of the adapters' bottleneck."})
+    rule_base: str | None = field(default=None, metadata={"help": "Shipped rule base by name, or a YAML file."})
+    adapter_hidden_dim: int | None = field(default=None, metadata={"help": "Width of the adapters; 1024 in RoE."})
     skip_ratio: float = field(default=0.3, metadata={"help": "Mean skip rate the router is set to."})
     max_skip_ratio: float = field(default=0.5, metadata={"help": "Largest budget that is calibrated and trained for."})
     skip_pattern: str = field(default="plan", metadata={"help": "plan (the router decides) or random."})
@@ -62,7 +65,7 @@ class RoutingArguments:
             raise ValueError(f"--skip_pattern {self.skip_pattern} is unknown; use {' or '.join(SKIP_PATTERNS)}.")
         if not 0 <= self.dense_ratio <= 1:
             raise ValueError(f"--dense_ratio {self.dense_ratio} lies outside [0, 1].")
-        if self.adapter_hidden_dim < 1:
+        if self.adapter_hidden_dim is not None and self.adapter_hidden_dim < 1:
             raise ValueError(f"--adapter_hidden_dim {self.adapter_hidden_dim} must be at least 1; RoE uses 1024.")
         for name in ("calibration_samples", "order_samples", "score_samples", "calibration_batch_size"):
             if getattr(self, name) < 1:

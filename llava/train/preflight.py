@@ -13,7 +13,13 @@ from fuzzyroe.features import FEATURES
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.records import RecordFile, resolve_image
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
+from llava.train.arguments import (
+    DEFAULT_RULE_BASE,
+    DataArguments,
+    LlavaTrainingArguments,
+    ModelArguments,
+    RoutingArguments,
+)
 from llava.train.stages import Stage, get_stage
 
 MIN_FREE_BYTES = 64 * 2**20
@@ -58,7 +64,17 @@ def check_inputs(
 def _check_routing(block: dict | None, stage: Stage, model_path: str, routing_args: RoutingArguments) -> None:
     """A stage that trains along the router's plans needs a calibrated router, a dense one none at all."""
     if stage.routing != "off" and not block:
-        _check_rule_base(routing_args.rule_base)
+        _check_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE)
+    if block and routing_args.rule_base is not None:
+        raise StageInputError(
+            f"--rule_base {routing_args.rule_base} was given, but {model_path} has a router already; leave it out, or "
+            "start from a dense checkpoint."
+        )
+    if block and routing_args.adapter_hidden_dim not in (None, block.get("adapter_width")):
+        raise StageInputError(
+            f"--adapter_hidden_dim {routing_args.adapter_hidden_dim} was given, but the adapters of {model_path} are "
+            f"{block.get('adapter_width')} wide; leave it out, or start from a dense checkpoint."
+        )
     if stage.routing == "off" and block:
         raise StageInputError(
             f"{model_path} is routed, stage {stage.name} trains dense models; name its base model, or another --stage."

@@ -20,7 +20,14 @@ from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.routing import attach_routing
 from llava.model.text_only import make_text_only_safe
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
+from llava.train.arguments import (
+    DEFAULT_ADAPTER_WIDTH,
+    DEFAULT_RULE_BASE,
+    DataArguments,
+    LlavaTrainingArguments,
+    ModelArguments,
+    RoutingArguments,
+)
 from llava.train.batch_routing import BudgetedRouting, RandomRouting
 from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.callbacks import MetricsFile
@@ -100,9 +107,9 @@ def say(line: str) -> None:
 
 
 def _attach_new_router(checkpoint: Checkpoint, routing_args: RoutingArguments) -> None:
-    rule_base = load_rule_base(routing_args.rule_base)
+    rule_base = load_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE)
     router = FuzzyRouter(rule_base, checkpoint.model.config.text_config.num_hidden_layers)
-    attach_routing(checkpoint.model, router, routing_args.adapter_hidden_dim)
+    attach_routing(checkpoint.model, router, routing_args.adapter_hidden_dim or DEFAULT_ADAPTER_WIDTH)
 
 
 def _build_trainer(
