@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import sys
 import time
@@ -34,11 +35,11 @@ from llava.model.routing import set_budget
 
 
 def load_prompts(checkpoint: Checkpoint, data: Path, template: str, number: int) -> list[dict[str, torch.Tensor]]:
-    """Image questions of the test set as model inputs, batch 1, spread over the file."""
+    """Image questions of the test set as model inputs, batch 1, drawn with a fixed seed."""
     records = RecordFile(data / "digits_test.json")
     chosen = [record for record in records if record.images]
     prompts = []
-    for record in chosen[:: max(1, len(chosen) // number)][:number]:
+    for record in random.Random(0).sample(chosen, number):
         conversation = get_template(template)
         conversation.append_message(conversation.roles[0], record.turns[0].question)
         conversation.append_message(conversation.roles[1], None)
@@ -130,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = load_checkpoint(arguments.model)
-    number, repeats = (20, 5) if arguments.quick else (60, 15)
+    number, repeats = (100, 3) if arguments.quick else (300, 5)
     prompts = load_prompts(checkpoint, arguments.data, arguments.template, number)
     result = measure(checkpoint, prompts, arguments.skip_rate, repeats)
     print(
