@@ -3,7 +3,7 @@
 
     python scripts/bench/prefill.py --model outputs/quickstart/finetune --json prefill.json --check
 
-Every prompt is run dense, routed, and as a dense model with layers removed, one after the other, many times; times are
+All prompts are run dense, routed, and by a dense model with layers removed, block after block in turns; times are
 CPU process time (wall time on a GPU) and medians. The ideal is the dense time less what the skipped layers take, plus
 what their adapters take, both measured here. Bar: at the asked skip rate the routed prefill is faster than the dense.
 """
@@ -73,7 +73,7 @@ def prefill_seconds(model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> 
 
 @torch.no_grad()
 def measure(checkpoint: Checkpoint, prompts: list[dict], skip_rate: float, repeats: int) -> dict:
-    """Interleave dense, routed and shortened prefills over all prompts."""
+    """Time blocks of dense, routed and shortened prefills over all prompts, as a server runs them, in turns."""
     model = checkpoint.model.eval()
     layers, decoder = find_decoder_layers(model), find_decoder(model)
     removed = max(1, round(skip_rate * len(layers)))
@@ -88,13 +88,12 @@ def measure(checkpoint: Checkpoint, prompts: list[dict], skip_rate: float, repea
     count.remove()
     skipped = len(layers) - statistics.mean(kept)
     times: dict[str, list[float]] = {"dense": [], "routed": [], "short": []}
+    variants = {"dense": (model, None), "routed": (model, skip_rate), "short": (short, None)}
     for _ in range(repeats):
-        for prompt in prompts:
-            set_budget(model, None)
-            times["dense"].append(prefill_seconds(model, prompt))
-            set_budget(model, skip_rate)
-            times["routed"].append(prefill_seconds(model, prompt))
-            times["short"].append(prefill_seconds(short, prompt))
+        for name, (variant, rate) in variants.items():
+            if variant is model:
+                set_budget(model, rate)
+            times[name].extend(prefill_seconds(variant, prompt) for prompt in prompts)
     states = torch.randn(1, prompts[0]["input_ids"].shape[1], decoder.config.hidden_size)
     adapter = []
     for _ in range(50 * repeats):
@@ -131,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = load_checkpoint(arguments.model)
-    number, repeats = (100, 3) if arguments.quick else (300, 5)
+    number, repeats = (40, 10) if arguments.quick else (100, 20)
     prompts = load_prompts(checkpoint, arguments.data, arguments.template, number)
     result = measure(checkpoint, prompts, arguments.skip_rate, repeats)
     print(
