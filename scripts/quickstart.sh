@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road on a small real model: environment, data, three ZeRO-3 stages, lmms-eval, one table and one report.
 #
-#   bash scripts/quickstart.sh            about 15 minutes on two CPU cores, installs included; no GPU, no account
+#   bash scripts/quickstart.sh            at most 25 minutes on two CPU cores, installs included; no GPU
 #   bash scripts/quickstart.sh --fresh    keeps the environment, does all stages and evaluations again
 #
 # The base model (playground/digits/base) answers questions about scanned handwritten digits. Its training data is

@@ -2,7 +2,7 @@
 # Trains the playground's base model from nothing and puts it into playground/digits/base (7.4 MB): generates 60,000
 # canvases, trains a tokenizer, lets the vision tower learn digits, then trains the whole LLaVA by the project's own
 # trainer (stage "scratch", no routing) in four courses: what stands at a place, everything, matching, everything.
-# About 35 minutes on two idle CPU cores. Fixed seeds; what was logged is train_log.jsonl beside the model.
+# About an hour on two CPU cores. Fixed seeds; what was logged is train_log.jsonl beside the model.
 #
 #   bash scripts/playground/train_base.sh
 #
