@@ -6,7 +6,9 @@ import typer
 
 from llava.cli.check_data import check_data_command
 from llava.cli.data_stats import data_stats_command
+from llava.cli.doctor import doctor_command
 from llava.cli.errors import FriendlyGroup
+from llava.cli.estimate import estimate_command
 from llava.cli.explain import explain_command
 from llava.cli.report import report_command
 from llava.cli.rules import rules_app
@@ -23,6 +25,8 @@ app.command("check-data")(check_data_command)
 app.command("data-stats")(data_stats_command)
 app.add_typer(rules_app, name="rules")
 app.command("explain")(explain_command)
+app.command("estimate")(estimate_command)
+app.command("doctor")(doctor_command)
 app.command("report")(report_command)
 
 

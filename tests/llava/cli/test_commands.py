@@ -245,3 +245,27 @@ def test_bugs_keep_their_traceback():
         load_rule_base("nothing")
     except KeyError as error:
         assert is_user_error(error) and describe_error(error).startswith("No rule base 'nothing'")
+
+
+def test_estimate_says_what_fits_and_what_would():
+    fits = run("estimate", "--stage", "router", "--gpus", "8")
+    assert fits.exit_code == 0 and fits.stdout.rstrip().endswith("fits")
+    result = run("estimate", "--stage", "finetune", "--gpus", "2", "--gpu-mem", "40")
+    assert result.exit_code == 1
+    assert "does not fit" in result.stdout and "would fit: --batch" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--model", "70b"), "Size '70b' is unknown"), (("--gpu-mem", "0"), "must be above 0"), (("--stage", "x"), "x")],
+)
+def test_estimate_refuses_what_it_cannot_compute(arguments, message):
+    result = run("estimate", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_doctor_finds_nothing_to_mend_where_the_tests_run():
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "transformers" in result.stdout and "FAIL" not in result.stdout
