@@ -1,0 +1,187 @@
+"""The linear router of RoE: every layer asks a linear map of two summary states whether it is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuzzyroe.compat import OURS, RoECompat
+from fuzzyroe.routers.base import Router
+from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.schedule import Relaxation
+from fuzzyroe.summary_sources import SOURCES
+
+
+class LinearRouter(Router):
+    """Decides each layer on arrival, from the states of the image and of the turn in that layer's own input.
+
+    For turn t of a row, ``z = W_l [h_image; h_t]`` gives a logit for keeping layer l and one for skipping it, where h
+    are the summary states after the layer's own first norm. At inference a layer is kept iff its logit is the larger,
+    decided by each row's last turn and valid for all of the row. In training, ``softmax(z / temperature)`` blends (see
+    ``schedule.Relaxation``); the prefix with its image goes by the mean logits of the row's turns.
+
+    It is trained by gradient for one skip ratio, and then has one operating point. A table of budgets moves it from
+    there: numbers added to the logits of skipping, with the mean skip rates that they were seen to give.
+
+    Args:
+        num_layers: Layers of the decoder, L.
+        hidden_size: Width of the decoder, D.
+        summary: What is looked at, a name in ``SOURCES``: "tokens" (RoE's routing tokens) or "pooled".
+        compat: Differences to the published code.
+        budgets: Mean skip rates, increasing, each with its number; empty if only the trained point is known.
+        skip_rate: Rate planned for by default; None or nan for the trained operating point.
+
+    Attributes:
+        layers: The maps, L of (2, 2 D), without bias.
+        source: The summary source, with the routing tokens.
+        offset: Number added to the logits of skipping by default.
+
+    Raises:
+        KeyError: If the summary source is unknown.
+        ValueError: If the table is not increasing, or does not reach ``skip_rate``.
+
+    Reference:
+        RoE (arXiv:2407.14093).
+    """
+
+    decides_on_arrival = True
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        summary: str = "tokens",
+        compat: RoECompat = OURS,
+        budgets: Sequence[tuple[float, float]] = (),
+        skip_rate: float | None = None,
+    ) -> None:
+        super().__init__()
+        if summary not in SOURCES:
+            raise KeyError(f"Summary source '{summary}' is unknown; use one of {', '.join(SOURCES)}.")
+        self.summary, self.compat = summary, compat
+        self.layers = nn.ModuleList(nn.Linear(2 * hidden_size, 2, bias=False) for _ in range(num_layers))
+        self.source = SOURCES[summary](hidden_size, compat)
+        self.skip_rate, self.offset = math.nan, 0.0
+        self.set_budgets(budgets)
+        if skip_rate is not None:
+            self.set_budget(skip_rate)
+
+    def prepare(self, decoder: nn.Module, inputs: dict[str, Any], routing: RoutingState) -> dict[str, Any]:
+        """Let the summary source prepare the pass; it may add positions to it."""
+        return self.source.prepare(decoder, inputs, routing)
+
+    def decide(self, layer: int, hidden_states: Tensor, routing: RoutingState) -> Tensor:
+        """Give the keep weights of one layer, (B, T); 0 or 1 in hard mode.
+
+        In soft mode the weight of the prefix goes into ``routing.prefix_weights``.
+        """
+        relaxation = routing.relaxation or Relaxation()
+        if relaxation.draws is None:
+            logits = self.logits(layer, hidden_states, routing)
+        else:
+            logits = relaxation.draws[layer].to(hidden_states.device)
+        if routing.mode == "hard":
+            return self._harden(logits, routing).to(routing.turn_ids.device)
+        turn_mask = routing.summary.turn_mask.to(logits.device)
+        logits = torch.stack([logits[..., 0] + relaxation.bias, logits[..., 1]], dim=-1)  # (B, T, 2)
+        count = turn_mask.sum(dim=1)  # (B,)
+        prefix = (logits * turn_mask.unsqueeze(-1)).sum(dim=1) / count.clamp(min=1).unsqueeze(-1)  # (B, 2)
+        together = torch.cat([prefix.unsqueeze(1), logits], dim=1) * (1 / relaxation.temperature)
+        keep = together.softmax(dim=-1)[..., 0].to(routing.turn_ids.device)  # (B, 1 + T)
+        routing.prefix_weights[layer] = torch.where(count.to(keep.device) > 0, keep[:, 0], 1.0)
+        return keep[:, 1:]
+
+    def logits(self, layer: int, hidden_states: Tensor, routing: RoutingState) -> Tensor:
+        """Logits of keeping and of skipping a layer, (B, T, 2) float32.
+
+        Args:
+            layer: Layer index.
+            hidden_states: Input of that layer, (B, S, D).
+            routing: State that ``prepare`` saw.
+        """
+        linear, summary = self.layers[layer], routing.summary
+        states = summary.norms[layer](summary.read(hidden_states).to(linear.weight.device))  # (B, 1 + T, D)
+        image, turns = states[:, :1], states[:, 1:]
+        pairs = torch.cat([image.expand_as(turns), turns], dim=-1)  # (B, T, 2D)
+        return linear(pairs.to(linear.weight.dtype)).float()
+
+    @property
+    def max_skip_rate(self) -> float:
+        """Largest rate in the table of budgets; 0 without a table."""
+        return self.budgets[-1][0] if self.budgets else 0.0
+
+    def check_budget(self, skip_rate: Tensor | float, num_rows: int | None = None) -> None:
+        """As ``Router.check_budget``; without a table no budget can be met."""
+        if not self.budgets:
+            raise ValueError(
+                f"Skip rate {skip_rate} was asked of a linear router that knows only the operating point it was "
+                "trained for; ask for no skip rate, or calibrate it for budgets (docs/roe.md)."
+            )
+        super().check_budget(skip_rate, num_rows)
+
+    def set_budget(self, skip_rate: float) -> None:
+        """Plan for another mean skip rate from now on; nothing is retrained.
+
+        Raises:
+            ValueError: If the table does not reach it.
+        """
+        self.check_budget(skip_rate)
+        self.skip_rate = float(skip_rate)
+        self.offset = float(self._offsets(torch.tensor([self.skip_rate])))
+
+    def set_budgets(self, budgets: Sequence[tuple[float, float]]) -> None:
+        """Put in a table of budgets; the operating point stays where it is.
+
+        Args:
+            budgets: Mean skip rates in [0, 1], each with the number that gives it; both increase.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        for before, after in zip(budgets[:-1], budgets[1:], strict=True):
+            if not (before[0] < after[0] and before[1] <= after[1]):
+                raise ValueError(
+                    f"The table of budgets goes from {before} to {after}; rates must increase, and their numbers must "
+                    "not fall. Sort it, and drop rates that stand in it twice."
+                )
+        self.budgets = [(float(rate), float(offset)) for rate, offset in budgets]
+
+    def settings(self) -> dict[str, Any]:
+        """The summary source, the switches, the table and the default budget."""
+        return {
+            "summary": self.summary,
+            "compat": self.compat.to_dict(),
+            "budgets": self.budgets,
+            "skip_rate": None if math.isnan(self.skip_rate) else self.skip_rate,
+        }
+
+    @classmethod
+    def from_checkpoint(
+        cls, options: dict[str, Any], num_layers: int, hidden_size: int, folder_file: Callable[[str], str]
+    ) -> LinearRouter:
+        """Rebuild the router."""
+        return cls(num_layers, hidden_size, **{**options, "compat": RoECompat.from_dict(options.get("compat", {}))})
+
+    def _offsets(self, skip_rates: Tensor) -> Tensor:
+        """Numbers that meet mean skip rates, by interpolation in the table; both (B,)."""
+        rates, offsets = torch.tensor(self.budgets, device=skip_rates.device).unbind(dim=1)
+        if len(rates) == 1:
+            return offsets.expand_as(skip_rates)
+        cell = torch.searchsorted(rates[1:-1].contiguous(), skip_rates)
+        share = ((skip_rates - rates[cell]) / (rates[cell + 1] - rates[cell])).clamp(0, 1)
+        return torch.lerp(offsets[cell], offsets[cell + 1], share)
+
+    def _harden(self, logits: Tensor, routing: RoutingState) -> Tensor:
+        offset: Tensor | float = self.offset
+        if routing.skip_rate is not None:
+            asked = torch.as_tensor(routing.skip_rate, dtype=torch.float32, device=logits.device)
+            offset = self._offsets(asked.reshape(-1)).unsqueeze(-1)  # (B, 1) or (1, 1)
+        margin = logits[..., 0] - logits[..., 1] - offset  # (B, T)
+        keep = margin > 0 if self.compat.ties_skip else margin >= 0
+        if self.compat.batch_decides_together:
+            keep = keep.any(dim=0, keepdim=True).expand_as(keep)
+        return keep.float()
