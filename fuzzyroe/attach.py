@@ -13,10 +13,16 @@ from fuzzyroe.adapter import SkipAdapter
 from fuzzyroe.cache import has_started, refuse_chunked_prefill, refuse_unsupported, remember_prompt
 from fuzzyroe.routed_layer import RoutedLayer, routed_class
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.routing_tokens import take_tokens_out
+from fuzzyroe.skip_units import SkipUnit, get_skip_unit
 
 
 def attach(
-    model: nn.Module, adapter_width: int, adapter_init: str = "zero", router: nn.Module | None = None
+    model: nn.Module,
+    adapter_width: int,
+    adapter_init: str = "zero",
+    router: nn.Module | None = None,
+    skip_unit: str = "layer",
 ) -> nn.Module:
     """Make every decoder layer of a loaded model skippable, in place.
 
@@ -29,29 +35,31 @@ def attach(
         adapter_init: ``"zero"`` (an untrained skip is the identity) or ``"xavier"``.
         router: A module with ``plan(hidden_states, routing)``, which fills ``routing.keep_weights``, and with the bool
             ``enabled``: whether it routes a prompt on its own when the model is not training. None keeps every layer
-            unless the caller forces otherwise. Its ``plan`` is not called through ``forward``, so parameters belong in
-            submodules that it calls (a sharded model gathers them there).
+            unless the caller forces otherwise. See ``fuzzyroe.routers.base.Router`` for what else it may have.
+        skip_unit: What a skip leaves out, a name in ``SKIP_UNITS``: ``"layer"``, ``"attention"`` or ``"ffn"``.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model is attached already or has no decoder layers to route.
+        ValueError: If the model is attached already, has no decoder layers to route, or its layers lack a part.
         TypeError: If the router lacks ``plan`` or ``enabled``.
+        KeyError: If the skip unit is unknown.
     """
-    decoder, layers = find_decoder(model), find_decoder_layers(model)
-    _check_attachable(layers)
+    decoder, layers, unit = find_decoder(model), find_decoder_layers(model), get_skip_unit(skip_unit)
+    _check_attachable(layers, unit)
     adapters = [SkipAdapter(decoder.config.hidden_size, adapter_width, adapter_init) for _ in layers]
     if router is not None:
         _check_router(router)
-        decoder.router = router.to(_placement(layers[0])[0]).train(decoder.training)
+        decoder.router = _place_router(router, layers).train(decoder.training)
     for index, (layer, adapter) in enumerate(zip(layers, adapters, strict=True)):
         device, dtype = _placement(layer)
         layer.adapter = adapter.to(device=device, dtype=dtype).train(layer.training)
-        layer.route_index = index
+        layer.route_index, layer.skip_unit = index, unit
         _swap_class(layer, routed_class(type(layer)))
     _rename_no_split(model, {layer.base_class.__name__: type(layer).__name__ for layer in layers})
     decoder.routing_hook = decoder.register_forward_pre_hook(plan_routing, with_kwargs=True)
+    decoder.output_hook = decoder.register_forward_hook(take_tokens_out, with_kwargs=True)
     return model
 
 
@@ -73,12 +81,27 @@ def detach(model: nn.Module) -> nn.Module:
     _rename_no_split(model, {type(layer).__name__: None for layer in layers})
     for layer in layers:
         _swap_class(layer, layer.base_class)
-        del layer.adapter, layer.route_index
+        del layer.adapter, layer.route_index, layer.skip_unit
     decoder.routing_hook.remove()
-    del decoder.routing_hook
+    decoder.output_hook.remove()
+    del decoder.routing_hook, decoder.output_hook
     if hasattr(decoder, "router"):
         del decoder.router
     return model
+
+
+def set_router(model: nn.Module, router: nn.Module) -> None:
+    """Put another router into an attached model; its adapters stay.
+
+    Raises:
+        ValueError: If the model is not attached.
+        TypeError: If the router lacks ``plan`` or ``enabled``.
+    """
+    if not is_attached(model):
+        raise ValueError(f"{type(model).__name__} has no routed layers; attach it before its router is replaced.")
+    _check_router(router)
+    decoder = find_decoder(model)
+    decoder.router = _place_router(router, decoder.layers).train(decoder.training)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -140,7 +163,8 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     """Forward pre-hook of the decoder: let the router decide, once per sequence, before the first layer.
 
     A state that comes with keep weights passes untouched. In decoding, when the cache has positions, nothing is
-    decided: every layer reads its decision from its cache.
+    decided: every layer reads its decision from its cache. A router that decides on arrival is put into the state, for
+    the layers to ask.
 
     Args:
         decoder: The module that holds the layers, with ``router``.
@@ -158,11 +182,11 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     kwargs = _as_keywords(decoder, args, kwargs)
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     inputs_embeds = kwargs.get("inputs_embeds")
-    refuse_unsupported(cache)
     if has_started(cache):
         given = kwargs["input_ids"] if inputs_embeds is None else inputs_embeds
         refuse_chunked_prefill(cache, mask, given.shape[1])
         return None
+    refuse_unsupported(cache)
     if inputs_embeds is None:
         inputs_embeds = decoder.get_input_embeddings()(kwargs["input_ids"])
         kwargs.update(input_ids=None, inputs_embeds=inputs_embeds)
@@ -170,10 +194,14 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         if mask is None:
             mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         routing = RoutingState.for_prompt(mask)
+    if routing.skip_rate is not None and hasattr(router, "check_budget"):
+        router.check_budget(routing.skip_rate, inputs_embeds.shape[0])
     router.plan(inputs_embeds, routing)
+    if getattr(router, "decides_on_arrival", False):
+        routing.decide, routing.num_layers = router.decide, len(decoder.layers)
     remember_prompt(cache, mask)
     kwargs["routing"] = routing
-    return (), kwargs
+    return (), router.prepare(decoder, kwargs, routing) if hasattr(router, "prepare") else kwargs
 
 
 def _as_keywords(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -189,15 +217,28 @@ def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device(reference.device if execution_device is None else execution_device), reference.dtype
 
 
-def _check_attachable(layers: nn.ModuleList) -> None:
+def _place_router(router: nn.Module, layers: nn.ModuleList) -> nn.Module:
+    """Move a router to the first decoder layer, and what it has for each layer, in ``router.layers``, beside that one.
+
+    Returns:
+        The router.
+    """
+    router.to(_placement(layers[0])[0])
+    for part, layer in zip(getattr(router, "layers", ()), layers, strict=False):
+        part.to(_placement(layer)[0])
+    return router
+
+
+def _check_attachable(layers: nn.ModuleList, unit: SkipUnit) -> None:
     for index, layer in enumerate(layers):
         name = type(layer).__name__
         if isinstance(layer, RoutedLayer):
             raise ValueError(f"Layer {index} is a {name} already; a model is attached once. Call detach first.")
-        if not hasattr(layer, "input_layernorm"):
+        missing = [part for part in unit.modules if not isinstance(getattr(layer, part, None), nn.Module)]
+        if missing:
             raise ValueError(
-                f"Layer {index} ({name}) has no `input_layernorm`, which the skip branch needs. Use a decoder family "
-                "that normalises before attention."
+                f"Layer {index} ({name}) has no `{missing[0]}`, which the skip branch needs. Use a decoder family "
+                "that normalises before attention, built of `input_layernorm`, `self_attn` and `mlp`."
             )
         if "forward" in layer.__dict__ and not _is_own_method(layer) and "_old_forward" not in layer.__dict__:
             raise ValueError(

@@ -22,11 +22,14 @@ class RoutedCacheLayer(DynamicLayer):
 
     Args:
         split: The rows that run the layer; valid while the layer is not empty.
+        holds_all_rows: Whether the skipped rows have keys and values too, as where only the MLP is skipped; the layer
+            then carries the decision, but stores what a stock one does.
     """
 
-    def __init__(self, split: RowSplit) -> None:
+    def __init__(self, split: RowSplit, holds_all_rows: bool = False) -> None:
         super().__init__()
         self.split = split
+        self.holds_all_rows = holds_all_rows
         self.seen = 0
 
     @property
@@ -71,36 +74,51 @@ class RoutedCacheLayer(DynamicLayer):
         self.seen = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i become a copy of row ``beam_idx[i]``, decision included; ``beam_idx`` is (B,) int64."""
-        self._take_rows(beam_idx)
+        """Let row i become a copy of row ``beam_idx[i]``, which made the same decision, as beams of one prompt do.
+
+        Nothing is moved to the host, since beams are reordered after every token.
+
+        Args:
+            beam_idx: Rows to copy, (B,) int64.
+
+        Raises:
+            IndexError: If a row would copy one of the other decision; ``batch_select_indices`` can.
+        """
+        if not self.is_initialized:
+            return
+        stored = beam_idx.to(self.keys.device)
+        if not (self.holds_all_rows or self.split.all_kept):
+            kept, skipped = self.split.rows(stored.device)
+            slots = self.split.slots(stored.device)
+            copies_kept_row = slots[stored[skipped]] < self.split.num_rows
+            slots.new_zeros(1).index_select(0, copies_kept_row.long())  # only index 0 exists
+            stored = slots[stored[kept]]
+        self.keys, self.values = self.keys.index_select(0, stored), self.values.index_select(0, stored)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times in place."""
         self._take_rows(torch.arange(self.split.num_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows that ``indices`` names, a (B',) int64 or (B,) bool tensor."""
+        """Keep the rows that ``indices`` names, a (B',) int64 or (B,) bool tensor, whatever their decisions."""
         self._take_rows(indices)
 
     def _take_rows(self, indices: Tensor) -> None:
-        is_uniform = self.split.none_kept or self.split.all_kept
-        if is_uniform and indices.dtype != torch.bool:  # the new decision is known without reading the indices
-            keep = torch.full((indices.shape[0],), self.split.all_kept)
-            stored = indices
-        else:
-            rows = torch.arange(self.split.num_rows)[indices.cpu()]
-            keep = self.keep[rows]
-            slot_of_row = self.keep.cumsum(dim=0) - 1  # kept rows are stored densely, in order
-            stored = slot_of_row[rows[keep]]
+        rows = torch.arange(self.split.num_rows)[indices.cpu()]
+        keep = self.keep[rows]
         if self.is_initialized:
-            stored = stored.to(self.keys.device)
-            self.keys = self.keys.index_select(0, stored)
-            self.values = self.values.index_select(0, stored)
+            slot_of_row = self.keep.cumsum(dim=0) - 1  # kept rows are stored densely, in order
+            stored = (rows if self.holds_all_rows else slot_of_row[rows[keep]]).to(self.keys.device)
+            self.keys, self.values = self.keys.index_select(0, stored), self.values.index_select(0, stored)
         self.split = RowSplit(keep)
 
 
 def rows_to_run(
-    past_key_values: Cache | None, layer: int, routing: RoutingState | None, num_rows: int
+    past_key_values: Cache | None,
+    layer: int,
+    routing: RoutingState | None,
+    num_rows: int,
+    holds_all_rows: bool = False,
 ) -> RowSplit | None:
     """Give the rows that run a layer, and prepare its cache for them.
 
@@ -111,6 +129,7 @@ def rows_to_run(
         layer: Layer index.
         routing: State in hard mode; None leaves an undecided sequence dense.
         num_rows: Batch size B of this forward pass.
+        holds_all_rows: Whether rows that skip have keys and values too (only the MLP is skipped).
 
     Returns:
         The rows, or None if nothing was decided and the base layer runs as it is.
@@ -141,7 +160,7 @@ def rows_to_run(
     if not split.all_kept:
         while len(past_key_values.layers) <= layer:
             past_key_values.layers.append(DynamicLayer())
-        past_key_values.layers[layer] = RoutedCacheLayer(split)
+        past_key_values.layers[layer] = RoutedCacheLayer(split, holds_all_rows)
     elif is_routed:
         past_key_values.layers[layer] = DynamicLayer()
     return split

@@ -34,7 +34,7 @@ class Summary:
         text_mean: Mean state of each question, (B, T, D); zero for a turn an example does not have.
         text_direction: Mean of its unit-length states, (B, T, D).
         question_length: Tokens of each question, (B, T).
-        image_length: Image positions of each row, (B,).
+        image_length: Image positions of each row, or its images where these differ in length, (B,).
         pixel_values: Images of the batch in the order of its rows, (images, channels, H, W); None if unknown.
     """
 
@@ -80,7 +80,7 @@ def summarise(hidden_states: Tensor, routing: RoutingState, num_turns: int | Non
         text_mean=mean[:, 1:],
         text_direction=direction[:, 1:],
         question_length=counts[:, 1:],
-        image_length=counts[:, 0],
+        image_length=counts[:, 0] if routing.images_per_row is None else routing.images_per_row,
         pixel_values=routing.pixel_values,
     )
 

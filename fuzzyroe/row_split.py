@@ -11,23 +11,21 @@ class RowSplit:
 
     Args:
         keep: True where the row runs the layer, (B,) bool on the CPU.
+
+    Attributes:
+        num_rows: Batch size B.
+        num_kept: Rows that run the layer.
+        all_kept, none_kept: Whether every row does, and whether none does.
     """
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
         self.num_rows = keep.shape[0]
         self.num_kept = sum(keep.tolist())
+        self.all_kept = self.num_kept == self.num_rows
+        self.none_kept = self.num_kept == 0
         self._rows: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def all_kept(self) -> bool:
-        """Whether every row runs the layer."""
-        return self.num_kept == self.num_rows
-
-    @property
-    def none_kept(self) -> bool:
-        """Whether every row skips the layer."""
-        return self.num_kept == 0
+        self._slots: dict[torch.device, Tensor] = {}
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Give the indices of the kept and of the skipped rows, copied to ``device`` once.
@@ -39,3 +37,10 @@ class RowSplit:
             kept, skipped = self.keep.nonzero().flatten(), (~self.keep).nonzero().flatten()
             self._rows[device] = (kept.to(device), skipped.to(device))
         return self._rows[device]
+
+    def slots(self, device: torch.device) -> Tensor:
+        """Give where each row stands among the kept ones, (B,) int64 on ``device``; B for a row that skips."""
+        if device not in self._slots:
+            slots = torch.where(self.keep, self.keep.cumsum(dim=0) - 1, self.num_rows)
+            self._slots[device] = slots.to(device)
+        return self._slots[device]

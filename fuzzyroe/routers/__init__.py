@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routers.fuzzy import FuzzyRouter
+from fuzzyroe.routers.linear import LinearRouter
+from fuzzyroe.routers.none import KeepAllRouter
+from fuzzyroe.routers.oracle import OracleRouter
+from fuzzyroe.routers.random import RandomRouter
+from fuzzyroe.routers.static import StaticRouter
 
-ROUTERS: dict[str, type[Router]] = {"fuzzy": FuzzyRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "fuzzy": FuzzyRouter,
+    "random": RandomRouter,
+    "static": StaticRouter,
+    "oracle": OracleRouter,
+    "none": KeepAllRouter,
+    "linear": LinearRouter,
+}
 """Routers by name."""
 
 
@@ -20,4 +32,27 @@ def get_router_class(name: str) -> type[Router]:
     return ROUTERS[name]
 
 
-__all__ = ["ROUTERS", "FuzzyRouter", "Router", "get_router_class"]
+def get_router_name(router: Router) -> str:
+    """Give the name under which the class of a router is in ``ROUTERS``.
+
+    Raises:
+        KeyError: If it is not there, so that a checkpoint could not be loaded again.
+    """
+    for name, known in ROUTERS.items():
+        if type(router) is known:
+            return name
+    raise KeyError(f"{type(router).__name__} is none of the routers {', '.join(ROUTERS)}; add it to ROUTERS.")
+
+
+__all__ = [
+    "ROUTERS",
+    "FuzzyRouter",
+    "KeepAllRouter",
+    "LinearRouter",
+    "OracleRouter",
+    "RandomRouter",
+    "Router",
+    "StaticRouter",
+    "get_router_class",
+    "get_router_name",
+]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,8 +13,11 @@ from fuzzyroe.budget import BudgetTable
 from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.rules import load_rule_base, save_rule_base
 from fuzzyroe.rules.oracle import compile_rule_base
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
+
+RULE_BASE_FILE = "rule_base.yaml"
 
 NUM_QUANTILES = 1025
 """Percentiles are told apart to a thousandth, so a skip rate is met within 0.1 points of what the scores allow."""
@@ -38,6 +45,8 @@ class FuzzyRouter(Router):
             not saved.
     """
 
+    stays_in_float32 = True  # a score quantile rounded to bfloat16 would shift plans
+
     def __init__(self, rule_base: FuzzyRuleBase, num_layers: int, num_budgets: int = 1) -> None:
         super().__init__()
         self.rule_base = rule_base
@@ -57,6 +66,7 @@ class FuzzyRouter(Router):
         self.register_buffer("skip_rate", torch.zeros(()))
         self.register_buffer("planned_thresholds", torch.zeros(num_layers))
         self.register_buffer("non_finite_turns", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._known_max: tuple[Tensor, int, float] | None = None
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
         """Fill ``routing`` with summary, features, scores and keep weights; a non-finite feature keeps every layer.
@@ -104,13 +114,22 @@ class FuzzyRouter(Router):
             thresholds = thresholds.unsqueeze(1)  # (B, 1, L)
         return (self.percentiles(scores).unsqueeze(-1) >= thresholds).float()
 
+    @property
+    def max_skip_rate(self) -> float:
+        """Largest calibrated rate; read from the device when the table has changed, not for every prompt."""
+        rates = self.budget_rates
+        version = 0 if rates.is_inference() else rates._version
+        if self._known_max is None or self._known_max[0] is not rates or self._known_max[1] != version:
+            self._known_max = (rates, version, float(rates[-1]))
+        return self._known_max[2]
+
     def set_budget(self, skip_rate: float) -> None:
         """Plan for another mean skip rate from now on; nothing is retrained.
 
         Raises:
             ValueError: If the router was not calibrated for such a rate.
         """
-        self.budget_table().thresholds_for(skip_rate)
+        self.check_budget(skip_rate)
         self.skip_rate.fill_(skip_rate)
         self.planned_thresholds.copy_(self.thresholds(skip_rate))
 
@@ -118,11 +137,21 @@ class FuzzyRouter(Router):
         """The calibrated budgets, as arrays."""
         return BudgetTable(self.budget_rates.cpu().double().numpy(), self.budget_thresholds.cpu().double().numpy())
 
-    def _apply(self, fn, recurse: bool = True) -> FuzzyRouter:
-        """Move with the model, but stay in float32: a score quantile rounded to bfloat16 would shift plans."""
+    def settings(self) -> dict[str, Any]:
+        """The size of the table of budgets, and the file of the rules."""
+        return {"rule_base": RULE_BASE_FILE, "num_budgets": len(self.budget_rates)}
 
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+    def save_files(self, folder: Path) -> None:
+        """Write the rule base."""
+        save_rule_base(self.rule_base, folder / RULE_BASE_FILE)
 
-        return super()._apply(move_only, recurse)
+    @classmethod
+    def from_checkpoint(
+        cls, options: dict[str, Any], num_layers: int, hidden_size: int, folder_file: Callable[[str], str]
+    ) -> FuzzyRouter:
+        """Rebuild the router around the checkpoint's rule base."""
+        return cls(
+            load_rule_base(folder_file(options.get("rule_base", RULE_BASE_FILE))),
+            num_layers,
+            options.get("num_budgets", 1),
+        )

@@ -49,14 +49,33 @@ def test_selected_rows_bring_their_decision_along(indices):
     assert layer.values.shape == layer.keys.shape and layer.get_seq_length() == 3
 
 
-def test_reorder_and_repeat_are_selections():
+def test_beams_are_repeated_and_reordered_with_their_decision():
     layer = filled_layer()
     layer.batch_repeat_interleave(2)
-    assert layer.keep.tolist() == [True, True, False, False, True, True, True, True]
-    assert stored_rows(layer) == [0, 0, 2, 2, 3, 3]
-    layer.reorder_cache(torch.tensor([2, 0, 4, 4, 1, 1, 7, 7]))
-    assert layer.keep.tolist() == [False, True, True, True, True, True, True, True]
-    assert stored_rows(layer) == [0, 2, 2, 0, 0, 3, 3]
+    expected = [True, True, False, False, True, True, True, True]
+    assert layer.keep.tolist() == expected and stored_rows(layer) == [0, 0, 2, 2, 3, 3]
+    layer.keys[1] += 50  # the second beam of row 0
+    layer.reorder_cache(torch.tensor([1, 1, 3, 2, 5, 4, 7, 6]))
+    assert layer.keep.tolist() == expected and stored_rows(layer) == [50, 50, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("beams", [[1, 1, 2, 3], [0, 0, 2, 3]])
+def test_a_row_cannot_become_one_of_the_other_decision(beams):
+    with pytest.raises(IndexError):
+        filled_layer().reorder_cache(torch.tensor(beams))
+
+
+def test_a_layer_that_holds_all_rows_stores_what_a_stock_one_does():
+    layer, stock = RoutedCacheLayer(RowSplit(KEEP), holds_all_rows=True), DynamicLayer()
+    states = torch.arange(4.0).view(-1, 1, 1, 1).expand(4, 2, 3, 5).contiguous()
+    for cache in (layer, stock):
+        cache.update(states, states + 10)
+        cache.crop(-1)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([1, 0, 2, 2, 5, 4, 7, 7]))
+        cache.batch_select_indices(torch.tensor([6, 2, 3]))
+    assert layer.keep.tolist() == [True, False, False] and layer.get_seq_length() == 2
+    assert torch.equal(layer.keys, stock.keys) and torch.equal(layer.values, stock.values)
 
 
 @pytest.mark.parametrize("value", [True, False])

@@ -10,20 +10,33 @@ from fuzzyroe.config import FORMAT_VERSION, FuzzyRoEConfig
 
 
 def test_the_block_survives_json() -> None:
-    config = FuzzyRoEConfig(adapter_width=16, num_budgets=49, base_model="../base", stage="adapter")
+    options = {"seed": 3, "skip_rate": 0.25}
+    config = FuzzyRoEConfig(16, "random", options, "attention", base_model="../base", stage="adapter")
     assert FuzzyRoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_absent_keys_take_their_defaults() -> None:
     config = FuzzyRoEConfig.from_dict({"adapter_width": 8})
-    assert (config.router, config.rule_base, config.num_budgets) == ("fuzzy", "rule_base.yaml", 1)
+    assert (config.router, config.router_options, config.skip_unit) == ("fuzzy", {}, "layer")
     assert config.base_model is None and config.format_version == FORMAT_VERSION
 
 
-@pytest.mark.parametrize("sizes", [{"adapter_width": 0}, {"adapter_width": 4, "num_budgets": 0}])
-def test_sizes_below_one_are_refused(sizes: dict[str, int]) -> None:
+def test_a_block_of_version_1_is_read_as_the_fuzzy_router_it_was() -> None:
+    block = {"adapter_width": 8, "router": "fuzzy", "rule_base": "rules.yaml", "num_budgets": 49, "format_version": 1}
+    config = FuzzyRoEConfig.from_dict(block)
+    assert config == FuzzyRoEConfig(8, "fuzzy", {"rule_base": "rules.yaml", "num_budgets": 49})
+    oldest = FuzzyRoEConfig.from_dict({"adapter_width": 8, "format_version": 1})
+    assert oldest.router_options == {"rule_base": "rule_base.yaml", "num_budgets": 1}
+
+
+def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="must be at least 1; .*damaged"):
-        FuzzyRoEConfig(**sizes)
+        FuzzyRoEConfig(adapter_width=0)
+
+
+def test_an_unknown_skip_unit_is_refused() -> None:
+    with pytest.raises(ValueError, match="skip_unit 'token' is unknown; known are layer, attention, ffn"):
+        FuzzyRoEConfig(adapter_width=4, skip_unit="token")
 
 
 def test_unknown_keys_are_named_with_the_known_ones() -> None:
@@ -37,5 +50,5 @@ def test_a_block_without_adapter_width_is_named() -> None:
 
 
 def test_another_version_is_named_before_its_keys_are_blamed() -> None:
-    with pytest.raises(ValueError, match=f"format_version 2, this version reads {FORMAT_VERSION}; install"):
-        FuzzyRoEConfig.from_dict({"adapter_width": 4, "format_version": 2, "new_in_two": True})
+    with pytest.raises(ValueError, match="format_version 3, this version reads 1, 2; install"):
+        FuzzyRoEConfig.from_dict({"adapter_width": 4, "format_version": 3, "new_in_three": True})
