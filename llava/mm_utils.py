@@ -1,10 +1,25 @@
-"""Helpers around one image and one prompt, a public contract with lmms-eval."""
+"""Helpers around images and prompts, a public contract with lmms-eval and with LLaVA's users."""
 
 from __future__ import annotations
 
+import ast
+import base64
+import io
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+from transformers import StoppingCriteria
+
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+
+def load_image_from_base64(image: str | bytes) -> Any:
+    """Decode a base64 string, as LLaVA's web server gets images, to a PIL image."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(image)))
 
 
 def expand2square(image: Any, background_color: tuple[int, int, int]) -> Any:
@@ -26,18 +41,98 @@ def process_images(images: list, image_processor: Any, model_cfg: Any) -> Any:
     Args:
         images: PIL images of any size.
         image_processor: A CLIP image processor.
-        model_cfg: Configuration with ``image_aspect_ratio``: "pad" centres each image on a square of the processor's
-            mean colour first; anything else leaves resizing and cropping to the processor.
+        model_cfg: Configuration with ``image_aspect_ratio``, a key of ``_HOW_TO_FIT`` or absent: "pad" centres each
+            image on a square of the processor's mean colour; "anyres" gives an overview and tiles of each image, for
+            one of its ``image_grid_pinpoints``; "square", as where it is absent, leaves resizing and cropping to the
+            processor.
 
     Returns:
-        Pixel values, (number of images, 3, height, width), float32.
+        Pixel values, float32: (images, 3, H, W); for "anyres" (images, tiles, 3, H, W), or a list of (tiles, 3, H, W)
+        where the numbers of tiles differ.
+
+    Raises:
+        ValueError: If ``image_aspect_ratio`` is unknown, or "anyres" has no resolutions to choose from.
     """
-    if getattr(model_cfg, "image_aspect_ratio", None) == "pad":
-        background = tuple(int(channel * 255) for channel in image_processor.image_mean)
-        images = [expand2square(image.convert("RGB"), background) for image in images]
-    else:
-        images = [image.convert("RGB") for image in images]
+    fit = getattr(model_cfg, "image_aspect_ratio", None) or "square"
+    if fit not in _HOW_TO_FIT:
+        raise ValueError(f"image_aspect_ratio is {fit!r}; use {', '.join(_HOW_TO_FIT)}. Correct config.json.")
+    return _HOW_TO_FIT[fit]([image.convert("RGB") for image in images], image_processor, model_cfg)
+
+
+def select_best_resolution(original_size: tuple[int, int], possible_resolutions: Sequence) -> tuple[int, int]:
+    """The resolution that keeps most of an image's pixels; of equals, the one that wastes least.
+
+    Args:
+        original_size: (width, height) of the image.
+        possible_resolutions: (width, height) of each.
+
+    Reference:
+        LLaVA-1.6, "dynamic high resolution".
+    """
+    width, height = original_size
+
+    def rank(resolution: tuple[int, int]) -> tuple[int, int]:
+        scale = min(resolution[0] / width, resolution[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - resolution[0] * resolution[1]
+
+    return tuple(max(possible_resolutions, key=rank))
+
+
+def process_anyres_image(image: Any, processor: Any, grid_pinpoints: str | Sequence) -> Any:
+    """Give an image as an overview and tiles of the vision tower's size.
+
+    The image is fitted, black around it, into the best of the resolutions, which is cut into tiles row by row. The
+    overview in front of them is the whole image, squeezed into a square.
+
+    Args:
+        image: PIL image, RGB.
+        processor: CLIP image processor.
+        grid_pinpoints: Possible (width, height), multiples of the tower's, as a list or its text.
+
+    Returns:
+        Pixel values, (1 + tiles, 3, H, W), float32.
+    """
+    import torch
+    from PIL import Image
+
+    resolutions = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    width, height = select_best_resolution(image.size, resolutions)
+    scale = min(width / image.width, height / image.height)
+    fitted = (min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height))
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize(fitted), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    tile, edge = processor.crop_size["height"], processor.size["shortest_edge"]
+    corners = [(x, y) for y in range(0, height, tile) for x in range(0, width, tile)]
+    tiles = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
+    views = [image.resize((edge, edge)), *tiles]
+    return torch.stack([processor(view, return_tensors="pt")["pixel_values"][0] for view in views])
+
+
+def _fit_square(images: list, image_processor: Any, model_cfg: Any) -> Any:
     return image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def _fit_padded(images: list, image_processor: Any, model_cfg: Any) -> Any:
+    background = tuple(int(channel * 255) for channel in image_processor.image_mean)
+    padded = [expand2square(image, background) for image in images]
+    return image_processor(padded, return_tensors="pt")["pixel_values"]
+
+
+def _fit_tiled(images: list, image_processor: Any, model_cfg: Any) -> Any:
+    import torch
+
+    resolutions = getattr(model_cfg, "image_grid_pinpoints", None)
+    if not resolutions:
+        raise ValueError(
+            "image_aspect_ratio is 'anyres', but the configuration has no image_grid_pinpoints; give the resolutions, "
+            "[[336, 672], [672, 336]] for example, or use 'pad' as LLaVA-1.5 does."
+        )
+    tiled = [process_anyres_image(image, image_processor, resolutions) for image in images]
+    return torch.stack(tiled) if len({tiles.shape for tiles in tiled}) == 1 else tiled
+
+
+_HOW_TO_FIT = {"pad": _fit_padded, "square": _fit_square, "anyres": _fit_tiled}
 
 
 def tokenizer_image_token(
@@ -77,3 +172,35 @@ def get_model_name_from_path(model_path: str) -> str:
     """Last component of a path, with its parent for a ``checkpoint-N`` folder (decides nothing here)."""
     parts = model_path.strip("/").split("/")
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Ends a row as soon as its answer holds one of some keywords.
+
+    Works in both conventions of ``generate``, whether it shows the prompt in front of the answer or not: a prompt that
+    is there is recognised by its ids and left out, so keywords in it do not count.
+
+    Args:
+        keywords: Texts to stop at, special tokens included.
+        tokenizer: Tokenizer of the model.
+        input_ids: Ids of the prompts, (B, N).
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: Tensor) -> None:
+        self.keywords, self.tokenizer, self.input_ids = list(keywords), tokenizer, input_ids
+        self.start_len = input_ids.shape[1]
+        # Tokens that a keyword may stretch over: one per byte at most, and some that have no text.
+        self._tail = max((len(keyword.encode()) for keyword in self.keywords), default=0) + 4
+
+    def __call__(self, output_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Say which rows have ended, (B,) bool."""
+        start = max(self._answer_start(output_ids), output_ids.shape[1] - self._tail)
+        texts = self.tokenizer.batch_decode(output_ids[:, start:], skip_special_tokens=False)
+        ended = [any(keyword in text for keyword in self.keywords) for text in texts]
+        return output_ids.new_tensor(ended).bool()
+
+    def _answer_start(self, output_ids: Tensor) -> int:
+        if output_ids.shape[1] < self.start_len:
+            return 0
+        prompts = self.input_ids.to(output_ids.device).repeat_interleave(len(output_ids) // len(self.input_ids), dim=0)
+        return self.start_len if (output_ids[:, : self.start_len] == prompts).all() else 0

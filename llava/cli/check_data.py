@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +15,12 @@ from llava.cli.errors import USER_ERROR
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llava.data.data_report import DataReport
-    from llava.data.records import Record
+    from llava.data.data_report import DataReport, LengthCounts
+    from llava.data.lengths import LengthMeter
 
 _STYLES = {"trained": "bold green", "masked": "dim", "image": "cyan"}
 _SHOWN_CHARACTERS = 400
+_BAR_WIDTH = 40
 
 
 class OnMissing(str, Enum):
@@ -41,21 +41,23 @@ def check_data_command(
     ] = OnMissing.error,
     output: Annotated[Path | None, typer.Option(help="File that drop and resolve write.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace other content there.")] = False,
-    model: Annotated[str | None, typer.Option(help="Checkpoint to measure lengths in tokens with.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint or language model to measure lengths in tokens with.")
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="CLIP checkpoint that a language model given as --model will see with.")
+    ] = None,
     model_max_length: Annotated[int, typer.Option(help="Longest sample in tokens, with --model.", min=1)] = 2048,
+    allow_truncation: Annotated[
+        bool, typer.Option(help="Accept that more than a fifth of the records is cut.")
+    ] = False,
     show: Annotated[int, typer.Option(help="Records to show as trained and masked text, with --model.", min=0)] = 2,
 ) -> None:
     """Look at every record and every image that training would read; exit 2 if any cannot be trained on."""
     from llava.cli.terminal import open_console, progress_bar
     from llava.data.check import check_data
 
-    encode = None
-    if model is not None:
-        if version is None:
-            raise typer.BadParameter(
-                "--model measures rendered conversations; name their template.", param_hint="--version"
-            )
-        encode = _Encoder(model, version, model_max_length)
+    meter = _open_meter(model, vision_tower, version, model_max_length) if model is not None else None
     with progress_bar("checking records") as progress:
         report = check_data(
             data,
@@ -66,44 +68,35 @@ def check_data_command(
             output=output,
             overwrite=overwrite,
             command=shlex.join(["fuzzyroe", *sys.argv[1:]]),
-            lengths=encode.lengths if encode else None,
-            model_max_length=model_max_length if encode else None,
+            meter=meter,
+            allow_truncation=allow_truncation,
             progress=progress,
         )
     console = open_console()
     _print_report(console, report)
-    if encode:
-        _print_samples(console, encode, report.usable_path, show)
+    if meter:
+        _print_samples(console, meter, report.usable_path, show)
     _print_findings(open_console(stderr=True), report)
     if not report.is_ok:
         raise typer.Exit(USER_ERROR)
 
 
-class _Encoder:
-    """Encodes records as training does; reads a checkpoint's configuration and tokenizer, not its weights."""
+def _open_meter(model: str, vision_tower: str | None, version: str | None, max_length: int) -> LengthMeter:
+    """Read configuration and tokenizer of a model, not its weights."""
+    from llava.conversation import get_template
+    from llava.data.lengths import LengthMeter
+    from llava.image_tokens import count_image_tokens
+    from llava.model.compose import VisionSettings
+    from llava.model.text_side import read_text_side
 
-    def __init__(self, model: str, version: str, max_length: int) -> None:
-        from transformers import AutoTokenizer, LlavaConfig
-
-        from llava.conversation import get_template
-        from llava.data.preprocess import encode_conversation
-        from llava.image_tokens import count_image_tokens
-
-        config = LlavaConfig.from_pretrained(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.image_token_id = config.image_token_index
-        self.max_length = max_length
-        self._encode: Callable[..., Any] = encode_conversation
-        self._settings = (self.tokenizer, get_template(version), count_image_tokens(config), self.image_token_id)
-
-    def __call__(self, record: Record, max_length: int | None = None) -> Any:
-        return self._encode(record.turns, *self._settings, max_length)
-
-    def lengths(self, record: Record) -> tuple[int, int]:
-        """Tokens in all, and trained tokens within the maximum length."""
-        whole = self(record)
-        total = len(whole.input_ids)
-        return total, (whole if total <= self.max_length else self(record, self.max_length)).num_trained
+    if version is None:
+        raise typer.BadParameter(
+            "--model measures rendered conversations; name their template.", param_hint="--version"
+        )
+    settings = None if vision_tower is None else VisionSettings(vision_tower)
+    config, tokenizer = read_text_side(model, settings)
+    template, num_image_tokens = get_template(version), count_image_tokens(config)
+    return LengthMeter(tokenizer, template, num_image_tokens, config.image_token_index, max_length)
 
 
 def _print_report(console: Console, report: DataReport) -> None:
@@ -115,17 +108,31 @@ def _print_report(console: Console, report: DataReport) -> None:
     rows.append(["total", *(f"{total:,}" for total in totals)])
     console.print(make_table(str(report.data_path), ("source", *columns), rows, bold=[len(rows) - 1]))
     if report.lengths:
-        lengths = report.lengths
-        console.print(
-            f"\nlongest record: {lengths.longest:,} tokens; {lengths.truncated:,} of {lengths.measured:,} "
-            f"({lengths.truncated_ratio:.1%}) exceed {lengths.model_max_length:,} and are cut, {lengths.unlabelled:,} "
-            f"({lengths.unlabelled_ratio:.1%}) have no trained token left"
-        )
+        _print_lengths(console, report.lengths)
     if report.output:
         console.print(f"\n{report.num_output:,} records written to {report.output}", soft_wrap=True, markup=False)
 
 
-def _print_samples(console: Console, encode: _Encoder, path: Path, count: int) -> None:
+def _print_lengths(console: Console, lengths: LengthCounts) -> None:
+    from llava.cli.terminal import make_table
+
+    edges = [f"up to {edge:,}" for edge in lengths.bin_edges()] + [f"above {lengths.model_max_length:,}"]
+    most = max(lengths.histogram, default=0) or 1
+    rows = [
+        [edge, f"{count:,}", f"{count / max(1, lengths.sampled):.1%}", "█" * round(count / most * _BAR_WIDTH)]
+        for edge, count in zip(edges, lengths.histogram, strict=True)
+    ]
+    title = f"tokens of {lengths.sampled:,} sampled records, images expanded"
+    console.print()
+    console.print(make_table(title, ("tokens", "records", "share", ""), rows))
+    console.print(
+        f"\nlongest measured: {lengths.longest:,} tokens; {lengths.truncated:,} of {lengths.records:,} records "
+        f"({lengths.truncated_ratio:.1%}) exceed {lengths.model_max_length:,} and are cut, {lengths.unlabelled:,} "
+        f"({lengths.unlabelled_ratio:.1%}) have no trained token left"
+    )
+
+
+def _print_samples(console: Console, meter: LengthMeter, path: Path, count: int) -> None:
     """Show a few records as training sees them."""
     from rich.text import Text
 
@@ -138,12 +145,12 @@ def _print_samples(console: Console, encode: _Encoder, path: Path, count: int) -
             return
         try:
             record = records[index]
-            encoded = encode(record, encode.max_length)
+            encoded = meter.encode(record, meter.max_length)
         except (DataError, ValueError):
             continue  # already among the findings
         shown += 1
         console.print(f"\nrecord {record.index} (id {record.id}), {len(encoded.input_ids):,} tokens", markup=False)
-        for run in view_tokens(encoded, encode.tokenizer, encode.image_token_id):
+        for run in view_tokens(encoded, meter.tokenizer, meter.image_token_id):
             head = Text(f"  turn {run.turn}  {run.kind:<7} {run.num_tokens:>5}  ")
             text = run.text if len(run.text) <= _SHOWN_CHARACTERS else run.text[:_SHOWN_CHARACTERS] + " ..."
             console.print(head.append(repr(text) if text else "", style=_STYLES[run.kind]), soft_wrap=True)
@@ -157,6 +164,10 @@ def _print_findings(console: Console, report: DataReport) -> None:
         console.print(f"... and {more:,} more", markup=False)
     if report.missing_list:
         console.print(f"all bad images: {report.missing_list}", soft_wrap=True, markup=False)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+    for sentence in report.too_much:
+        console.print(sentence, style="bold", soft_wrap=True, markup=False)
     if report.num_bad:
-        verdict = "were dropped" if report.is_ok else "cannot be trained on"
+        verdict = "were dropped" if report.on_missing == "drop" else "cannot be trained on"
         console.print(f"{report.num_bad:,} of {report.num_records:,} records {verdict}", style="bold", markup=False)

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from llava.conversation import conv_templates
-from llava.data.data_report import DataReport, LengthCounts, SourceCounts
+from llava.data.data_report import MAX_TRUNCATED, WARN_TRUNCATED, DataReport, LengthCounts, SourceCounts
 from llava.data.derived import DerivedFile, check_target, describe, sha256_of, to_json, write_derived
 from llava.data.image_files import ImageState, find_other_extension, inspect_image
 from llava.data.json_index import DataError
+from llava.data.lengths import LengthMeter
 from llava.data.records import Record, RecordError, RecordFile, image_names, source_of
 
 __all__ = ["DataError", "DataReport", "LengthCounts", "SourceCounts", "check_data"]
@@ -46,8 +47,9 @@ def check_data(
     missing_list: str | Path | None = None,
     max_shown: int = 20,
     num_threads: int = 16,
-    lengths: Callable[[Record], tuple[int, int]] | None = None,
-    model_max_length: int | None = None,
+    meter: LengthMeter | None = None,
+    allow_truncation: bool = False,
+    num_sampled: int = 2000,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Look at every record and every image that training would read.
@@ -66,9 +68,10 @@ def check_data(
             derived file or the input if None. An older list there is replaced, emptied if nothing is bad.
         max_shown: Most findings to keep as sentences.
         num_threads: Threads that look at images.
-        lengths: Gives (tokens after image expansion, trained tokens within the maximum length) of a record; a
-            record without trained tokens, or for which it raises ValueError, cannot be trained on.
-        model_max_length: Needed with ``lengths``: the maximum length, image tokens included.
+        meter: Measures lengths; every record that could be too long is measured. One without a trained token within
+            the maximum, or whose image does not fit, cannot be trained on.
+        allow_truncation: Whether more than a fifth of the records may be cut.
+        num_sampled: Records that are measured in any case, for the histogram of lengths.
         progress: Called after each block with (records done, records).
 
     Returns:
@@ -78,14 +81,15 @@ def check_data(
         DataError: If the data cannot be read at all, an argument is wrong, or nothing would be left after ``drop``.
     """
     data_path, image_folder = Path(data_path), Path(image_folder)
-    _check_arguments(image_folder, conv_template, on_missing, output, lengths, model_max_length)
+    _check_arguments(image_folder, conv_template, on_missing, output)
     records = RecordFile(data_path)
     output = Path(output or data_path.with_name(f"{data_path.stem}.{on_missing}{data_path.suffix}"))
     if on_missing != "error":
         check_target(output, data_path)
     report = DataReport(data_path, image_folder, on_missing)
-    if lengths is not None:
-        report.lengths = LengthCounts(model_max_length)
+    if meter is not None:
+        report.lengths = LengthCounts(meter.max_length)
+    measure = _Measuring(meter, max(1, len(records) // max(1, num_sampled)))
     states: dict[str, tuple[ImageState, str]] = {}
     renamed: dict[str, str] = {}
     is_good = np.ones(len(records), dtype=bool)
@@ -105,10 +109,11 @@ def check_data(
                 if other:
                     renamed[name] = other
             for offset, item in enumerate(block):
-                is_good[start + offset] = _count(report, item, states, renamed, lengths, max_shown)
+                is_good[start + offset] = _count(report, item, states, renamed, measure, max_shown)
             if progress:
                 progress(min(start + _BLOCK, len(records)), len(records))
     report.sources = dict(sorted(report.sources.items()))
+    _judge_lengths(report, allow_truncation)
     report.bad_images = {
         name: state for name, (state, _) in states.items() if state is not ImageState.GOOD and name not in renamed
     }
@@ -123,8 +128,6 @@ def _check_arguments(
     conv_template: str | None,
     on_missing: str,
     output: str | Path | None,
-    lengths: Callable | None,
-    model_max_length: int | None,
 ) -> None:
     if conv_template is not None and conv_template not in conv_templates:
         known = ", ".join(sorted(conv_templates))
@@ -137,8 +140,6 @@ def _check_arguments(
         raise DataError(
             "An output was named, but on_missing='error' writes none; name it with 'drop' or 'resolve' only."
         )
-    if (lengths is None) != (model_max_length is None):
-        raise DataError("lengths and model_max_length belong together; only one was given. Give both or none.")
     if not image_folder.is_dir():
         raise DataError(
             f"Image folder {image_folder} is not a folder; it must be. Check the path or download the images."
@@ -166,7 +167,7 @@ def _count(
     item: _Finding,
     states: dict[str, tuple[ImageState, str]],
     renamed: dict[str, str],
-    lengths: Callable[[Record], tuple[int, int]] | None,
+    measure: _Measuring,
     max_shown: int,
 ) -> bool:
     """Enter one record into the report; False if it cannot be trained on."""
@@ -185,7 +186,7 @@ def _count(
                 setattr(counts, state.value, getattr(counts, state.value) + 1)
                 problem = f"{report.data_path}: record {item.record.index} (id {item.record.id!r}): {reason}"
         if report.lengths is not None:
-            unfit = _measure(report.lengths, item.record, lengths)
+            unfit = measure(report.lengths, item.record)
             problem = problem or (
                 unfit and f"{report.data_path}: record {item.record.index} (id {item.record.id!r}): {unfit}"
             )
@@ -197,22 +198,53 @@ def _count(
     return not problem
 
 
-def _measure(counts: LengthCounts, record: Record, lengths: Callable[[Record], tuple[int, int]]) -> str:
-    """Count the length of one record; says why it does not fit, or nothing."""
-    counts.measured += 1
-    try:
-        total, trained = lengths(record)
-    except ValueError as error:
-        counts.truncated += 1
-        counts.unlabelled += 1
-        return str(error)
-    counts.truncated += total > counts.model_max_length
-    counts.unlabelled += trained == 0
-    counts.longest = max(counts.longest, total)
-    if trained:
-        return ""
-    limit = counts.model_max_length
-    return f"no answer lies within {limit} tokens; one trained token is needed. Raise model_max_length or drop it."
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures the records that could be too long, and every so many-th of the others."""
+
+    meter: LengthMeter | None
+    step: int
+
+    def __call__(self, counts: LengthCounts, record: Record) -> str:
+        """Count the length of one record; says why it does not fit, or nothing."""
+        counts.records += 1
+        is_sampled = record.index % self.step == 0
+        if not is_sampled and not self.meter.may_exceed(record):
+            return ""
+        limit = counts.model_max_length
+        try:
+            total, trained = self.meter.measure(record)
+        except DataError as error:
+            counts.truncated += 1
+            counts.unlabelled += 1
+            if is_sampled:
+                counts.add_to_histogram(limit + 1)
+            return str(error)
+        counts.truncated += total > limit
+        counts.unlabelled += trained == 0
+        counts.longest = max(counts.longest, total)
+        if is_sampled:
+            counts.add_to_histogram(total)
+        if trained:
+            return ""
+        return f"no answer lies within {limit} tokens; one trained token is needed. Raise model_max_length or drop it."
+
+
+def _judge_lengths(report: DataReport, allow_truncation: bool) -> None:
+    """Say whether too many records are cut."""
+    counts = report.lengths
+    if counts is None or counts.truncated_ratio <= WARN_TRUNCATED:
+        return
+    found = (
+        f"{counts.truncated_ratio:.1%} of the records are longer than {counts.model_max_length:,} tokens, images "
+        "included, and would be cut"
+    )
+    if counts.truncated_ratio > MAX_TRUNCATED and not allow_truncation:
+        report.too_much.append(
+            f"{found}; at most {MAX_TRUNCATED:.0%} may be. Raise model_max_length, or set allow_truncation."
+        )
+    else:
+        report.warnings.append(f"{found}; raise model_max_length to keep them whole.")
 
 
 def _write_output(

@@ -12,6 +12,8 @@ from llava.data.records import ImageFileError, resolve_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 _MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"))
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_LONGEST_END = max(map(len, _ENDS.values()))
 
 
 class ImageState(Enum):
@@ -34,6 +36,23 @@ def sniff_format(path: str | Path) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     return next((name for magic, name in _MAGIC if head.startswith(magic)), None)
+
+
+def looks_whole(path: str | Path) -> bool:
+    """Whether a file starts as an image and ends as that kind of image does; two short reads, nothing is decoded.
+
+    False says nothing: a whole image may carry more behind its end, or may not be readable now.
+    """
+    try:
+        kind, size = sniff_format(path), os.path.getsize(path)
+        with open(path, "rb") as handle:
+            if kind == "WEBP":  # its header says how long it is
+                handle.seek(4)
+                return int.from_bytes(handle.read(4), "little") + 8 <= size
+            handle.seek(max(0, size - _LONGEST_END))
+            return kind is not None and handle.read().endswith(_ENDS[kind])
+    except OSError:
+        return False
 
 
 def open_rgb(path: str | Path) -> Image.Image:
@@ -65,7 +84,8 @@ def inspect_image(image_folder: str | Path, relative: str, decode: bool = False)
     Args:
         image_folder: Folder that image names are relative to.
         relative: Name as written in a record.
-        decode: Whether to decode it as well; otherwise only its size is looked at.
+        decode: Whether to decode it in any case; otherwise only where its beginning and end leave a doubt, which
+            finds pages saved as images and downloads that stopped early, not damage in the middle.
 
     Returns:
         The state, and the reason where it is not good.
@@ -78,7 +98,7 @@ def inspect_image(image_folder: str | Path, relative: str, decode: bool = False)
         return ImageState.MISSING, f"Image {relative[:80]!r} cannot be looked up ({error}); use a shorter, plain name."
     if path.stat().st_size == 0:
         return ImageState.EMPTY, f"Image '{relative}' has zero bytes; download it again or drop the record."
-    if decode:
+    if decode or not looks_whole(path):
         try:
             open_rgb(path)
         except ImageFileError as error:

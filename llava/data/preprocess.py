@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
+from llava.data.offsets import tokenize_with_offsets
 from llava.data.records import DataError, Turn
 
 
@@ -59,7 +60,7 @@ def encode_conversation(
 
     Args:
         turns: Questions with their answers; ``<image>`` marks images in questions. A single marker goes first.
-        tokenizer: A fast tokenizer (it must give character offsets).
+        tokenizer: Fast or slow tokenizer.
         template: Empty conversation of the wanted template.
         num_image_tokens: Positions one image takes.
         image_token_id: Token id that marks an image position.
@@ -71,11 +72,12 @@ def encode_conversation(
 
     Raises:
         DataError: If an image does not fit ``max_length``.
-        ValueError: If the tokenizer gives no offsets.
+        ValueError: If a slow tokenizer rewrites its text.
     """
     conversation = template.copy()
     for turn in turns:
-        conversation.append_message(conversation.roles[0], _marker_first(turn.question))
+        question = _marker_first(turn.question).replace(DEFAULT_IMAGE_TOKEN, template.image_markup)
+        conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], turn.answer)
     ids, labels, turn_ids = [], [], []
     for token_id, turn, is_answer in _marked_tokens(conversation, tokenizer):
@@ -142,20 +144,13 @@ def _lookup(spans: list[tuple[int, int, bool]], token: _Token) -> tuple[int, boo
 
 def _tokenize(text: str, tokenizer: Any) -> list[_Token]:
     """Tokenize chunk-wise around ``<image>``, as ``tokenizer_image_token`` does, keeping character ranges."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"Tokenizer {type(tokenizer).__name__} gives no character offsets; load a fast tokenizer (use_fast=True)."
-        )
     tokens: list[_Token] = []
     start = 0
     for number, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
         if number:
             tokens.append(_Token(None, start, start + len(DEFAULT_IMAGE_TOKEN)))
             start += len(DEFAULT_IMAGE_TOKEN)
-        encoded = tokenizer(chunk, return_offsets_mapping=True)
-        for position, (token_id, (left, right)) in enumerate(
-            zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ):
+        for position, (token_id, left, right) in enumerate(tokenize_with_offsets(chunk, tokenizer)):
             is_bos = position == 0 and token_id == tokenizer.bos_token_id and left == right
             if number and is_bos:
                 continue

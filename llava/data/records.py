@@ -293,19 +293,24 @@ def _turns(obj: Mapping[str, Any]) -> tuple[Turn, ...]:
         raise _Problem(f"'conversations' is {_kind(messages)}", shape, "Put the messages into a list")
     if not messages:
         raise _Problem("'conversations' is empty", "at least one question and answer is needed", "Drop the record")
-    texts = [_text(message, number) for number, message in enumerate(messages)]
+    first = _first_question(messages)
+    texts = [_text(message, number, first) for number, message in enumerate(messages)][first:]
     if len(texts) % 2:
         raise _Problem(
-            f"conversations[{len(texts) - 1}] is a question without an answer",
+            f"conversations[{len(messages) - 1}] is a question without an answer",
             "every question needs one",
             "Cut it off or drop the record",
         )
+    if not texts:
+        raise _Problem(
+            "'conversations' holds an answer and no question", "a question must come first", "Drop the record"
+        )
     turns = tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True))
     for number, turn in enumerate(turns):
-        where = f"conversations[{2 * number + 1}]"
+        where = f"conversations[{first + 2 * number + 1}]"
         if not turn.question.strip():
             raise _Problem(
-                f"the question conversations[{2 * number}] is empty",
+                f"the question conversations[{first + 2 * number}] is empty",
                 "text or an image tag is needed",
                 "Write the question or drop the record",
             )
@@ -322,7 +327,13 @@ def _turns(obj: Mapping[str, Any]) -> tuple[Turn, ...]:
     return turns
 
 
-def _text(message: Any, number: int) -> str:
+def _first_question(messages: list[Any]) -> int:
+    """Where the first question stands: an answer to nothing, as ShareGPT has in front, is left out as in LLaVA."""
+    opening = messages[0]
+    return int(isinstance(opening, Mapping) and opening.get("from") == ANSWER_ROLE)
+
+
+def _text(message: Any, number: int, first: int) -> str:
     """Give the text of one message after checking its kind, its role and its place."""
     where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
@@ -330,14 +341,12 @@ def _text(message: Any, number: int) -> str:
     if "from" not in message:
         near = "it has 'role', " if "role" in message else ""
         raise _Problem(f"{where} has no 'from'", f"{near}'human' or 'gpt' is needed", "Add who speaks under 'from'")
-    role, expected = message["from"], ANSWER_ROLE if number % 2 else QUESTION_ROLE
+    role, expected = message["from"], ANSWER_ROLE if (number - first) % 2 else QUESTION_ROLE
     if role not in (QUESTION_ROLE, ANSWER_ROLE):
         near = _ROLE_HINTS.get(role) if isinstance(role, str) else None
         hint = f"Write '{near}' instead" if near else "Move its text into a question or drop the record"
         raise _Problem(f"{where} is from {role!r}", "only 'human' and 'gpt' are allowed", hint)
     if role != expected:
-        if number == 0:
-            raise _Problem("the conversation starts with 'gpt'", "'human' must come first", "Remove that first message")
         raise _Problem(f"{where} is a second '{role}' in a row", "'human' and 'gpt' must alternate", "Join the two")
     if "value" not in message:
         raise _Problem(f"{where} has no 'value'", "a string is needed", "Add the text under 'value'")

@@ -99,7 +99,8 @@ def test_check_data_shows_trained_and_masked_text(data, tmp_path, tiny_llava, to
     kinds = [line.split()[2:4] for line in lines if line.startswith("turn ")]
     assert kinds == [["masked", "2"], ["image", "16"], ["masked", "4"], ["trained", "4"]]
     assert "a black square" in lines[-1]
-    assert any("of 2 (0.0%) exceed 60 and are cut" in line for line in lines)
+    assert any("0 of 2 records (0.0%) exceed 60 and are cut" in line for line in lines)
+    assert any(line.startswith("tokens of 2 sampled records") for line in lines)
 
 
 def test_data_stats_counts_per_source(data):

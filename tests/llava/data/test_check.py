@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from llava.conversation import get_template
 from llava.data.check import DataError, check_data
-from llava.data.image_files import ImageState, find_other_extension, inspect_image, open_rgb, sniff_format
-from llava.data.records import ImageFileError, RecordFile
+from llava.data.dataset import SFTDataset
+from llava.data.image_files import (
+    ImageState,
+    find_other_extension,
+    inspect_image,
+    looks_whole,
+    open_rgb,
+    sniff_format,
+)
+from llava.data.lengths import LengthMeter
+from llava.data.records import ImageFileError, RecordFile, parse_record
 
 
 def _record(identifier: str, image: str | list | None, answer: str = "Yes.") -> dict:
@@ -84,17 +96,27 @@ def test_every_finding_is_counted_under_its_source(data, images):
     report = check_data(data, images)
     assert _row(report, "coco") == {"records": 4, "bad": 3, "invalid": 1, "images": 4, "missing": 2}
     assert _row(report, "ocr_vqa") == {"records": 3, "bad": 2, "images": 3, "missing": 2}
-    assert _row(report, "vg") == {"records": 3, "bad": 1, "images": 3, "empty": 1}
+    assert _row(report, "vg") == {"records": 3, "bad": 3, "images": 3, "empty": 1, "corrupt": 2}
     assert _row(report, "text") == {"records": 1}
     assert _row(report, "unreadable") == {"records": 1, "bad": 1, "invalid": 1}
-    assert (report.num_records, report.num_bad, report.is_ok) == (12, 7, False)
+    assert (report.num_records, report.num_bad, report.is_ok) == (12, 9, False)
 
 
-def test_decoding_finds_corrupt_images(data, images):
-    report = check_data(data, images, decode=True)
-    assert _row(report, "vg") == {"records": 3, "bad": 3, "images": 3, "empty": 1, "corrupt": 2}
-    assert report.bad_images["vg/page.jpg"] is ImageState.CORRUPT
+@pytest.mark.parametrize("decode", [False, True])
+def test_corrupt_images_are_told_from_mislabelled_ones(data, images, decode):
+    report = check_data(data, images, decode=decode)
+    assert report.bad_images["vg/page.jpg"] is report.bad_images["vg/cut.jpg"] is ImageState.CORRUPT
     assert "ocr_vqa/mislabelled.jpg" not in report.bad_images
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_whole_images_are_not_decoded_and_those_with_more_behind_their_end_are_good(tmp_path, kind):
+    _save(tmp_path / "image", kind)
+    assert looks_whole(tmp_path / "image")
+    with open(tmp_path / "image", "ab") as handle:
+        handle.write(b"\0\0 written by a camera")
+    assert looks_whole(tmp_path / "image") == (kind == "WEBP"), "only WEBP says in front how long it is"
+    assert inspect_image(tmp_path, "image")[0] is ImageState.GOOD
 
 
 def test_bad_images_are_listed_once_each(data, images):
@@ -102,6 +124,7 @@ def test_bad_images_are_listed_once_each(data, images):
     assert report.missing_list == data.with_name("missing_images.txt")
     assert report.missing_list.read_text() == (
         "coco/lost.jpg\tmissing\nocr_vqa/gif.jpg\tmissing\nocr_vqa/png.jpg\tmissing\nvg/empty.jpg\tempty\n"
+        "vg/page.jpg\tcorrupt\nvg/cut.jpg\tcorrupt\n"
     )
 
 
@@ -115,11 +138,11 @@ def test_list_of_an_earlier_check_is_emptied_when_all_is_well(tmp_path, images):
 
 def test_error_names_records_and_counts_the_rest(data, images):
     report = check_data(data, images, max_shown=2)
-    with pytest.raises(DataError, match="7 of 12 records cannot be trained on") as caught:
+    with pytest.raises(DataError, match="9 of 12 records cannot be trained on") as caught:
         report.raise_if_bad()
     assert "record 2 (id 'lost'): Image 'coco/lost.jpg' is not in" in str(caught.value)
     assert "record 3 (id 'gif')" in str(caught.value)
-    assert "... and 5 more" in str(caught.value)
+    assert "... and 7 more" in str(caught.value)
 
 
 def test_drop_writes_the_good_records_only(data, images):
@@ -161,17 +184,62 @@ def test_nothing_left_after_drop_is_refused(tmp_path, images):
     assert not (tmp_path / "lost.drop.json").exists()
 
 
-def test_lengths_count_what_is_cut_and_what_has_no_answer(data, images):
-    def lengths(record):
-        if record.id == "mislabelled":
-            raise ValueError("The image tokens end at position 600")
-        return {"good": (10, 3), "text": (30, 2), "gif": (40, 0)}.get(record.id, (5, 1))
+@pytest.fixture
+def meter(bpe_tokenizer):
+    """Measures for 16 positions per image and a maximum of 60 tokens, under the template of the digits."""
+    return LengthMeter(bpe_tokenizer, get_template("digits"), 16, 4, 60)
 
-    report = check_data(data, images, lengths=lengths, model_max_length=20)
-    counts = report.lengths
-    assert (counts.measured, counts.truncated, counts.unlabelled, counts.longest) == (10, 3, 2, 40)
-    assert (counts.truncated_ratio, counts.unlabelled_ratio) == (0.3, 0.2)
-    assert any("(id 'mislabelled'): The image tokens end" in error for error in report.errors)
+
+def _file_of(tmp_path, *records):
+    path = tmp_path / "lengths.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_lengths_are_those_of_training(meter, images, tmp_path):
+    records = [_record("image", "coco/good.jpg"), _record("text", None), _record("long", None, "yes " * 40)]
+    counts = check_data(_file_of(tmp_path, *records), images, meter=meter, allow_truncation=True).lengths
+    dataset = SFTDataset(_file_of(tmp_path, *records), images, meter.tokenizer, None, "digits", 16, 4, 10_000)
+    assert counts.longest == len(dataset[2]["input_ids"]) > 60
+    assert (counts.records, counts.truncated, counts.unlabelled, counts.sampled) == (3, 1, 0, 3)
+    assert sum(counts.histogram) == 3 and counts.histogram[-1] == 1
+    assert counts.bin_edges() == [7, 15, 22, 30, 37, 45, 52, 60]
+
+
+def test_every_record_that_could_be_too_long_is_measured_whatever_the_sample(meter, images, tmp_path):
+    records = [_record(str(number), None) for number in range(50)]
+    records[31] = _record("31", None, "yes " * 40)
+    records[37] = _record("37", ["coco/good.jpg"] * 4)
+    records[43]["conversations"][0]["value"] = "why " * 60
+    report = check_data(_file_of(tmp_path, *records), images, meter=meter, num_sampled=5)
+    assert (report.lengths.sampled, report.lengths.truncated, report.lengths.unlabelled) == (5, 3, 2)
+    assert "record 37 (id '37'): The image tokens end at position" in report.errors[0]
+    assert "record 43 (id '43'): no answer lies within 60 tokens" in report.errors[1]
+    assert report.num_bad == 2 and not report.is_ok
+
+
+def test_a_record_that_may_not_exceed_the_maximum_does_not(meter):
+    generator = random.Random(0)
+    for _ in range(200):
+        words = ["".join(generator.choices("abz é漢\n😀<>", k=generator.randint(1, 9))) for _ in range(6)]
+        talk = [{"from": ("human", "gpt")[n % 2], "value": f"x{word}"} for n, word in enumerate(words)]
+        record = parse_record({"conversations": talk}, 0, "x.json")
+        assert replace(meter, max_length=meter.measure(record)[0] - 1).may_exceed(record)
+
+
+@pytest.mark.parametrize(
+    ("num_long", "allow", "is_ok", "num_warnings"),
+    [(0, False, True, 0), (1, False, True, 0), (2, False, True, 1), (20, False, True, 1), (21, False, False, 0),
+     (21, True, True, 1), (100, True, True, 1)],
+)  # fmt: skip
+def test_many_cut_records_are_refused_and_some_are_said(meter, images, tmp_path, num_long, allow, is_ok, num_warnings):
+    records = [_record(str(n), None, "yes " * 40 if n < num_long else "no") for n in range(100)]
+    report = check_data(_file_of(tmp_path, *records), images, meter=meter, allow_truncation=allow)
+    assert report.is_ok is is_ok and len(report.warnings) == num_warnings
+    assert report.lengths.truncated_ratio == num_long / 100
+    if not is_ok:
+        with pytest.raises(DataError, match=r"21.0% of the records are longer than 60 tokens.*at most 20% may be"):
+            report.raise_if_bad()
 
 
 def test_progress_ends_at_the_number_of_records(data, images):
@@ -186,7 +254,6 @@ def test_progress_ends_at_the_number_of_records(data, images):
         ({"conv_template": "vicuna9"}, "template 'vicuna9' is unknown; .*v1"),
         ({"on_missing": "ignore"}, "on_missing 'ignore' is unknown"),
         ({"output": "x.json"}, "on_missing='error' writes none"),
-        ({"model_max_length": 5}, "belong together"),
         ({"image_folder": "/no/such/folder"}, "is not a folder"),
         ({"data_path": "/no/such/file.json"}, "does not exist"),
         ({"on_missing": "drop", "output": "/no/such/folder/x.json"}, "output folder /no/such/folder does not exist"),

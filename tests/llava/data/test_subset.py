@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava.data import derived
 from llava.data.derived import DerivedFile, write_derived
@@ -117,7 +118,7 @@ def test_exclude_and_require_images_leave_records_out(mixture, tmp_path):
         (tmp_path / "images" / folder).mkdir(parents=True)
     present = [obj["image"] for obj in OBJECTS if obj.get("image", "").startswith(("coco", "ocr_vqa"))]
     for name in present:
-        (tmp_path / "images" / name).write_bytes(b"x")
+        Image.new("RGB", (2, 2)).save(tmp_path / "images" / name, format="JPEG")
     (tmp_path / "images" / next(name for name in present if name.startswith("coco"))).write_bytes(b"")
     settings = {"exclude_sources": ("ocr_vqa",), "require_images": str(tmp_path / "images")}
     result, _ = _draw(mixture, keep_ratio=1.0, **settings)
