@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from transformers.utils import cached_file
 
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers import get_router_class
-from fuzzyroe.rules import load_rule_base
 from fuzzyroe.state_dict import load_routing, load_routing_state_dict
 from llava.model.routing import attach_routing, set_budget
 
@@ -124,10 +124,14 @@ def load_pretrained_model(
 
 
 def _load_routing(model: LlavaForConditionalGeneration, path: str, routing: FuzzyRoEConfig) -> None:
-    rule_base = load_rule_base(cached_file(path, routing.rule_base))
-    num_layers = model.config.text_config.num_hidden_layers
-    router = get_router_class(routing.router)(rule_base, num_layers, routing.num_budgets)
-    attach_routing(model, router, routing.adapter_width)
+    text_config = model.config.text_config
+    router = get_router_class(routing.router).from_checkpoint(
+        routing.router_options,
+        text_config.num_hidden_layers,
+        text_config.hidden_size,
+        functools.partial(cached_file, path),
+    )
+    attach_routing(model, router, routing.adapter_width, skip_unit=routing.skip_unit)
     load_routing_state_dict(model, load_routing(cached_file(path, ROUTING_FILE)))
 
 

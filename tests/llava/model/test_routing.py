@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import detach, find_decoder, find_decoder_layers
-from fuzzyroe.budget import allocate
 from fuzzyroe.cache import kept_layers
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
@@ -20,34 +17,20 @@ from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import Turn
 from llava.model.routing import attach_routing, prompt_routing, set_budget
 from llava.train.batch_routing import describe_batch
+from routed_llava import encode_questions, route
 
 
 @pytest.fixture
 def routed(reading_llava: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """A routed model whose scores spread over all percentiles of its plans; layer 0 is always kept."""
-    router = FuzzyRouter(load_rule_base("default"), 4)
-    router.feature_high.copy_(torch.tensor([0.9, 0.9, 0.6]))
-    losses = np.random.default_rng(0).exponential(size=(80, 4)).cumsum(axis=1)
-    set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
-    attach_routing(reading_llava, router, adapter_width=4, adapter_init="xavier")
-    set_budget(reading_llava, 0.4)
-    return reading_llava
+    """A model routed at a skip rate of 0.4."""
+    return route(reading_llava)
 
 
 @pytest.fixture
 def prompts(bpe_tokenizer) -> dict[str, torch.Tensor]:
     """Three left-padded prompts, the last without an image: ids, mask (3, N) and pixel values (2, 3, 32, 32)."""
-    rows = []
-    for question in ("<image>\nWhat?", "<image>\nRead every digit of every row from the left.", "Add two, please."):
-        conversation = get_template("digits")
-        conversation.append_message("USER", question)
-        conversation.append_message("ASSISTANT", None)
-        rows.append(encode_prompt(conversation, bpe_tokenizer, 16, 4)[0])
-    longest = max(map(len, rows))
-    ids = torch.tensor([[3] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    questions = ["<image>\nWhat?", "<image>\nRead every digit of every row from the left.", "Add two, please."]
+    return encode_questions(bpe_tokenizer, questions)
 
 
 def test_what_follows_the_last_image_is_the_question() -> None:

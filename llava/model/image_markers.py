@@ -1,0 +1,115 @@
+"""Image markers: the one id per image in LLaVA's prompts, expanded to the positions that the image takes.
+
+LLaVA writes -200 (``IMAGE_TOKEN_INDEX``) where an image stands; transformers writes the image token once per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.image_positions import image_lengths
+
+
+@dataclass(frozen=True)
+class ExpandedPrompts:
+    """Prompts in which every position of an image has a token.
+
+    Attributes:
+        input_ids: Token ids, (B, N).
+        attention_mask: 0 at padding, (B, N) int64.
+        labels: Labels, ``IGNORE_INDEX`` at images and padding, (B, N); None where none were given.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None
+
+
+def has_markers(input_ids: Tensor | None) -> bool:
+    """Whether prompts hold image markers; a single position, as a decoding step has it, is not looked at."""
+    return input_ids is not None and input_ids.shape[1] > 1 and bool((input_ids == IMAGE_TOKEN_INDEX).any())
+
+
+def expand_markers(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    lengths: Sequence[int],
+    image_token_id: int,
+    padding_id: int = 0,
+    is_padded_left: bool = False,
+    labels: Tensor | None = None,
+) -> ExpandedPrompts:
+    """Replace each marker by as many image tokens as its image takes, and pad anew.
+
+    Args:
+        input_ids: Token ids with markers, (B, M).
+        attention_mask: True or 1 where a row has a token, wherever that is, (B, M).
+        lengths: Positions of each image, in the order of the markers, row after row.
+        image_token_id: Token id that marks an image position.
+        padding_id: Token id of padding.
+        is_padded_left: Whether rows end side by side, as generation needs it, or begin so.
+        labels: Labels aligned with ``input_ids``, (B, M).
+
+    Returns:
+        The prompts, as long as the longest of them.
+
+    Raises:
+        ValueError: If there are more or fewer lengths than markers.
+    """
+    is_kept = attention_mask.bool()
+    ids = input_ids[is_kept]  # (tokens of all rows), row after row
+    is_marker = ids == IMAGE_TOKEN_INDEX
+    if int(is_marker.sum()) != len(lengths):
+        raise ValueError(f"{int(is_marker.sum())} markers meet {len(lengths)} images; give one image per marker.")
+    repeats = torch.ones_like(ids)
+    repeats[is_marker] = ids.new_tensor(lengths)
+    rows = torch.arange(len(input_ids), device=ids.device).unsqueeze(1).expand_as(input_ids)[is_kept]
+    row_lengths = repeats.new_zeros(len(input_ids)).index_add(0, rows, repeats).unsqueeze(1)  # (B, 1)
+    longest = int(row_lengths.max())
+    positions = torch.arange(longest, device=ids.device).unsqueeze(0)
+    is_token = positions >= longest - row_lengths if is_padded_left else positions < row_lengths  # (B, N)
+
+    def spread(values: Tensor, at_images: int, at_padding: int) -> Tensor:
+        padded = values.new_full(is_token.shape, at_padding)
+        padded[is_token] = values.masked_fill(is_marker, at_images).repeat_interleave(repeats)
+        return padded
+
+    expanded_labels = None if labels is None else spread(labels[is_kept], IGNORE_INDEX, IGNORE_INDEX)
+    return ExpandedPrompts(spread(ids, image_token_id, padding_id), is_token.long(), expanded_labels)
+
+
+def infer_attention_mask(input_ids: Tensor, padding_id: int | None) -> Tensor:
+    """The mask of prompts that came without one, (B, N) bool: False where a row begins or ends with padding.
+
+    Args:
+        input_ids: Token ids, (B, N).
+        padding_id: Token id of padding; None where it cannot be told from text, then there is no padding.
+    """
+    if padding_id is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    is_text = input_ids != padding_id
+    has_begun = is_text.cumsum(dim=1) > 0
+    goes_on = is_text.flip(1).cumsum(dim=1).flip(1) > 0
+    return has_begun & goes_on
+
+
+def images_per_row(input_ids: Tensor, image_token_id: int, num_images: int) -> list[int]:
+    """Count the images of each row of expanded prompts.
+
+    Args:
+        input_ids: Token ids with images expanded, (B, N).
+        image_token_id: Token id that marks an image position.
+        num_images: Images of the batch, at least 1, in the order of its rows.
+
+    Raises:
+        ValueError: If the image tokens cannot be dealt out to the images.
+    """
+    ends = torch.tensor(image_lengths(input_ids, image_token_id, num_images)).cumsum(0)
+    row_ends = (input_ids == image_token_id).sum(dim=1).cumsum(0).cpu()
+    rows = torch.searchsorted(row_ends, ends)  # the first row that ends no earlier than the image
+    return rows.bincount(minlength=len(input_ids)).tolist()

@@ -1,0 +1,280 @@
+"""The LLaVA model as its users call it: transformers' own, which also understands LLaVA's calling convention.
+
+In LLaVA's convention a prompt holds the id -200 for an image and comes with ``images``; in transformers' it holds the
+image token once per position and comes with ``pixel_values``.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers.cache_utils import Cache
+
+from fuzzyroe.cache import has_started
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.image_tokens import count_image_tokens
+from llava.model.answer_view import drop_prompts, show_answers_only
+from llava.model.image_inputs import match_images, stack_images
+from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
+from llava.model.routing import refuse_skip_rate_if_dense
+from llava.model.vision_tower_view import VisionTowerView
+
+_NOT_GIVEN: Any = object()
+"""Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
+
+
+class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
+    """``LlavaForConditionalGeneration`` with LLaVA's calling convention; ``adopt`` makes one of a loaded model.
+
+    ``forward`` does not name ``mm_encoder_outputs``, so that ``generate`` hands pixel values down to the decoder's
+    router in every version of transformers instead of encoding images beforehand.
+    """
+
+    @classmethod
+    def adopt(cls, model: LlavaForConditionalGeneration, image_processor: Any = None) -> LlavaLlamaForCausalLM:
+        """Give a loaded model this class, in place; weights and their names stay.
+
+        Args:
+            model: Loaded model.
+            image_processor: Its image processor, for ``get_vision_tower``.
+        """
+        if "_old_forward" in model.__dict__:  # accelerate's hook calls this bound method instead of the class's
+            model._old_forward = MethodType(cls.forward, model)
+            model.forward.__wrapped__ = model._old_forward  # its signature is what generate goes by
+        model.__class__ = cls
+        model.image_processor = image_processor
+        for name, value in _default_settings(model).items():
+            if not hasattr(model.config, name):
+                setattr(model.config, name, value)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> LlavaLlamaForCausalLM:
+        """Refuse: layout, base model and routing of a checkpoint are the loader's business.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "LlavaLlamaForCausalLM.from_pretrained knows nothing of checkpoint layouts and routing; use "
+            "llava.model.builder.load_pretrained_model, which reads them all."
+        )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and as a model of transformers' class, which any tool can load."""
+        self.__class__ = LlavaForConditionalGeneration
+        try:
+            self.save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = LlavaLlamaForCausalLM
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        images: Any = None,
+        image_sizes: Any = None,
+        skip_rate: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Predict the next token at each position, in either convention.
+
+        Args:
+            input_ids: Token ids, (B, N); -200 stands for an image in LLaVA's convention.
+            pixel_values: Images for expanded ids, (images, 3, H, W).
+            attention_mask: 0 at padding, (B, N). In LLaVA's convention padding may be on either side.
+            position_ids: Positions, (B, N), for expanded ids only.
+            past_key_values: Keys and values of what came before. Images were read then: they are not read again.
+            inputs_embeds: Embeddings instead of ids, (B, N, D).
+            labels: Labels, aligned with ``input_ids``, (B, N).
+            logits_to_keep: Give logits of that many last positions; 0 for all.
+            images: LLaVA's convention: images in the order of the markers, see ``stack_images``.
+            image_sizes: LLaVA's convention: sizes of the images before they were processed; they are counted only.
+            skip_rate: Mean skip rate of a routed model for this call, one number or one per row, (B,).
+            **kwargs: As for ``LlavaForConditionalGeneration``.
+
+        Returns:
+            What transformers' class gives. In LLaVA's convention its N is that of the expanded prompts, padded on the
+            side on which they were padded, else on the right.
+
+        Raises:
+            ValueError: If conventions are mixed, images do not fit markers, or a dense model is asked to skip.
+        """
+        refuse_skip_rate_if_dense(self, skip_rate)
+        if skip_rate is not None:
+            kwargs["skip_rate"] = skip_rate
+        if has_markers(input_ids) or (images is not None and not has_started(past_key_values)):
+            _refuse_mixture(pixel_values=pixel_values, inputs_embeds=inputs_embeds, position_ids=position_ids)
+            inputs = self._expand(input_ids, attention_mask, images, image_sizes, labels=labels)
+            input_ids, attention_mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+            pixel_values = inputs["pixel_values"]
+        elif images is None and image_sizes is not None:
+            kwargs["image_sizes"] = image_sizes
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: Tensor | None = None, images: Any = _NOT_GIVEN, image_sizes: Any = None, **kwargs: Any
+    ) -> Any:
+        """Continue prompts, in either convention.
+
+        A call with ``images``, be it None, or with -200 in its ids is one in LLaVA's convention: it gives the new
+        tokens alone, and its own stopping criteria and logits processors see these alone. Any other call is that of
+        transformers.
+
+        Args:
+            inputs: Token ids, (B, N), padded on either side; or ``input_ids`` by name.
+            images: Images in the order of the markers, see ``stack_images``; None for text.
+            image_sizes: Sizes of the images before they were processed; LLaVA-1.5 does without, they are counted only.
+            **kwargs: As for transformers' ``generate``; ``skip_rate`` as for ``forward``.
+
+        Returns:
+            Token ids, (B, new tokens), or a transformers output with these as ``sequences``.
+
+        Raises:
+            ValueError: If conventions are mixed, or images do not fit markers.
+        """
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if images is _NOT_GIVEN and not has_markers(input_ids):
+            sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+            return super().generate(inputs, **sizes, **kwargs)
+        if input_ids is None:
+            raise ValueError("generate was given images but no prompt; pass token ids as the first argument.")
+        kwargs.pop("input_ids", None)
+        _refuse_mixture(**{name: kwargs.pop(name, None) for name in ("pixel_values", "inputs_embeds", "position_ids")})
+        padding_id = kwargs.get("pad_token_id")
+        expanded = self._expand(
+            input_ids.to(self.device),
+            kwargs.pop("attention_mask", None),
+            None if images is _NOT_GIVEN else images,
+            image_sizes,
+            padding_id=padding_id,
+            is_padded_left=True,
+        )
+        prompt_length = expanded["input_ids"].shape[1]
+        given = {name: value for name, value in expanded.items() if value is not None}
+        return drop_prompts(super().generate(**given, **show_answers_only(kwargs, prompt_length)), prompt_length)
+
+    def get_model(self) -> LlavaModel:
+        """The model without its output head."""
+        return self.model
+
+    def get_vision_tower(self) -> VisionTowerView:
+        """The vision tower under LLaVA's names."""
+        return VisionTowerView(self, self.image_processor)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features that the decoder reads: (images, 3, H, W) to (images, patches, D)."""
+        views, _ = stack_images(images)
+        return torch.stack(list(self.model.get_image_features(self._place(views), return_dict=True).pooler_output))
+
+    def _expand(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: Any,
+        image_sizes: Any,
+        labels: Tensor | None = None,
+        padding_id: int | None = None,
+        is_padded_left: bool | None = None,
+    ) -> dict[str, Tensor | None]:
+        """Bring a call in LLaVA's convention into transformers'."""
+        padding_id, is_padding_known = self._find_padding(padding_id)
+        if attention_mask is None:
+            attention_mask = infer_attention_mask(input_ids, padding_id if is_padding_known else None)
+        attention_mask = attention_mask.to(input_ids.device).bool()
+        views, num_views = stack_images(images)
+        if image_sizes is not None and len(image_sizes) != len(num_views):
+            raise ValueError(
+                f"{len(image_sizes)} image_sizes meet {len(num_views)} images; give one per image, or none."
+            )
+        num_markers = ((input_ids == IMAGE_TOKEN_INDEX) & attention_mask).sum(dim=1).tolist()
+        views, num_views = match_images(num_markers, views, num_views)
+        self._refuse_unmergeable(num_views)
+        num_positions = count_image_tokens(self.config)
+        prompts = expand_markers(
+            input_ids,
+            attention_mask,
+            [count * num_positions for count in num_views],
+            self.config.image_token_index,
+            padding_id,
+            bool((~attention_mask[:, 0]).any()) if is_padded_left is None else is_padded_left,
+            labels,
+        )
+        pixel_values = None if views is None else self._place(views)
+        return {**vars(prompts), "pixel_values": pixel_values}
+
+    def _place(self, images: Tensor) -> Tensor:
+        tower = self.model.vision_tower
+        return images.to(tower.device, tower.dtype)
+
+    def _find_padding(self, padding_id: int | None) -> tuple[int, bool]:
+        """Token id of padding, and whether padding can be told from text by it."""
+        settings, ends = self.generation_config, self.generation_config.eos_token_id
+        if padding_id is None:
+            padding_id = settings.pad_token_id
+        if padding_id is None:
+            padding_id = self.config.text_config.pad_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return (0, False) if padding_id is None else (padding_id, padding_id not in ends)
+
+    def _refuse_unmergeable(self, num_views: list[int]) -> None:
+        merge = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge != "flat" and any(count > 1 for count in num_views):
+            raise ValueError(
+                f"mm_patch_merge_type is {merge!r}, which arranges tiles by a weight that LLaVA-1.5 does not have; "
+                "tiles can be read one after the other, 'flat'. Set that, or image_aspect_ratio 'pad'."
+            )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat each row for its beams; transformers would repeat image by image, which mixes up a row's images."""
+        pixel_values = kwargs.get("pixel_values")
+        repeated, options = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixel_values is not None and input_ids is not None and expand_size > 1:
+            counts = images_per_row(input_ids, self.config.image_token_index, len(pixel_values))
+            rows = pixel_values.split(counts)
+            options["pixel_values"] = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
+        return repeated, options
+
+
+def _refuse_mixture(**arguments: Tensor | None) -> None:
+    """Raise ValueError if arguments of transformers' convention came with those of LLaVA's."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} came with images or image markers (id -200), which are replaced here; give prompts "
+            "with markers and images, or expanded ids and pixel_values."
+        )
+
+
+def _default_settings(model: LlavaForConditionalGeneration) -> dict[str, Any]:
+    """What LLaVA's code reads from a configuration, and a checkpoint in transformers' layout may not have."""
+    return {
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tokenizer_model_max_length": model.config.text_config.max_position_embeddings,
+    }

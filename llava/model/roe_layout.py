@@ -1,0 +1,72 @@
+"""Adapters and routers of checkpoints that RoE's own code trained, under our names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fuzzyroe.config import FuzzyRoEConfig
+from llava.model.key_maps import list_names
+
+ROUTER = "linear"
+"""Name in ``ROUTERS`` of RoE's router."""
+
+ROUTING_NAMES = (
+    (r"model\.layers\.(\d+)\.adapter_MHA\.conv_A\.weight", r"layers.\1.adapter.down.weight"),
+    (r"model\.layers\.(\d+)\.adapter_MHA\.conv_B\.weight", r"layers.\1.adapter.up.weight"),
+    (r"model\.layers\.(\d+)\.adapter_MHA_router\.expert\.0\.weight", r"router.layers.\1.weight"),
+    (r"model\.adapter_image_token\.weight", "router.image_token.weight"),
+    (r"model\.adapter_text_token\.weight", "router.text_token.weight"),
+)
+"""RoE's names -> ours, those of ``fuzzyroe.state_dict``; shapes are the same."""
+
+_FOREIGN = re.compile(r"model\.(?:layers\.\d+\.adapter_MHA|adapter_image_token|adapter_text_token)")
+
+
+def split_routing(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take what RoE adds to a LLaVA apart from the LLaVA.
+
+    Args:
+        weights: Stored name -> tensor.
+
+    Returns:
+        RoE's tensors; all others.
+    """
+    added = {name: tensor for name, tensor in weights.items() if _FOREIGN.match(name)}
+    return added, {name: tensor for name, tensor in weights.items() if name not in added}
+
+
+def import_routing(added: Mapping[str, Tensor], source: str) -> tuple[FuzzyRoEConfig, dict[str, Tensor]]:
+    """Describe and rename what RoE added, so that it is loaded as routing of ours.
+
+    Args:
+        added: RoE's tensors under RoE's names.
+        source: Where they come from, for messages.
+
+    Returns:
+        Block of the configuration; tensors under our names, all of them used.
+
+    Raises:
+        ValueError: If a tensor has no counterpart here, or there is no adapter.
+
+    Reference:
+        RoE (arXiv:2407.14093); names and shapes as its training code saves them.
+    """
+    tensors = {_rename(name): tensor for name, tensor in added.items()}
+    unknown = [name for name in added if _rename(name) == name]
+    if unknown or "layers.0.adapter.down.weight" not in tensors:
+        raise ValueError(
+            f"{source} has weights of RoE that are not known: {list_names(unknown)}; adapters (conv_A, conv_B) and a "
+            "router (expert.0) per layer and two routing tokens are read. Save it with RoE's own training code."
+        )
+    width = tensors["layers.0.adapter.down.weight"].shape[0]
+    return FuzzyRoEConfig(adapter_width=width, router=ROUTER, stage="RoE"), tensors
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in ROUTING_NAMES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name

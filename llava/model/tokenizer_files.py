@@ -1,0 +1,124 @@
+"""The tokenizer of a checkpoint, also one that has only a sentencepiece model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.model.weight_files import find_file
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Files that hold a tokenizer; the first that is there is read."""
+
+SPACE = "▁"
+"""What sentencepiece writes for a blank."""
+
+PROBES = ("Ask  twice,\nthen\tadd 1234 ", "  Éclair ﬁnds Ａ１ 日本 😀", "x")
+"""Texts that a tokenizer is compared with sentencepiece on: blanks, lines, digits, what NFKC would change, bytes."""
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a checkpoint brings a tokenizer."""
+    return any(find_file(path, name) for name in TOKENIZER_FILES)
+
+
+def read_tokenizer(path: str | Path) -> Any:
+    """Read a tokenizer; ids of plain text are those of the checkpoint's own files.
+
+    Args:
+        path: Folder or hub id.
+
+    Returns:
+        The tokenizer, with ``<image>`` in its vocabulary (a new id where it had none).
+
+    Raises:
+        FileNotFoundError: If the checkpoint has no tokenizer.
+        ValueError: If its sentencepiece model is not one of Llama's kind.
+    """
+    if not has_tokenizer(path):
+        raise FileNotFoundError(
+            f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); one is needed. Copy it from the base model."
+        )
+    if find_file(path, "tokenizer.json") is None:
+        return _from_sentencepiece(path)
+    # not AutoTokenizer: for some classes it takes only the vocabulary from the file, and cuts text by its own rules
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def _from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
+    """Build a tokenizer that cuts text exactly as sentencepiece does.
+
+    ``LlamaTokenizer`` alone does not: it drops a blank at the start of a text, and the beginning-of-sequence token of a
+    folder without ``tokenizer_config.json``. Saving keeps a ``PreTrainedTokenizerFast`` as it is, but not a
+    ``LlamaTokenizer``, which is built anew from its vocabulary.
+    """
+    settings = _read_settings(path)
+    llama = LlamaTokenizer.from_pretrained(path)
+    backend = llama.backend_tokenizer
+    _prepend_blanks(backend, every_segment=settings.get("legacy", True))
+    _add_ends(backend, llama, settings.get("add_bos_token", True), settings.get("add_eos_token", False))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=llama.bos_token,
+        eos_token=llama.eos_token,
+        unk_token=llama.unk_token,
+        pad_token=llama.pad_token,
+        padding_side=settings.get("padding_side", "right"),  # as slow tokenizers had it, and LLaVA trained
+        model_max_length=llama.model_max_length,
+        extra_special_tokens={"image_token": DEFAULT_IMAGE_TOKEN},
+    )
+    _compare_with_sentencepiece(tokenizer, str(find_file(path, "tokenizer.model")))
+    return tokenizer
+
+
+def _read_settings(path: str | Path) -> dict[str, Any]:
+    file = find_file(path, "tokenizer_config.json")
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _prepend_blanks(backend: Tokenizer, every_segment: bool) -> None:
+    """Put a blank in front of the text, even if it starts with one, or of every segment between special tokens.
+
+    Args:
+        backend: Tokenizer that is changed.
+        every_segment: What ``legacy`` in ``tokenizer_config.json`` says.
+    """
+    if every_segment:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        backend.pre_tokenizer = None
+        return
+    backend.normalizer = normalizers.Replace(" ", SPACE)
+    # Metaspace prepends only to a text that does not start with its own sign: the first one's sign is the blank, of
+    # which none are left, and the second turns that blank into sentencepiece's
+    prepend = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False)
+    write = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([prepend, write])
+
+
+def _add_ends(backend: Tokenizer, llama: LlamaTokenizer, add_bos: bool, add_eos: bool) -> None:
+    ends = [(llama.bos_token, llama.bos_token_id)] * add_bos + [(llama.eos_token, llama.eos_token_id)] * add_eos
+    bos, eos = f"{llama.bos_token} " * add_bos, f" {llama.eos_token}" * add_eos
+    single = f"{bos}$A{eos}"
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=f"{single} {bos}$B:1{eos}", special_tokens=ends
+    )
+
+
+def _compare_with_sentencepiece(tokenizer: PreTrainedTokenizerFast, model_file: str) -> None:
+    reference = SentencePieceProcessor(model_file=model_file)
+    for text in PROBES:
+        ours, theirs = tokenizer(text, add_special_tokens=False).input_ids, reference.encode(text)
+        if ours != theirs:
+            raise ValueError(
+                f"{model_file} cuts {text!r} into ids {theirs[:8]}, a tokenizer of Llama's kind into {ours[:8]}; only "
+                "byte-fallback BPE without text normalisation is read. Add the tokenizer.json of this model."
+            )
