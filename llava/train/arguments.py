@@ -1,26 +1,40 @@
-"""Command-line flags of training: LLaVA's and RoE's names, every one of them acted on."""
+"""Command-line flags of training: LLaVA's and RoE's names, every one of them acted on or refused."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
-from llava.train.stages import STAGES
+from fuzzyroe.compat import PRESETS
+from fuzzyroe.summary_sources import SOURCES
+from llava.train.llava_flags import LlavaFlags
+from llava.train.stages import STAGES, Stage, choose_stage
 
 SKIP_PATTERNS = ("plan", "random")
 
-DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH = "default", 1024
+DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
 """What routing is attached with where flags say nothing."""
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it is prompted."""
+    """Which model, and how it is prompted.
 
-    model_name_or_path: str = field(metadata={"help": "Checkpoint folder or hub id of the model to start from."})
+    With a language model instead of a LLaVA checkpoint, ``vision_tower`` and the ``mm_`` flags say what is built
+    around it; with a LLaVA checkpoint they must agree with it where they are given.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "LLaVA checkpoint or language model: folder or hub id."})
     version: str = field(default="v1", metadata={"help": "Conversation template, a key of conv_templates."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2 or eager."})
+    vision_tower: str | None = field(default=None, metadata={"help": "CLIP checkpoint to see with: folder or hub id."})
+    mm_projector_type: str | None = field(default=None, metadata={"help": "mlp2x_gelu."})
+    mm_vision_select_layer: int | None = field(default=None, metadata={"help": "Layer of the tower; -2 in LLaVA."})
+    mm_vision_select_feature: str | None = field(default=None, metadata={"help": "patch, or cls_patch."})
+    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "Projector weights to start from."})
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone: stage pretrain."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Keep the language model as it is."})
 
 
 @dataclass
@@ -40,7 +54,10 @@ class DataArguments:
 class RoutingArguments:
     """What is skipped, and how the router is fitted."""
 
-    stage: str = field(default="finetune", metadata={"help": f"One of {', '.join(STAGES)}."})
+    stage: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(STAGES)}; default dense, pretrain with tune_mm_mlp_adapter."},
+    )
     rule_base: str | None = field(default=None, metadata={"help": "Shipped rule base by name, or a YAML file."})
     adapter_hidden_dim: int | None = field(default=None, metadata={"help": "Width of the adapters; 1024 in RoE."})
     skip_ratio: float = field(default=0.3, metadata={"help": "Mean skip rate the router is set to."})
@@ -51,7 +68,14 @@ class RoutingArguments:
     order_samples: int = field(default=256, metadata={"help": "Samples that the order of layers is searched on."})
     score_samples: int = field(default=4096, metadata={"help": "Samples that score quantiles are taken from."})
     calibration_batch_size: int = field(default=32, metadata={"help": "Samples per device in calibration passes."})
-    roe_lr: float = field(default=4e-4, metadata={"help": "Learning rate of the adapters."})
+    routing_summary: str | None = field(
+        default=None, metadata={"help": f"What linear routers look at: {' or '.join(SOURCES)}; default tokens."}
+    )
+    roe_compat: str | None = field(
+        default=None, metadata={"help": f"Layout and schedule of RoE: {', '.join(PRESETS)}; default ours."}
+    )
+    roe_lr: float = field(default=4e-4, metadata={"help": "Learning rate of the adapters, and of linear routers."})
+    router_lr: float | None = field(default=None, metadata={"help": "Rate of linear routers; default --roe_lr."})
     backbone_lr: float | None = field(default=None, metadata={"help": "Rate of all else; default --learning_rate."})
 
     def __post_init__(self) -> None:
@@ -67,6 +91,9 @@ class RoutingArguments:
             raise ValueError(f"--dense_ratio {self.dense_ratio} lies outside [0, 1].")
         if self.adapter_hidden_dim is not None and self.adapter_hidden_dim < 1:
             raise ValueError(f"--adapter_hidden_dim {self.adapter_hidden_dim} must be at least 1; RoE uses 1024.")
+        for name, known in (("routing_summary", SOURCES), ("roe_compat", PRESETS)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown; use one of {', '.join(known)}.")
         for name in ("calibration_samples", "order_samples", "score_samples", "calibration_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1; leave it out for the default.")
@@ -81,6 +108,56 @@ class LlavaTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Batch samples of one modality and similar length together."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: batches carry turn ids."})
+    warmup_ratio: float = field(default=0.0, metadata={"help": "Share of the steps that warm up, in [0, 1)."})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Keep the projector as it is."})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Rate of the projector."})
+    lora_enable: bool = field(default=False, metadata={"help": "Train low-rank updates of the decoder, not itself."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the updates."})
+    lora_alpha: int = field(default=16, metadata={"help": "Updates are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the updates, in [0, 1)."})
     report_to: str = field(default="none", metadata={"help": "none, tensorboard or wandb."})
     fingerprint: str = field(default="", metadata={"help": "Written to OUTPUT_DIR/fingerprint with the checkpoint."})
     skip_data_check: bool = field(default=False, metadata={"help": "Start without checking records and images."})
+    allow_truncation: bool = field(default=False, metadata={"help": "Train even if many records are cut."})
+
+    def __post_init__(self) -> None:
+        if self.warmup_ratio and self.warmup_steps not in (0, self.warmup_ratio):
+            raise ValueError(
+                f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps} were both given; give one."
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio} lies outside [0, 1); 0.03 is LLaVA's.")
+        self.warmup_steps = self.warmup_ratio or self.warmup_steps  # below 1 it is a share of the steps
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise ValueError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout} lies outside [0, 1); 0.05 is LLaVA's.")
+        super().__post_init__()
+
+
+def parse_arguments(
+    words: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, RoutingArguments, LlavaTrainingArguments]:
+    """Read a command line.
+
+    Args:
+        words: Flags with their values; those of this process if None.
+
+    Raises:
+        ValueError: If a flag is unknown, or its value is not allowed.
+    """
+    kinds = (ModelArguments, DataArguments, RoutingArguments, LlavaTrainingArguments, LlavaFlags)
+    return HfArgumentParser(kinds, allow_abbrev=False).parse_args_into_dataclasses(words, look_for_args_file=False)[:4]
+
+
+def stage_of(
+    model_args: ModelArguments, routing_args: RoutingArguments, training_args: LlavaTrainingArguments
+) -> Stage:
+    """The stage that the flags ask for. Raises KeyError or ValueError as ``choose_stage`` does."""
+    return choose_stage(
+        routing_args.stage,
+        tune_projector=model_args.tune_mm_mlp_adapter,
+        freeze_decoder=model_args.freeze_backbone,
+        freeze_projector=training_args.freeze_mm_mlp_adapter,
+        lora=training_args.lora_enable,
+    )

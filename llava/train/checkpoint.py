@@ -8,27 +8,36 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import Trainer
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.config import FuzzyRoEConfig
-from fuzzyroe.rules import save_rule_base
+from fuzzyroe.routers import get_router_name
+from fuzzyroe.skip_units import get_unit_name
 from fuzzyroe.state_dict import routing_names, routing_state_dict, save_routing
 from llava.model.builder import ROUTING_FILE, Checkpoint
+from llava.model.compose import PROJECTOR_NAMES
 from llava.train.engine import gather_parameters
+from llava.train.lora import save_lora
 from llava.train.param_groups import parameters_by_part
 from llava.train.stages import Stage
 
 BACKBONE_PARTS = ("vision_tower", "projector", "decoder")
 
+PROJECTOR_FILE = "mm_projector.bin"
+"""What a stage that trains the projector alone writes besides; the name and the form are LLaVA's."""
+
 
 def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: Path, summary: dict[str, Any]) -> None:
     """Write a stage's checkpoint; call on all ranks.
 
-    The folder holds ``config.json`` with a ``fuzzyroe`` block, the rule base, ``routing.safetensors``, tokenizer and
-    image processor; the backbone's weights, under stock names, only if the stage trained any of them.
+    The folder holds ``config.json``, tokenizer and image processor. A routed model adds a ``fuzzyroe`` block in the
+    configuration, ``routing.safetensors`` and the router's files. Backbone weights are there, under stock names, only
+    if the stage trained any of them as a whole; of a stage with low-rank updates these, in peft's format, and the
+    projector if it trained. A projector trained alone is written under LLaVA's names as well.
 
     Args:
         trainer: Trainer whose model is saved; its ``args.output_dir`` is the folder being written.
@@ -39,22 +48,28 @@ def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: P
     """
     partial, model = Path(trainer.args.output_dir), trainer.model
     is_routed = stage.routing != "off"
-    writes_backbone = not is_routed or bool(set(stage.trains) & set(BACKBONE_PARTS))
+    has_updates = "lora" in stage.trains
+    writes_backbone = not has_updates and (not is_routed or bool(set(stage.trains) & set(BACKBONE_PARTS)))
     parts = parameters_by_part(model)
-    backbone = [parts[part] for part in BACKBONE_PARTS] if writes_backbone else []
-    tensors = gather_parameters({name: p for named in backbone for name, p in named.items()})
-    adapters = gather_parameters(parts["adapter"])
+    written = BACKBONE_PARTS if writes_backbone else [part for part in BACKBONE_PARTS if part in stage.trains]
+    tensors = gather_parameters({name: p for part in written for name, p in parts[part].items()})
+    updates = gather_parameters(parts["lora"])
+    routing = gather_parameters(_routing_parameters(model) if is_routed else {})
     if trainer.args.process_index == 0:
         partial.mkdir(parents=True, exist_ok=True)
         base = None if writes_backbone else _relative_base(checkpoint.weights_path, output)
         if is_routed:
-            _save_routing(model, adapters, stage, base, partial)
+            _save_routing(model, routing, stage, base, partial)
+        if stage.trains == ("projector",):
+            _save_projector(tensors, partial)
         if writes_backbone:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             model.save_pretrained(partial, state_dict=tensors, save_original_format=False)  # empties ``tensors``
             _verify_weights(partial, shapes)
         else:
             model.config.save_pretrained(partial)
+            if has_updates:
+                save_lora(model, updates, tensors, partial)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         checkpoint.tokenizer.save_pretrained(partial)
@@ -87,15 +102,33 @@ def replace_folder(partial: Path, final: Path) -> None:
         shutil.rmtree(old)
 
 
-def _save_routing(model: Any, adapters: dict[str, Tensor], stage: Stage, base: str | None, folder: Path) -> None:
+def _save_projector(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the projector as LLaVA's pretraining does."""
+    names = {ours: theirs for theirs, ours in PROJECTOR_NAMES.items() if theirs.startswith("model.mm_projector.")}
+    torch.save({names[name]: tensor for name, tensor in tensors.items() if name in names}, folder / PROJECTOR_FILE)
+
+
+def _routing_parameters(model: Any) -> dict[str, Tensor]:
+    """Parameters of adapters and router, possibly sharded, under their names in the model."""
+    names = routing_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def _save_routing(model: Any, parameters: dict[str, Tensor], stage: Stage, base: str | None, folder: Path) -> None:
+    """Write tensors and files of adapters and router, and describe them in the model's config."""
     decoder = find_decoder(model)
     router, names = decoder.router, routing_names(model)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
-    save_routing(routing_state_dict(model, {**adapters, **buffers}), folder / ROUTING_FILE)
-    save_rule_base(router.rule_base, folder / "rule_base.yaml")
-    width = next(tensor.shape[0] for name, tensor in adapters.items() if name.endswith("down.weight"))
+    save_routing(routing_state_dict(model, {**parameters, **buffers}), folder / ROUTING_FILE)
+    router.save_files(folder)
+    width = next(tensor.shape[0] for name, tensor in parameters.items() if name.endswith("adapter.down.weight"))
     config = FuzzyRoEConfig(
-        adapter_width=width, num_budgets=len(router.budget_rates), base_model=base, stage=stage.name
+        adapter_width=width,
+        router=get_router_name(router),
+        router_options=router.settings(),
+        skip_unit=get_unit_name(decoder.layers[0].skip_unit),
+        base_model=base,
+        stage=stage.name,
     )
     model.config.fuzzyroe = config.to_dict()
 

@@ -77,3 +77,28 @@ def map_parameters(named: dict[str, nn.Parameter], function: Callable[[Tensor], 
 def gather_parameters(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Full copies of parameters on the CPU; call on all ranks."""
     return map_parameters(named, lambda tensor: tensor.to("cpu", copy=True).contiguous())
+
+
+def assign_parameters(named: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Give parameters new values, also where ZeRO-3 has sharded them; call on all ranks.
+
+    Args:
+        named: Parameters by name.
+        tensors: Whole values, one per parameter.
+
+    Raises:
+        ValueError: If a shape differs.
+    """
+    for name, parameter in named.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if shape != tuple(tensors[name].shape):
+            raise ValueError(
+                f"{name} has shape {shape} in the model and {tuple(tensors[name].shape)} in the file; they must be "
+                "equal. Use the file that was trained for this model."
+            )
+        is_sharded = hasattr(parameter, "ds_id")
+        # rank 0 writes, the engine hands out the shards
+        gathered = import_deepspeed().zero.GatheredParameters([parameter], 0) if is_sharded else nullcontext()
+        with gathered:
+            if parameter.numel() and (not is_sharded or distributed.get_rank() == 0):
+                parameter.data.copy_(tensors[name])

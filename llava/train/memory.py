@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach
+from fuzzyroe.routers import LinearRouter
 from llava.train.param_groups import parameters_by_part
 from llava.train.stages import PARTS, Stage, get_stage
 
@@ -120,17 +121,22 @@ class MemoryEstimate:
         return sum(self.per_gpu.values())
 
 
-def count_parameters(config: LlavaConfig, adapter_width: int | None) -> dict[str, int]:
+def count_parameters(
+    config: LlavaConfig, adapter_width: int | None, has_linear_router: bool = False
+) -> dict[str, int]:
     """Count the parameters of each part on a model without storage.
 
     Args:
         config: Architecture.
         adapter_width: Width of the skip adapters; None counts a model without routing.
+        has_linear_router: Whether a linear router with routing tokens is attached too.
     """
+    text = config.text_config
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
         if adapter_width is not None:
-            attach(model, adapter_width)
+            router = LinearRouter(text.num_hidden_layers, text.hidden_size) if has_linear_router else None
+            attach(model, adapter_width, router=router)
     return {part: sum(p.numel() for p in named.values()) for part, named in parameters_by_part(model).items()}
 
 
@@ -149,7 +155,8 @@ def estimate_memory(config: LlavaConfig, workload: Workload) -> MemoryEstimate:
         ZeRO (arXiv:1910.02054), section 3, for 2 + 2 + 12 bytes; arXiv:2205.05198, section 4, for activations.
     """
     stage = get_stage(workload.stage)
-    parts = count_parameters(config, workload.adapter_width if stage.routing != "off" else None)
+    width = workload.adapter_width if stage.routing != "off" else None
+    parts = count_parameters(config, width, stage.routing == "relaxed")
     total, trained = sum(parts.values()), _trained(config, parts, stage, workload.lora_rank)
     weights, optimizer = 2 * (total + (trained if workload.lora_rank else 0)), 12 * trained
     shards = workload.num_gpus

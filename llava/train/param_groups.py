@@ -19,10 +19,16 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """
     owners = {id(p): "vision_tower" for p in model.model.vision_tower.parameters()}
     owners |= {id(p): "projector" for p in model.model.multi_modal_projector.parameters()}
+    router = getattr(model.model.language_model, "router", None)
+    if router is not None:
+        owners |= {id(p): "router" for p in router.parameters()}
     for layer in model.model.language_model.layers:
         adapter = getattr(layer, "adapter", None)
         if adapter is not None:
             owners |= {id(p): "adapter" for p in adapter.parameters()}
+    for module in model.modules():
+        for kind in getattr(module, "adapter_layer_names", ()):  # what peft adds to a layer it updates
+            owners |= {id(p): "lora" for p in getattr(module, kind).parameters()}
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
         parts[owners.get(id(parameter), "decoder")][name] = parameter

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
-
-from transformers import LlavaConfig
+from typing import Any
 
 from fuzzyroe.features import FEATURES
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
-from llava.data.records import RecordFile, resolve_image
+from llava.data.check import check_data
+from llava.data.lengths import LengthMeter
+from llava.data.records import RecordFile
+from llava.image_tokens import count_image_tokens
+from llava.model.compose import LANGUAGE_MODELS, read_projector
+from llava.model.text_side import is_language_model, read_config_dict, read_text_side
 from llava.train.arguments import (
     DEFAULT_RULE_BASE,
     DataArguments,
     LlavaTrainingArguments,
     ModelArguments,
     RoutingArguments,
+    stage_of,
 )
-from llava.train.stages import Stage, get_stage
+from llava.train.lora import import_peft
+from llava.train.roe_preflight import check_roe
+from llava.train.stages import Stage, StageInputError
+from llava.train.start import check_agreement, vision_settings
+
+logger = logging.getLogger(__name__)
+
+LLAVA_TYPES = ("llava", "llava_llama")
+"""Model types of LLaVA checkpoints; the second is LLaVA's own since its version 1.6."""
+
+DEFAULT_EVAL_BATCH = 8
+"""transformers' default of a flag that has nothing to act on here."""
 
 MIN_FREE_BYTES = 64 * 2**20
 
 MIN_CALIBRATION_SAMPLES = 8
 """One for each bin of scores that ``fuzzyroe.calibrate.calibrate_router`` makes."""
-
-
-class StageInputError(ValueError):
-    """Input that a stage cannot run on; the message names it and the remedy."""
 
 
 def check_inputs(
@@ -41,12 +55,15 @@ def check_inputs(
     """Check everything that can be checked without a model.
 
     Raises:
-        StageInputError: With what was found, what is allowed, what to do.
+        ValueError: With what was found, what is allowed, what to do.
         KeyError: If the stage or the conversation template is unknown.
+        OSError: If a model or file is not there.
+        ImportError: If a package is missing that a flag needs.
     """
-    stage = get_stage(routing_args.stage)
+    stage = stage_of(model_args, routing_args, training_args)
     get_template(model_args.version)
-    config, sources = _check_model(model_args.model_name_or_path)
+    config, sources = _check_model(model_args, stage)
+    _check_extras(training_args, stage)
     _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, routing_args)
     _check_output(Path(training_args.output_dir), sources)
     _check_deepspeed(training_args, stage)
@@ -55,15 +72,15 @@ def check_inputs(
         raise StageInputError(
             "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
         )
-    records = RecordFile(data_args.data_path)
     if not training_args.skip_data_check:
-        _check_records(records, data_args.image_folder)
-    _check_number(len(records), stage, routing_args, training_args.world_size)
+        _check_records(model_args, data_args, training_args)
+    _check_number(len(RecordFile(data_args.data_path)), stage, routing_args, training_args.world_size)
 
 
 def _check_routing(block: dict | None, stage: Stage, model_path: str, routing_args: RoutingArguments) -> None:
     """A stage that trains along the router's plans needs a calibrated router, a dense one none at all."""
-    if stage.routing != "off" and not block:
+    check_roe(block, stage, model_path, routing_args)
+    if stage.routing == "plan" and not block:
         _check_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE)
     if block and routing_args.rule_base is not None:
         raise StageInputError(
@@ -93,37 +110,71 @@ def _check_rule_base(name: str) -> None:
         raise StageInputError(f"Rule base {name} has antecedents {unknown}, no features; use {', '.join(FEATURES)}.")
 
 
-def _check_model(model_path: str) -> tuple[dict, list[Path]]:
+def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict, list[Path]]:
     """Read the configuration, with the folders that the model's files lie in, none if it comes from the hub."""
-    folder = Path(model_path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise StageInputError(f"{folder} holds no config.json; name a LLaVA checkpoint folder.")
-    try:
-        config, _ = LlavaConfig.get_config_dict(model_path)
-    except OSError as error:
-        if folder.exists():
+    path = model_args.model_name_or_path
+    config, folder = read_config_dict(path), Path(path)
+    if is_language_model(config):
+        if stage.routing != "off":
             raise StageInputError(
-                f"{folder / 'config.json'} cannot be read ({error}); write the checkpoint again."
-            ) from error
+                f"{path} is a language model, stage {stage.name} routes a LLaVA checkpoint; run the stages pretrain "
+                "and dense first, or name a LLaVA checkpoint."
+            )
+        text_side = read_text_side(path, vision_settings(model_args))[0]
+    elif config.get("model_type") in LLAVA_TYPES:
+        check_agreement(config, model_args)
+        text_side = read_text_side(path)[0]
+    else:
         raise StageInputError(
-            f"--model_name_or_path {model_path} is no folder, and its configuration cannot be had from the hub either; "
-            "name a checkpoint folder, as an earlier stage writes it, or a hub id (owner/name)."
-        ) from error
-    if config.get("model_type") != "llava":
-        raise StageInputError(
-            f"{model_path} is a model of type {config.get('model_type')}; only llava can be trained. Name another."
+            f"{path} is a model of type {config.get('model_type')}; {', '.join((*LLAVA_TYPES, *LANGUAGE_MODELS))} can "
+            "be trained. Name another."
         )
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        _check_projector(model_args.pretrain_mm_mlp_adapter, text_side)
     if not folder.exists():
         return config, []
+    if (folder / "adapter_config.json").exists():
+        raise StageInputError(
+            f"{path} holds low-rank updates of another model; a whole checkpoint is needed. Merge them first, see "
+            "docs/workflows.md."
+        )
     base = (config.get("fuzzyroe") or {}).get("base_model")
     if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):
         return config, [folder]
     if not (folder / base / "config.json").is_file():
         raise StageInputError(
-            f"{model_path} holds no backbone weights and its base model is not at {folder / base}; put it there, or "
+            f"{path} holds no backbone weights and its base model is not at {folder / base}; put it there, or "
             "correct fuzzyroe.base_model in its config.json."
         )
     return config, [folder, folder / base]
+
+
+def _check_projector(file: str, config: Any) -> None:
+    """The projector's file must hold one, of the size of the model's."""
+    found = tuple(read_projector(file)["model.multi_modal_projector.linear_1.weight"].shape)
+    wanted = (config.text_config.hidden_size, config.vision_config.hidden_size)
+    if found != wanted:
+        raise StageInputError(
+            f"--pretrain_mm_mlp_adapter {file} maps {found[1]} features to {found[0]}, the model needs {wanted[1]} to "
+            f"{wanted[0]}; name the one that was trained for these two models."
+        )
+
+
+def _check_extras(training_args: LlavaTrainingArguments, stage: Stage) -> None:
+    """Refuse flags that nothing would act on, and what needs a package that is missing."""
+    if "lora" in stage.trains:
+        import_peft()
+    for name in training_args.report_to:
+        if name in ("wandb", "tensorboard") and importlib.util.find_spec(name) is None:
+            raise StageInputError(
+                f"--report_to {name} was given, but {name} is not installed; pip install {name}, or --report_to none "
+                "(every value is in OUTPUT/metrics.jsonl as well)."
+            )
+    if training_args.eval_strategy.value != "no" or training_args.per_device_eval_batch_size != DEFAULT_EVAL_BATCH:
+        raise StageInputError(
+            "--eval_strategy or --per_device_eval_batch_size was given, but nothing is evaluated while training; leave "
+            "them out and run scripts/v1_5/eval.sh afterwards."
+        )
 
 
 def _check_output(output: Path, sources: list[Path]) -> None:
@@ -185,22 +236,21 @@ def _check_number(found: int, stage: Stage, routing_args: RoutingArguments, worl
             )
 
 
-def _check_records(records: RecordFile, image_folder: str) -> None:
-    """Read every record and look every image up (the files are opened by ``fuzzyroe check-data --decode``)."""
-    if not Path(image_folder).is_dir():
-        raise StageInputError(f"--image_folder {image_folder} is not a folder; name the one images lie in.")
-    known: set[str] = set()
-    for record in records:
-        for relative in record.images:
-            if relative in known:
-                continue
-            known.add(relative)
-            try:
-                path = resolve_image(image_folder, relative)
-            except ValueError as error:
-                raise StageInputError(f"{records.path}: record {record.index} (id {record.id!r}): {error}") from error
-            if not path.stat().st_size:
-                raise StageInputError(
-                    f"{records.path}: record {record.index} (id {record.id!r}): image {relative} is empty; download it "
-                    "again or drop the record."
-                )
+def _check_records(model_args: ModelArguments, data_args: DataArguments, training_args: LlavaTrainingArguments) -> None:
+    """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
+    is_composed = is_language_model(read_config_dict(model_args.model_name_or_path))
+    settings = vision_settings(model_args) if is_composed else None
+    config, tokenizer = read_text_side(model_args.model_name_or_path, settings)
+    meter = LengthMeter(
+        tokenizer,
+        get_template(model_args.version),
+        count_image_tokens(config),
+        config.image_token_index,
+        training_args.model_max_length,
+    )
+    report = check_data(
+        data_args.data_path, data_args.image_folder, meter=meter, allow_truncation=training_args.allow_truncation
+    )
+    report.raise_if_bad()
+    for warning in report.warnings:
+        logger.warning("%s: %s", data_args.data_path, warning)

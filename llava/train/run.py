@@ -12,30 +12,37 @@ from transformers import set_seed
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.calibrate import calibrate_router
-from fuzzyroe.routers import FuzzyRouter
+from fuzzyroe.compat import PRESETS
+from fuzzyroe.routers import FuzzyRouter, LinearRouter
 from fuzzyroe.rules import load_rule_base
 from llava.data.collator import SFTCollator
 from llava.data.dataset import SFTDataset
 from llava.image_tokens import count_image_tokens
-from llava.model.builder import Checkpoint, load_checkpoint
+from llava.model.builder import Checkpoint
 from llava.model.routing import attach_routing
 from llava.model.text_only import make_text_only_safe
 from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
+    DEFAULT_COMPAT,
     DEFAULT_RULE_BASE,
+    DEFAULT_SUMMARY,
     DataArguments,
     LlavaTrainingArguments,
     ModelArguments,
     RoutingArguments,
+    stage_of,
 )
 from llava.train.batch_routing import BudgetedRouting, RandomRouting
 from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.callbacks import MetricsFile
 from llava.train.checkpoint import save_stage, write_json
 from llava.train.engine import describe_engine, init_engine_communication, prepare_for_forward
+from llava.train.lora import add_lora
 from llava.train.movement import MovementCheck
 from llava.train.param_groups import freeze_all_but
-from llava.train.stages import PARTS, Stage, get_stage
+from llava.train.roe_routing import RelaxedRouting, RoEObjective
+from llava.train.stages import PARTS, Stage
+from llava.train.start import load_start
 from llava.train.trainer import LlavaTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,17 +63,18 @@ def run_stage(
         The stage's summary, as in ``stage.json``.
     """
     started = time.time()
-    stage = get_stage(routing_args.stage)
+    stage = stage_of(model_args, routing_args, training_args)
     output = Path(training_args.output_dir)
     training_args.output_dir = str(output.with_name(output.name + ".partial"))
     if training_args.deepspeed:
         init_engine_communication()
-    checkpoint = load_checkpoint(
-        model_args.model_name_or_path, torch_dtype(training_args), model_args.attn_implementation
-    )
+    checkpoint = load_start(model_args, torch_dtype(training_args), training_args.seed)
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
     if stage.routing != "off" and checkpoint.routing is None:
-        _attach_new_router(checkpoint, routing_args)
+        _attach_new_router(checkpoint, stage, routing_args)
+    if "lora" in stage.trains:
+        rank, alpha, dropout = training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout
+        add_lora(checkpoint.model, rank, alpha, dropout, model_args.model_name_or_path)
     make_text_only_safe(checkpoint.model)
     trained = freeze_all_but(checkpoint.model, stage)
     trainer = _build_trainer(stage, checkpoint, model_args, data_args, routing_args, training_args)
@@ -106,10 +114,30 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _attach_new_router(checkpoint: Checkpoint, routing_args: RoutingArguments) -> None:
+def learning_rates(routing_args: RoutingArguments, training_args: LlavaTrainingArguments) -> dict[str, float]:
+    """Learning rate of each of ``PARTS``; the most particular flag that was given decides."""
+    rate = training_args.learning_rate if routing_args.backbone_lr is None else routing_args.backbone_lr
+    rates = dict.fromkeys(PARTS, rate)
+    rates["adapter"] = routing_args.roe_lr
+    rates["router"] = routing_args.roe_lr if routing_args.router_lr is None else routing_args.router_lr
+    if training_args.mm_projector_lr is not None:
+        rates["projector"] = training_args.mm_projector_lr
+    return rates
+
+
+def _attach_new_router(checkpoint: Checkpoint, stage: Stage, routing_args: RoutingArguments) -> None:
+    text_config, width = checkpoint.model.config.text_config, routing_args.adapter_hidden_dim or DEFAULT_ADAPTER_WIDTH
+    if stage.routing == "relaxed":
+        router = LinearRouter(
+            text_config.num_hidden_layers,
+            text_config.hidden_size,
+            routing_args.routing_summary or DEFAULT_SUMMARY,
+            PRESETS[routing_args.roe_compat or DEFAULT_COMPAT],
+        )
+        attach_routing(checkpoint.model, router, width, "xavier")
+        return
     rule_base = load_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE)
-    router = FuzzyRouter(rule_base, checkpoint.model.config.text_config.num_hidden_layers)
-    attach_routing(checkpoint.model, router, routing_args.adapter_hidden_dim or DEFAULT_ADAPTER_WIDTH)
+    attach_routing(checkpoint.model, FuzzyRouter(rule_base, text_config.num_hidden_layers), width)
 
 
 def _build_trainer(
@@ -133,23 +161,30 @@ def _build_trainer(
         training_args.model_max_length,
         data_args.image_aspect_ratio,
     )
-    rates = dict.fromkeys(PARTS, routing_args.backbone_lr or training_args.learning_rate)
-    rates["adapter"] = routing_args.roe_lr
+    rates = learning_rates(routing_args, training_args)
     routing = None
     if stage.routing == "plan" and routing_args.skip_pattern == "random":
         num_layers = config.text_config.num_hidden_layers
         routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio)
     elif stage.routing == "plan":
         routing = BudgetedRouting(config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
+    callbacks, objective = [MetricsFile(Path(training_args.output_dir) / "metrics.jsonl")], None
+    if stage.routing == "relaxed":
+        compat, skip_ratio = find_decoder(checkpoint.model).router.compat, routing_args.skip_ratio
+        num_layers = config.text_config.num_hidden_layers
+        routing = RelaxedRouting(config.image_token_index, num_layers, stage.span, skip_ratio, compat)
+        objective = RoEObjective(skip_ratio, compat.damping)
+        callbacks.append(routing)
     return LlavaTrainer(
         stage=stage,
         learning_rates=rates,
         batch_routing=routing,
+        objective=objective,
         model=checkpoint.model,
         args=training_args,
         train_dataset=dataset,
         data_collator=SFTCollator(checkpoint.tokenizer.pad_token_id),
-        callbacks=[MetricsFile(Path(training_args.output_dir) / "metrics.jsonl")],
+        callbacks=callbacks,
     )
 
 

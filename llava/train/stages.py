@@ -1,14 +1,16 @@
 """What each training stage does, as data.
 
 A stage is one launch: which parts train, how layers are routed meanwhile, whether the router is calibrated at its
-end. FuzzyRoE runs router, adapter, finetune; every part not named is frozen before the optimizer exists.
+end. LLaVA runs pretrain, dense; FuzzyRoE runs router, adapter, finetune on the result, RoE its own three. Every part
+not named is frozen before the optimizer exists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-PARTS = ("vision_tower", "projector", "decoder", "adapter")
+PARTS = ("vision_tower", "projector", "decoder", "adapter", "router", "lora")
+"""What parameters are told apart by; ``router`` is what a router learns, ``lora`` low-rank updates of the decoder."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,11 @@ class Stage:
     Attributes:
         name: Value of ``--stage``.
         trains: Parts whose parameters move; empty for a stage of forward passes only.
-        routing: "off" (dense), or "plan" (layers skipped as the calibrated router plans, at random budgets).
+        routing: "off" (dense), "plan" (layers skipped as the calibrated router plans, at random budgets), or "relaxed"
+            (RoE's soft decisions, which harden as its schedule goes on).
         calibrates: Whether the router is fitted by forward passes once training has ended.
         purpose: One line for summaries.
+        span: Shares of RoE's run between which a relaxed stage lies; None for any other.
     """
 
     name: str
@@ -28,18 +32,34 @@ class Stage:
     routing: str
     calibrates: bool
     purpose: str
+    span: tuple[float, float] | None = None
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
+        Stage("pretrain", ("projector",), "off", False, "LLaVA-1.5's first stage: aligns the projector"),
         Stage("dense", ("projector", "decoder"), "off", False, "LLaVA-1.5 finetuning without routing"),
         Stage("scratch", ("vision_tower", "projector", "decoder"), "off", False, "every weight, without routing"),
         Stage("router", (), "plan", True, "fits the fuzzy router by forward passes, no optimizer"),
         Stage("adapter", ("adapter",), "plan", True, "trains what stands in for a skipped layer"),
         Stage("finetune", ("projector", "decoder", "adapter"), "plan", True, "trains the routed model as a whole"),
+        Stage("roe_adapter", ("adapter",), "relaxed", False, "RoE's first: adapters, under drawn skips", (0.0, 0.3)),
+        Stage("roe_router", ("adapter", "router"), "relaxed", False, "RoE's second: linear routers too", (0.3, 0.5)),
+        Stage(
+            "roe_finetune",
+            ("projector", "decoder", "adapter", "router"),
+            "relaxed",
+            False,
+            "RoE's third: the routed model as a whole",
+            (0.5, 1.0),
+        ),
     )
 }
+
+
+class StageInputError(ValueError):
+    """Input that a stage cannot run on; the message names it and the remedy."""
 
 
 def get_stage(name: str) -> Stage:
@@ -51,3 +71,41 @@ def get_stage(name: str) -> Stage:
     if name not in STAGES:
         raise KeyError(f"Stage '{name}' is unknown; use one of {', '.join(STAGES)}.")
     return STAGES[name]
+
+
+def choose_stage(
+    name: str | None,
+    *,
+    tune_projector: bool = False,
+    freeze_decoder: bool = False,
+    freeze_projector: bool = False,
+    lora: bool = False,
+) -> Stage:
+    """Find the stage that flags ask for, changed as LLaVA's flags change what trains.
+
+    Args:
+        name: Name in ``STAGES``; None stands for ``pretrain`` with ``tune_projector``, for ``dense`` without.
+        tune_projector: LLaVA's ``--tune_mm_mlp_adapter``: the projector alone trains.
+        freeze_decoder: LLaVA's ``--freeze_backbone``.
+        freeze_projector: LLaVA's ``--freeze_mm_mlp_adapter``.
+        lora: LLaVA's ``--lora_enable``: low-rank updates train in place of the decoder.
+
+    Raises:
+        KeyError: If there is no stage of this name.
+        ValueError: If the flags contradict each other or the stage, or leave nothing to train.
+    """
+    stage = get_stage(name or ("pretrain" if tune_projector else "dense"))
+    if tune_projector and stage.trains != ("projector",):
+        raise ValueError(
+            f"--tune_mm_mlp_adapter trains the projector alone, stage {stage.name} trains "
+            f"{', '.join(stage.trains) or 'nothing'}; leave one of the two out."
+        )
+    if lora and "decoder" not in stage.trains:
+        raise ValueError(f"--lora_enable updates the decoder, which stage {stage.name} does not train; leave it out.")
+    if lora and freeze_decoder:
+        raise ValueError("--lora_enable updates the decoder, --freeze_backbone keeps it; leave one of the two out.")
+    frozen = {part for part, is_set in (("decoder", freeze_decoder), ("projector", freeze_projector)) if is_set}
+    trains = tuple("lora" if lora and part == "decoder" else part for part in stage.trains if part not in frozen)
+    if stage.trains and not trains:
+        raise ValueError(f"The flags freeze all that stage {stage.name} trains; leave one of them out.")
+    return replace(stage, trains=trains)

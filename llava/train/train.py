@@ -18,22 +18,18 @@ from pathlib import Path
 if __package__ in (None, ""):  # launchers run this file by its path; imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import transformers
 from torch import distributed
 
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
+from llava.train.arguments import parse_arguments
 from llava.train.preflight import StageInputError, check_inputs
 from llava.train.run import run_stage
 
 
 def main() -> None:
     """Parse flags, refuse bad input, run the stage."""
-    parser = transformers.HfArgumentParser(
-        (ModelArguments, DataArguments, RoutingArguments, LlavaTrainingArguments), allow_abbrev=False
-    )
     problem = None
     try:
-        arguments = parser.parse_args_into_dataclasses()
+        arguments = parse_arguments()
         if arguments[-1].process_index == 0:
             check_inputs(*arguments)
     except (StageInputError, ValueError, KeyError, OSError, ImportError) as error:

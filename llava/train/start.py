@@ -1,0 +1,93 @@
+"""What a stage starts from: a LLaVA checkpoint, or one put together from a language model and a vision tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from llava.model.builder import Checkpoint, load_checkpoint
+from llava.model.compose import SELECT_FEATURES, VisionSettings, compose, read_projector
+from llava.model.text_side import is_language_model, read_config_dict
+from llava.train.arguments import ModelArguments
+from llava.train.engine import assign_parameters
+
+DEFAULT_VISION = VisionSettings("")
+
+
+def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int) -> Checkpoint:
+    """Load or put together the model a stage starts from; call on all ranks.
+
+    Args:
+        model_args: Which model; has passed ``check_inputs``.
+        dtype: Data type of the weights.
+        seed: Seed of a new projector.
+    """
+    name, attention = model_args.model_name_or_path, model_args.attn_implementation
+    if is_language_model(read_config_dict(name)):
+        set_seed(seed)
+        made = compose(name, vision_settings(model_args), dtype, attention)
+        checkpoint = Checkpoint(made.model, made.tokenizer, made.image_processor, name, name, None)
+    else:
+        checkpoint = load_checkpoint(name, dtype, attention)
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        named = dict(checkpoint.model.named_parameters())
+        tensors = read_projector(model_args.pretrain_mm_mlp_adapter)
+        assign_parameters({name: named[name] for name in tensors}, tensors)
+    _drop_unused_sampling(checkpoint.model)
+    return checkpoint
+
+
+def vision_settings(model_args: ModelArguments) -> VisionSettings:
+    """What flags say about sight, with LLaVA-1.5's values where they say nothing.
+
+    Raises:
+        ValueError: If no vision tower is named, or a value is not available.
+    """
+    if model_args.vision_tower is None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is a language model; --vision_tower must name a CLIP checkpoint, "
+            "LLaVA-1.5's is openai/clip-vit-large-patch14-336."
+        )
+    return VisionSettings(
+        model_args.vision_tower,
+        model_args.mm_projector_type or DEFAULT_VISION.projector_type,
+        DEFAULT_VISION.select_layer if model_args.mm_vision_select_layer is None else model_args.mm_vision_select_layer,
+        model_args.mm_vision_select_feature or DEFAULT_VISION.select_feature,
+    )
+
+
+def check_agreement(config: dict[str, Any], model_args: ModelArguments) -> None:
+    """Refuse flags about sight that a LLaVA checkpoint contradicts: what it was trained with cannot be changed.
+
+    Args:
+        config: Configuration of the checkpoint, of transformers' or of LLaVA's layout.
+        model_args: The flags.
+
+    Raises:
+        ValueError: Naming the first that differs.
+    """
+    strategy = config.get("vision_feature_select_strategy", "default")
+    feature = next((name for name, own in SELECT_FEATURES.items() if own == strategy), strategy)
+    own = {
+        "vision_tower": config.get("mm_vision_tower"),
+        "mm_projector_type": config.get("mm_projector_type", DEFAULT_VISION.projector_type),
+        "mm_vision_select_layer": config.get("mm_vision_select_layer", config.get("vision_feature_layer", -2)),
+        "mm_vision_select_feature": config.get("mm_vision_select_feature", feature),
+    }
+    for name, expected in own.items():
+        found = getattr(model_args, name)
+        if found is not None and found != expected:
+            has = f"has {expected}" if expected is not None else "has one inside"
+            raise ValueError(
+                f"--{name} {found} was given, but {model_args.model_name_or_path} {has}, which its projector was "
+                f"trained for; leave --{name} out, or start from a language model."
+            )
+
+
+def _drop_unused_sampling(model: PreTrainedModel) -> None:
+    """Remove sampling parameters of a model that does not sample: with them it could not be saved after training."""
+    generation = model.generation_config
+    if generation is not None and not generation.do_sample:
+        generation.temperature = generation.top_p = generation.top_k = None

@@ -1,0 +1,1 @@
+"""Routers side by side on the digits: same base model, same data, same steps."""
