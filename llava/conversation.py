@@ -47,9 +47,9 @@ class Conversation:
     Attributes:
         system: System prompt, may be empty.
         roles: Names of the person and of the assistant.
-        messages: ``[role, text or None]`` pairs; ``None`` asks the model to continue. A text may be a tuple whose
-            first item is the text (LLaVA's form for a message with an attached image, which then leads the first
-            message).
+        messages: ``[role, text or None]`` pairs; ``None``, or an empty text, asks the model to continue. A text may be
+            a tuple whose first item is the text (LLaVA's form for a message with an attached image, which then leads
+            the first message).
         offset: Number of leading messages that are examples, part of the prompt and never learned.
         sep_style: How messages are joined.
         sep: Separator after questions (after every message where the style knows one separator only).
@@ -106,7 +106,7 @@ class Conversation:
                 continue
             if before:
                 yield Segment(before, turn, False)
-            if text is not None:
+            if text:
                 blank = "" if self.sep_style in (SeparatorStyle.PLAIN, SeparatorStyle.MPT) else " "
                 yield Segment(blank + text + after, turn, turn > 0)
 
@@ -128,13 +128,13 @@ class Conversation:
         if self.sep_style is SeparatorStyle.PLAIN:
             return "", end if is_answer else ""
         if self.sep_style is SeparatorStyle.MPT:
-            return role, self.sep if text is not None else ""
+            return role, self.sep if text else ""
         if self.sep_style is SeparatorStyle.LLAMA_2:
             if is_answer:
                 return "", f" {self.sep2 or ''}"
             system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if is_first and self.system else ""
             return f"{'' if is_first else self.sep}[INST] {system}", " [/INST]"
-        if text is None:
+        if not text:
             return f"{role}:", ""
         lead = f"{role}:" if is_answer else f"{role}: "
         return lead, end if self.sep_style is SeparatorStyle.TWO else self.sep
@@ -174,6 +174,9 @@ _LLAVA_LLAMA_2_SYSTEM = (
     "You are a helpful language and vision assistant. "
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
+)
+_MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 )
 _MPT_TEXT_SYSTEM = (
     "- You are a helpful assistant chatbot trained by MosaicML.\n"
@@ -241,30 +244,36 @@ conv_vicuna_v0 = _hash_separated(
 conv_vicuna_v1 = _vicuna(_USER_SYSTEM)
 conv_chatml_direct = _chatml("Answer the questions.")
 
+
+class _Templates(dict[str, Conversation]):
+    """Templates by name."""
+
+    def __missing__(self, name: str) -> Conversation:
+        raise KeyError(f"Conversation template '{name}' is unknown; use one of {', '.join(sorted(self))}.")
+
+
 default_conversation = conv_vicuna_v1
-conv_templates: dict[str, Conversation] = {
-    "default": conv_vicuna_v0,
-    "v0": conv_vicuna_v0,
-    "v1": conv_vicuna_v1,
-    "vicuna_v1": conv_vicuna_v1,
-    "llama_2": _llama_2(_LLAMA_2_SYSTEM),
-    "mistral_instruct": _llama_2("", sep=""),
-    "chatml_direct": conv_chatml_direct,
-    "mistral_direct": conv_chatml_direct,
-    "plain": conv_plain,
-    "v0_plain": conv_plain,
-    "llava_v0": _hash_separated(_HUMAN_SYSTEM),
-    "v0_mmtag": _hash_separated(_TAGGED_SYSTEM, "v0_mmtag", image_markup=_IMAGE_TAGS),
-    "llava_v1": _vicuna(_HUMAN_SYSTEM),
-    "v1_mmtag": _vicuna(_TAGGED_SYSTEM, "v1_mmtag", image_markup=_IMAGE_TAGS),
-    "llava_llama_2": _llama_2(_LLAVA_LLAMA_2_SYSTEM),
-    "mpt": _chatml(
-        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-    ),
-    "mpt_text": _chatml(_MPT_TEXT_SYSTEM),
-    "llava_mpt": _chatml(_LLAVA_MPT_SYSTEM),
-    "digits": _vicuna(""),
-}
+conv_templates = _Templates(
+    default=conv_vicuna_v0,
+    v0=conv_vicuna_v0,
+    v1=conv_vicuna_v1,
+    vicuna_v1=conv_vicuna_v1,
+    llama_2=_llama_2(_LLAMA_2_SYSTEM),
+    mistral_instruct=_llama_2("", sep=""),
+    chatml_direct=conv_chatml_direct,
+    mistral_direct=conv_chatml_direct,
+    plain=conv_plain,
+    v0_plain=conv_plain,
+    llava_v0=_hash_separated(_HUMAN_SYSTEM),
+    v0_mmtag=_hash_separated(_TAGGED_SYSTEM, "v0_mmtag", image_markup=_IMAGE_TAGS),
+    llava_v1=_vicuna(_HUMAN_SYSTEM),
+    v1_mmtag=_vicuna(_TAGGED_SYSTEM, "v1_mmtag", image_markup=_IMAGE_TAGS),
+    llava_llama_2=_llama_2(_LLAVA_LLAMA_2_SYSTEM),
+    mpt=_chatml(_MPT_SYSTEM),
+    mpt_text=_chatml(_MPT_TEXT_SYSTEM),
+    llava_mpt=_chatml(_LLAVA_MPT_SYSTEM),
+    digits=_vicuna(""),
+)
 
 
 def get_template(name: str) -> Conversation:
@@ -273,6 +282,4 @@ def get_template(name: str) -> Conversation:
     Raises:
         KeyError: If no template has this name; the message lists the known ones.
     """
-    if name not in conv_templates:
-        raise KeyError(f"Conversation template '{name}' is unknown; use one of {', '.join(sorted(conv_templates))}.")
     return conv_templates[name].copy()

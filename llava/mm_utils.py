@@ -43,8 +43,8 @@ def process_images(images: list, image_processor: Any, model_cfg: Any) -> Any:
         image_processor: A CLIP image processor.
         model_cfg: Configuration with ``image_aspect_ratio``, a key of ``_HOW_TO_FIT`` or absent: "pad" centres each
             image on a square of the processor's mean colour; "anyres" gives an overview and tiles of each image, for
-            one of its ``image_grid_pinpoints``; "square", as where it is absent, leaves resizing and cropping to the
-            processor.
+            one of its ``image_grid_pinpoints``; "square" and "original" (as lmms-eval's tasks say it), as where it is
+            absent, leave resizing and cropping to the processor.
 
     Returns:
         Pixel values, float32: (images, 3, H, W); for "anyres" (images, tiles, 3, H, W), or a list of (tiles, 3, H, W)
@@ -132,7 +132,7 @@ def _fit_tiled(images: list, image_processor: Any, model_cfg: Any) -> Any:
     return torch.stack(tiled) if len({tiles.shape for tiles in tiled}) == 1 else tiled
 
 
-_HOW_TO_FIT = {"pad": _fit_padded, "square": _fit_square, "anyres": _fit_tiled}
+_HOW_TO_FIT = {"pad": _fit_padded, "square": _fit_square, "original": _fit_square, "anyres": _fit_tiled}
 
 
 def tokenizer_image_token(
