@@ -1,4 +1,4 @@
-"""Promises of routers: the interface of each, then features, percentiles, budgets and precision of the fuzzy one."""
+"""Promises of the fuzzy router alone: features, percentiles, budgets, precision; those of all are in test_routers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fuzzyroe.budget import allocate
 from fuzzyroe.calibrate import set_budget_table
-from fuzzyroe.routers import ROUTERS, FuzzyRouter, Router, get_router_class
+from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routers.fuzzy import NUM_QUANTILES
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import FuzzyRuleBase, load_rule_base, oracle
@@ -44,21 +44,6 @@ def make_batch(num_turns: int | None = None) -> tuple[Tensor, RoutingState]:
     image = torch.zeros(3, 14, dtype=torch.bool)
     image[:, 1:4] = True
     return states, RoutingState(turn_ids, image, turn_ids > 0, "soft", num_turns=num_turns)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_every_router_plans_all_layers_of_all_turns(name: str, rule_base: FuzzyRuleBase) -> None:
-    router = get_router_class(name)(rule_base, NUM_LAYERS)
-    states, routing = make_batch()
-    router.plan(states, routing)
-    assert isinstance(router, Router) and router.enabled
-    assert routing.keep_weights.shape == (3, 2, NUM_LAYERS)
-    assert routing.keep_weights.min() >= 0 and routing.keep_weights.max() <= 1
-
-
-def test_an_unknown_router_is_named_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="Router 'oracle' is unknown; use one of fuzzy"):
-        get_router_class("oracle")
 
 
 def test_an_antecedent_that_is_no_feature_is_named(rule_base: FuzzyRuleBase) -> None:
