@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 
 class AnswerCriterion(StoppingCriteria):
@@ -41,9 +42,32 @@ class AnswerProcessor(LogitsProcessor):
         return self.processor(input_ids[:, self.prompt_length :], scores)
 
 
+class AnswerStreamer(BaseStreamer):
+    """A streamer that is shown the answer alone.
+
+    Args:
+        streamer: Is given token ids, first the prompt's as (1, 0), then the answer's as they come.
+        prompt_length: Positions of the prompt.
+    """
+
+    def __init__(self, streamer: Any, prompt_length: int) -> None:
+        self.streamer, self.num_hidden = streamer, prompt_length
+
+    def put(self, value: Tensor) -> None:
+        """Pass token ids on, without those of the prompt, which come first."""
+        self.streamer.put(value[..., self.num_hidden :])
+        self.num_hidden = 0
+
+    def end(self) -> None:
+        """Say that the answer is complete."""
+        self.streamer.end()
+
+
 def show_answers_only(options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
-    """Options of ``generate`` whose own stopping criteria and logits processors see answers only."""
+    """Options of ``generate`` whose own stopping criteria, logits processors and streamer see answers only."""
     wrapped = dict(options)
+    if wrapped.get("streamer") is not None:
+        wrapped["streamer"] = AnswerStreamer(wrapped["streamer"], prompt_length)
     for name, wrapper, kind in (
         ("stopping_criteria", AnswerCriterion, StoppingCriteriaList),
         ("logits_processor", AnswerProcessor, LogitsProcessorList),

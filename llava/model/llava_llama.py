@@ -139,8 +139,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         """Continue prompts, in either convention.
 
         A call with ``images``, be it None, or with -200 in its ids is one in LLaVA's convention: it gives the new
-        tokens alone, and its own stopping criteria and logits processors see these alone. Any other call is that of
-        transformers.
+        tokens alone, and its own stopping criteria, logits processors and streamer see these alone. Any other call is
+        that of transformers.
 
         Args:
             inputs: Token ids, (B, N), padded on either side; or ``input_ids`` by name.
@@ -158,13 +158,11 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if images is _NOT_GIVEN and not has_markers(input_ids):
             sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
             return super().generate(inputs, **sizes, **kwargs)
-        if input_ids is None:
-            raise ValueError("generate was given images but no prompt; pass token ids as the first argument.")
         kwargs.pop("input_ids", None)
         _refuse_mixture(**{name: kwargs.pop(name, None) for name in ("pixel_values", "inputs_embeds", "position_ids")})
         padding_id = kwargs.get("pad_token_id")
         expanded = self._expand(
-            input_ids.to(self.device),
+            input_ids,
             kwargs.pop("attention_mask", None),
             None if images is _NOT_GIVEN else images,
             image_sizes,
@@ -190,7 +188,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def _expand(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         images: Any,
         image_sizes: Any,
@@ -199,6 +197,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         is_padded_left: bool | None = None,
     ) -> dict[str, Tensor | None]:
         """Bring a call in LLaVA's convention into transformers'."""
+        if input_ids is None:
+            raise ValueError("Images came without a prompt; pass token ids as the first argument.")
+        input_ids = input_ids.to(self.device)
         padding_id, is_padding_known = self._find_padding(padding_id)
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, padding_id if is_padding_known else None)
