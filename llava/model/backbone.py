@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionModel, GenerationConfig, LlavaConfig
+from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava.model.base_chain import read_chain
 from llava.model.checkpoint_layout import LORA_CONFIG, CheckpointLayout
@@ -36,6 +38,7 @@ class Backbone:
         added: What RoE's code added to the checkpoint, under RoE's names.
         tokenizer: Tokenizer with an image token.
         image_processor: Image processor.
+        generation_config: How it generates; None if the checkpoint does not say.
         weights_path: Folder or hub id that holds the weights, or says how they are made of another's.
     """
 
@@ -45,6 +48,7 @@ class Backbone:
     added: dict[str, Tensor]
     tokenizer: Any
     image_processor: Any
+    generation_config: GenerationConfig | None
     weights_path: str
 
     def tensor(self, name: str) -> Tensor:
@@ -83,14 +87,35 @@ def read_backbone(path: str | Path, model_base: str | None = None) -> Backbone:
         check_updates(shapes, each, str(path))
     top = chain[0]
     weights_path = top.path if top.has_weights or top.projector or top.lora else chain[1].path
-    return Backbone(config, weights, updates, added, tokenizer, _read_image_processor(chain), weights_path)
+    return Backbone(
+        config,
+        weights,
+        updates,
+        added,
+        tokenizer,
+        _read_image_processor(chain),
+        _read_generation_config(chain),
+        weights_path,
+    )
 
 
 def parameter_shapes(config: LlavaConfig) -> dict[str, Shape]:
-    """Released names and shapes of the parameters that a model of this configuration has; nothing is allocated."""
+    """Released names and shapes of the parameters that a model of this configuration has; nothing is allocated.
+
+    The parts are built one by one: transformers would shard the parts of a whole one under ZeRO-3.
+    """
+    config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(copy.deepcopy(config))
-    return {TO_RELEASED.rename(name) or name: tuple(p.shape) for name, p in model.named_parameters()}
+        parts = {
+            "vision_tower": CLIPVisionModel(config.vision_config),
+            "multi_modal_projector": LlavaMultiModalProjector(config),
+            "language_model": MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)](config.text_config),
+        }
+    named = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+    shapes = {TO_RELEASED.rename(name) or name: tuple(parameter.shape) for name, parameter in named.items()}
+    if config.tie_word_embeddings:
+        shapes.pop(HEAD, None)
+    return shapes
 
 
 def _read_config(layout: CheckpointLayout, tokenizer: Any) -> LlavaConfig:
@@ -138,3 +163,8 @@ def _read_image_processor(chain: list[CheckpointLayout]) -> CLIPImageProcessorPi
             "tower's checkpoint."
         )
     return CLIPImageProcessorPil.from_pretrained(paths[0] if paths else tower)
+
+
+def _read_generation_config(chain: list[CheckpointLayout]) -> GenerationConfig | None:
+    paths = [layout.path for layout in chain if find_file(layout.path, "generation_config.json")]
+    return GenerationConfig.from_pretrained(paths[0]) if paths else None

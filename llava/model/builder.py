@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from torch import Tensor
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.utils import cached_file
 
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers import get_router_class
 from fuzzyroe.state_dict import load_routing, load_routing_state_dict
+from llava.model.backbone import Backbone, read_backbone
+from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.roe_layout import import_routing
 from llava.model.routing import attach_routing, set_budget
 
 ROUTING_FILE = "routing.safetensors"
+
+WHOLE_MODULES = ["vision_tower", "multi_modal_projector", "lm_head", "router", "adapter"]
+"""Parts that stay in the data type of the model where the others are quantized."""
 
 
 @dataclass
@@ -45,35 +52,33 @@ def load_checkpoint(
     path: str | Path,
     dtype: torch.dtype | str = torch.float32,
     attn_implementation: str = "sdpa",
+    model_base: str | None = None,
     **kwargs: Any,
 ) -> Checkpoint:
-    """Load model, tokenizer and image processor; what a checkpoint is, is read from its ``config.json`` alone.
+    """Load model, tokenizer and image processor; what a checkpoint is, is read from its files alone.
 
     Args:
-        path: Folder or hub id.
+        path: Folder or hub id of a LLaVA-1.5 in transformers' or the original layout, or of a projector, low-rank
+            updates or routing that belong to one.
         dtype: Data type of the weights.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
+        model_base: Folder or hub id of what a projector or low-rank updates belong to, instead of what they name.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
-        ValueError: If routing tensors are missing, unexpected or of another shape.
-        FileNotFoundError: If the checkpoint's base model is gone.
+        ValueError: If it is another kind of model, or tensors are missing, unexpected or of another shape.
+        FileNotFoundError: If files are missing, or the checkpoint's base model is gone.
     """
     path = str(path)
-    config = LlavaConfig.from_pretrained(path)
-    block = getattr(config, "fuzzyroe", None)
-    routing = FuzzyRoEConfig.from_dict(block) if block else None
-    weights_path = path if routing is None or routing.base_model is None else _resolve_base(path, routing.base_model)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        weights_path, config=config, dtype=dtype, attn_implementation=attn_implementation, **kwargs
-    )
-    # Under ZeRO-3 a model keeps key conversions and would reverse them on saving, into names that others cannot read.
-    model.__dict__.pop("_weight_conversions", None)
+    backbone = read_backbone(path, model_base)
+    block = getattr(backbone.config, "fuzzyroe", None)
+    routing, tensors = (FuzzyRoEConfig.from_dict(block), None) if block else (None, None)
+    if backbone.added:
+        routing, tensors = import_routing(backbone.added, path)
+    model = build_model(backbone, dtype, attn_implementation, **kwargs)
     if routing is not None:
-        _load_routing(model, path, routing)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    processor = CLIPImageProcessorPil.from_pretrained(path)
-    return Checkpoint(model, tokenizer, processor, path, weights_path, routing)
+        _load_routing(model, path, routing, tensors)
+    return Checkpoint(model, backbone.tokenizer, backbone.image_processor, path, backbone.weights_path, routing)
 
 
 def load_pretrained_model(
@@ -93,9 +98,9 @@ def load_pretrained_model(
 
     Args:
         model_path: Checkpoint folder or hub id.
-        model_base: Not needed: a checkpoint names its base itself.
+        model_base: What a projector or low-rank updates belong to; None for what they name, and for whole models.
         model_name: Not needed: nothing is decided by a name.
-        load_8bit, load_4bit: Not supported here.
+        load_8bit, load_4bit: Quantize the decoder's linear maps with bitsandbytes while loading.
         device_map: As for ``from_pretrained``; ignored where ``device`` is "cpu".
         device: "cpu" or a CUDA device.
         skip_rate: Mean skip rate to route with; None keeps the checkpoint's own.
@@ -107,23 +112,82 @@ def load_pretrained_model(
         Tokenizer, model, image processor, context length in tokens.
 
     Raises:
-        ValueError: If an unsupported option is asked for.
+        ImportError: If quantization is asked for, and bitsandbytes is not installed.
+        ValueError: As ``load_checkpoint``; if a skip rate is asked of a dense checkpoint.
     """
-    if load_8bit or load_4bit:
-        raise ValueError("load_8bit and load_4bit are not supported; load in float16 or bfloat16 instead.")
-    if model_base is not None:
-        raise ValueError(f"model_base {model_base} is not needed: a checkpoint names its base; leave it out.")
     on_cpu = str(device) == "cpu" or not torch.cuda.is_available()
     dtype = torch_dtype or (torch.float32 if on_cpu else torch.float16)
-    placement = {} if on_cpu else {"device_map": device_map}
-    checkpoint = load_checkpoint(model_path, dtype, attn_implementation, **placement)
+    options = {} if on_cpu else {"device_map": device_map}
+    if load_8bit or load_4bit:
+        options["quantization_config"] = describe_quantization(load_8bit, load_4bit, dtype)
+    checkpoint = load_checkpoint(model_path, dtype, attn_implementation, model_base, **options)
     model = checkpoint.model.eval()
     if skip_rate is not None:
         set_budget(model, skip_rate)
     return checkpoint.tokenizer, model, checkpoint.image_processor, model.config.text_config.max_position_embeddings
 
 
-def _load_routing(model: LlavaForConditionalGeneration, path: str, routing: FuzzyRoEConfig) -> None:
+def build_model(
+    backbone: Backbone, dtype: torch.dtype | str, attn_implementation: str, **kwargs: Any
+) -> LlavaLlamaForCausalLM:
+    """Make a model of what was read; call on all ranks.
+
+    Args:
+        backbone: What was read.
+        dtype, attn_implementation, **kwargs: As for ``load_checkpoint``.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=backbone.config,
+        state_dict={name: backbone.tensor(name) for name in backbone.weights},
+        generation_config=backbone.generation_config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        **kwargs,
+    )
+    # Key conversions of loading would be reversed on saving, into names that others cannot read.
+    model.__dict__.pop("_weight_conversions", None)
+    model.config.name_or_path = backbone.weights_path
+    return LlavaLlamaForCausalLM.adopt(model, backbone.image_processor)
+
+
+def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What bitsandbytes is to do while a model is loaded.
+
+    Args:
+        load_8bit: Linear maps in 8-bit integers.
+        load_4bit: In 4-bit normal floats, with quantized scales.
+        dtype: Data type that is computed in.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+        ValueError: If both are asked for.
+
+    Reference:
+        LLM.int8() (arXiv:2208.07339), QLoRA (arXiv:2305.14314).
+    """
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit were both given; a weight has one form. Give one of them.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        name = "load_8bit" if load_8bit else "load_4bit"
+        raise ImportError(
+            f"{name} was given but bitsandbytes is not installed; pip install bitsandbytes, or load in float16 or "
+            "bfloat16."
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=load_8bit,
+        load_in_4bit=load_4bit,
+        llm_int8_skip_modules=WHOLE_MODULES,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+
+
+def _load_routing(
+    model: LlavaForConditionalGeneration, path: str, routing: FuzzyRoEConfig, tensors: dict[str, Tensor] | None
+) -> None:
+    """Attach what the configuration describes; its tensors are those given, or those of the checkpoint's file."""
     text_config = model.config.text_config
     router = get_router_class(routing.router).from_checkpoint(
         routing.router_options,
@@ -132,17 +196,4 @@ def _load_routing(model: LlavaForConditionalGeneration, path: str, routing: Fuzz
         functools.partial(cached_file, path),
     )
     attach_routing(model, router, routing.adapter_width, skip_unit=routing.skip_unit)
-    load_routing_state_dict(model, load_routing(cached_file(path, ROUTING_FILE)))
-
-
-def _resolve_base(path: str, base_model: str) -> str:
-    """A base named by a relative path lies relative to the checkpoint that names it."""
-    beside = Path(path) / base_model
-    if beside.is_dir():
-        return str(beside.resolve())
-    if base_model.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{path} holds no backbone weights and its base model is not at {beside}; put the base model there, or "
-            "correct fuzzyroe.base_model in config.json."
-        )
-    return base_model
+    load_routing_state_dict(model, tensors or load_routing(cached_file(path, ROUTING_FILE)))

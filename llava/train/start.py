@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, set_seed
 
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.compose import SELECT_FEATURES, VisionSettings, compose, read_projector
+from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.text_side import is_language_model, read_config_dict
 from llava.train.arguments import ModelArguments
 from llava.train.engine import assign_parameters
@@ -28,7 +29,8 @@ def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int) -> Che
     if is_language_model(read_config_dict(name)):
         set_seed(seed)
         made = compose(name, vision_settings(model_args), dtype, attention)
-        checkpoint = Checkpoint(made.model, made.tokenizer, made.image_processor, name, name, None)
+        model = LlavaLlamaForCausalLM.adopt(made.model, made.image_processor)
+        checkpoint = Checkpoint(model, made.tokenizer, made.image_processor, name, name, None)
     else:
         checkpoint = load_checkpoint(name, dtype, attention)
     if model_args.pretrain_mm_mlp_adapter is not None:

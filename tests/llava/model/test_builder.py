@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,12 +135,21 @@ def test_a_dense_checkpoint_has_no_routing(dense: Checkpoint, image_prompts: dic
         load_pretrained_model(str(tmp_path / "base"), device="cpu", skip_rate=0.3)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"load_4bit": True}, "not supported"), ({"model_base": "vicuna"}, "leave it out")]
-)
-def test_options_that_do_nothing_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_pretrained_model("nowhere", **options)
+@pytest.mark.parametrize("option", ["load_8bit", "load_4bit"])
+def test_quantization_without_bitsandbytes_is_refused_before_anything_is_loaded(option: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=f"{option} was given but bitsandbytes is not installed; pip install"):
+        load_pretrained_model("nowhere", **{option: True})
+
+
+def test_two_quantizations_are_refused() -> None:
+    with pytest.raises(ValueError, match="both given"):
+        load_pretrained_model("nowhere", load_8bit=True, load_4bit=True)
+
+
+def test_a_base_that_has_no_part_in_a_checkpoint_is_refused(dense: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_base vicuna has no part in it"):
+        load_pretrained_model(str(tmp_path / "base"), "vicuna")
 
 
 def test_missing_or_foreign_routing_tensors_are_named(routed: Checkpoint, tmp_path: Path) -> None:
