@@ -282,7 +282,8 @@ def _explain_gap(path: Path, gap: bytes, start: int, index: int, is_inner: bool)
     if not text:
         raise DataError(f"{path}: no comma {where} before element {index}; records are separated by one. Add a comma.")
     if not text.strip(b", \t\r\n"):
-        raise DataError(f"{path}: a stray comma {where}; one comma between two records is allowed. Remove that comma.")
+        side = "between two records" if is_inner else "before the first record" if index == 0 else "after the last record"
+        raise DataError(f"{path}: a stray comma {where}, {side}; single commas between records are allowed. Remove it.")
     shown = text.strip(b", \t\r\n")
     line, column = position_of(path, start + gap.index(shown))
     word = shown[:30].decode("utf-8", errors="replace")

@@ -9,6 +9,7 @@ from llava.conversation import conv_templates, get_template
 from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import DataError, Turn
 from llava.mm_utils import tokenizer_image_token
+from slow_tokenizers import CharacterTokenizer
 
 IMAGE = 4
 M = IGNORE_INDEX
@@ -34,7 +35,7 @@ def encode_open(turns: list[Turn], tokenizer, template: str, num_image_tokens: i
         question = turn.question
         if question.endswith("\n<image>"):
             question = "<image>\n" + question.removesuffix("\n<image>")
-        conversation.append_message(conversation.roles[0], question)
+        conversation.append_message(conversation.roles[0], question.replace("<image>", conversation.image_markup))
         conversation.append_message(conversation.roles[1], turn.answer)
     conversation.messages[-1][1] = None
     return encode_prompt(conversation, tokenizer, num_image_tokens, IMAGE)
@@ -83,7 +84,7 @@ def test_learned_tokens_spell_the_answers(template: str, name: str, bpe_tokenize
         learned = [
             label for label, own in zip(encoded.labels, encoded.turn_ids, strict=True) if own == number and label != M
         ]
-        end = "\n" if template == "plain" else "</s>"
+        end = get_template(template).sep2 or get_template(template).sep
         spelled = bpe_tokenizer.decode(learned).strip(" ")
         assert spelled.removesuffix(end).strip(" ") == turn.answer and spelled.endswith(end)
     assert encoded.num_trained == sum(label != M for label in encoded.labels)
@@ -110,7 +111,8 @@ def test_ids_are_those_of_evaluation(template: str, name: str, bpe_tokenizer) ->
     turns = [turn for turn in CONVERSATIONS[name] if not turn.question.endswith("<image>")]
     conversation = get_template(template)
     for turn in turns:
-        conversation.append_message(conversation.roles[0], turn.question)
+        question = turn.question.replace("<image>", conversation.image_markup)
+        conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], turn.answer)
     expected = tokenizer_image_token(conversation.get_prompt(), bpe_tokenizer, image_token_index=IMAGE)
     if turns:
@@ -146,6 +148,17 @@ def test_truncation_keeps_whole_images_or_refuses(name: str, bpe_tokenizer) -> N
         assert cut.is_truncated == (length < len(whole.input_ids))
 
 
-def test_a_tokenizer_without_offsets_is_refused() -> None:
-    with pytest.raises(ValueError, match="Tokenizer object gives no character offsets"):
-        encode([Turn("w1", "w2")], object())
+def test_a_slow_tokenizer_of_characters_spells_answers_and_their_ends() -> None:
+    slow = encode(CONVERSATIONS["three turns"], CharacterTokenizer(), "v1")
+    symbols = CharacterTokenizer().symbols
+    learned = [symbols[token] for token, label in zip(slow.input_ids, slow.labels, strict=True) if label != M]
+    assert "".join(learned) == " 4</s> none, I think.</s> Look: dots</s>"
+
+
+def test_a_slow_tokenizer_that_rewrites_its_text_is_refused() -> None:
+    class Lowering(CharacterTokenizer):
+        def _tokenize(self, text: str, **options: object) -> list[str]:
+            return list(text.lower())
+
+    with pytest.raises(ValueError, match="Tokenizer Lowering gives the piece 'u', which is not in the text at 'USER:"):
+        encode([Turn("w1", "w2")], Lowering())

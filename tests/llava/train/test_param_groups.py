@@ -9,15 +9,16 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach
+from fuzzyroe.routers import LinearRouter
 from llava.train.param_groups import build_param_groups, freeze_all_but, parameters_by_part
 from llava.train.stages import PARTS, STAGES
 
-RATES = {"vision_tower": 1e-6, "projector": 2e-5, "decoder": 3e-5, "adapter": 4e-4}
+RATES = {"vision_tower": 1e-6, "projector": 2e-5, "decoder": 3e-5, "adapter": 4e-4, "router": 5e-4, "lora": 2e-4}
 
 
 @pytest.fixture
 def routed(tiny_llava: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    return attach(tiny_llava, 4)
+    return attach(tiny_llava, 4, "xavier", LinearRouter(4, 32))
 
 
 def names_in(groups: list[dict], model: torch.nn.Module) -> list[str]:
@@ -32,6 +33,7 @@ def test_every_parameter_belongs_to_one_part(routed: LlavaForConditionalGenerati
     assert sorted(listed) == sorted(name for name, _ in routed.named_parameters())
     assert all(parts[part][name] is routed.get_parameter(name) for part in PARTS for name in parts[part])
     assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= set(parts["decoder"])
+    assert parts["router"] and all(".language_model.router." in name for name in parts["router"])
     assert len(parts["adapter"]) == 2 * 4 and all(".adapter." in name for name in parts["adapter"])
     assert all("vision_tower" in name for name in parts["vision_tower"])
     assert all("multi_modal_projector" in name for name in parts["projector"])

@@ -8,22 +8,29 @@ import pytest
 from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach
+from fuzzyroe.routers import FuzzyRouter, LinearRouter
+from fuzzyroe.rules import load_rule_base
 from llava.train.param_groups import freeze_all_but
-from llava.train.stages import PARTS, STAGES, get_stage
+from llava.train.stages import PARTS, STAGES, choose_stage, get_stage
 
 # stage: parts that train, routing, whether the router is calibrated
 TABLE = {
+    "pretrain": ({"projector"}, "off", False),
     "dense": ({"projector", "decoder"}, "off", False),
     "scratch": ({"vision_tower", "projector", "decoder"}, "off", False),
     "router": (set(), "plan", True),
     "adapter": ({"adapter"}, "plan", True),
     "finetune": ({"projector", "decoder", "adapter"}, "plan", True),
+    "roe_adapter": ({"adapter"}, "relaxed", False),
+    "roe_router": ({"adapter", "router"}, "relaxed", False),
+    "roe_finetune": ({"projector", "decoder", "adapter", "router"}, "relaxed", False),
 }
 NAMES = {
     "vision_tower": r"model\.vision_tower\.",
     "projector": r"model\.multi_modal_projector\.",
     "adapter": r"model\.language_model\.layers\.\d+\.adapter\.(down|up)\.weight$",
-    "decoder": r"(model\.language_model\.(?!layers\.\d+\.adapter\.)|lm_head\.)",
+    "router": r"model\.language_model\.router\.",
+    "decoder": r"(model\.language_model\.(?!layers\.\d+\.adapter\.|router\.)|lm_head\.)",
 }
 
 
@@ -43,8 +50,12 @@ def test_a_stage_trains_routes_and_calibrates_as_the_table_says(name: str) -> No
 def test_the_parameters_that_train_are_those_of_the_named_parts(
     name: str, tiny_llava: LlavaForConditionalGeneration
 ) -> None:
-    if STAGES[name].routing != "off":
-        attach(tiny_llava, 4)
+    text_config = tiny_llava.config.text_config
+    if STAGES[name].routing == "plan":
+        attach(tiny_llava, 4, router=FuzzyRouter(load_rule_base("default"), text_config.num_hidden_layers))
+    elif STAGES[name].routing == "relaxed":
+        router = LinearRouter(text_config.num_hidden_layers, text_config.hidden_size)
+        attach(tiny_llava, 4, "xavier", router)
     wanted = {
         parameter
         for parameter, _ in tiny_llava.named_parameters()
@@ -56,6 +67,47 @@ def test_the_parameters_that_train_are_those_of_the_named_parts(
     assert bool(wanted) == bool(STAGES[name].trains)
 
 
+def test_the_spans_of_roes_stages_make_up_one_run() -> None:
+    spans = [stage.span for stage in STAGES.values() if stage.routing == "relaxed"]
+    assert spans == [(0.0, 0.3), (0.3, 0.5), (0.5, 1.0)]
+    assert all(stage.span is None for stage in STAGES.values() if stage.routing != "relaxed")
+
+
 def test_an_unknown_stage_is_named_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="Stage 'pretrain' is unknown; use one of dense, scratch, router"):
-        get_stage("pretrain")
+    with pytest.raises(KeyError, match="Stage 'alignment' is unknown; use one of pretrain, dense, scratch, router"):
+        get_stage("alignment")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "trains"),
+    [
+        ({}, "dense", ("projector", "decoder")),
+        ({"tune_projector": True}, "pretrain", ("projector",)),
+        ({"lora": True}, "dense", ("projector", "lora")),
+        ({"freeze_decoder": True}, "dense", ("projector",)),
+        ({"freeze_projector": True}, "dense", ("decoder",)),
+        ({"freeze_projector": True, "lora": True}, "dense", ("lora",)),
+        ({"name": "finetune", "lora": True}, "finetune", ("projector", "lora", "adapter")),
+        ({"name": "roe_finetune", "freeze_decoder": True}, "roe_finetune", ("projector", "adapter", "router")),
+    ],
+)
+def test_flags_of_llava_choose_a_stage_and_what_it_trains(flags: dict, name: str, trains: tuple[str, ...]) -> None:
+    stage = choose_stage(**{"name": None, **flags})
+    assert (stage.name, stage.trains) == (name, trains)
+    assert stage.routing == STAGES[name].routing and STAGES[name] is get_stage(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"name": "dense", "tune_projector": True}, "--tune_mm_mlp_adapter trains the projector alone, stage dense"),
+        ({"name": "router", "tune_projector": True}, "stage router trains nothing; leave one of the two out"),
+        ({"name": "adapter", "lora": True}, "--lora_enable updates the decoder, which stage adapter does not train"),
+        ({"lora": True, "freeze_decoder": True}, "--lora_enable updates the decoder, --freeze_backbone keeps it"),
+        ({"freeze_decoder": True, "freeze_projector": True}, "The flags freeze all that stage dense trains"),
+        ({"tune_projector": True, "freeze_projector": True}, "The flags freeze all that stage pretrain trains"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_stage(**{"name": None, **flags})
