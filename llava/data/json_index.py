@@ -282,7 +282,7 @@ def _explain_gap(path: Path, gap: bytes, start: int, index: int, is_inner: bool)
     if not text:
         raise DataError(f"{path}: no comma {where} before element {index}; records are separated by one. Add a comma.")
     if not text.strip(b", \t\r\n"):
-        side = "between two records" if is_inner else "before the first record" if index == 0 else "after the last record"
+        side = "between two records" if is_inner else ("after the last one" if index else "before the first one")
         raise DataError(f"{path}: a stray comma {where}, {side}; single commas between records are allowed. Remove it.")
     shown = text.strip(b", \t\r\n")
     line, column = position_of(path, start + gap.index(shown))

@@ -92,7 +92,10 @@ BAD_FILES = {
     "web page": (b"<!DOCTYPE html>", "is a web page"),
     "csv": (b"id,image\n1,a.jpg\n", "starts with b'id,image"),
     "empty array": (b"[ \n]", "holds an empty array"),
-    "trailing comma in array": (f"[\n{_RECORD},\n]".encode(), f"a stray comma at line 2, column {len(_RECORD) + 1}, after"),
+    "trailing comma in array": (
+        f"[\n{_RECORD},\n]".encode(),
+        f"a stray comma at line 2, column {len(_RECORD) + 1}, after the last one",
+    ),
     "leading comma": (f"[,{_RECORD}]".encode(), "a stray comma at line 1, column 2, before the first"),
     "two commas": (f"[{_RECORD},,{_RECORD}]".encode(), "a stray comma at line 1, .* between two records"),
     "no comma": (f"[{_RECORD}\n  {_RECORD}]".encode(), "no comma at line 2, column 3 before element 1"),
