@@ -86,8 +86,8 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
     from llava.conversation import get_template
     from llava.data.lengths import LengthMeter
     from llava.image_tokens import count_image_tokens
-    from llava.model.compose import VisionSettings
-    from llava.model.text_side import read_text_side
+    from llava.model.checkpoints.reading import read_text_side
+    from llava.model.checkpoints.vision import VisionSettings
 
     if version is None:
         raise typer.BadParameter(

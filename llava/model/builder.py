@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
-from transformers.utils import cached_file
 
 from fuzzyroe.config import FuzzyRoEConfig
-from fuzzyroe.routers import get_router_class
-from fuzzyroe.state_dict import load_routing, load_routing_state_dict
-from llava.model.backbone import Backbone, read_backbone
+from fuzzyroe.state_dict import load_routing_state_dict
+from llava.model.checkpoints.backbone import Backbone
+from llava.model.checkpoints.reading import read_backbone
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.roe_layout import import_routing
 from llava.model.routing import attach_routing, set_budget
-
-ROUTING_FILE = "routing.safetensors"
 
 WHOLE_MODULES = ["vision_tower", "multi_modal_projector", "lm_head", "router", "adapter"]
 """Parts that stay in the data type of the model where the others are quantized."""
@@ -69,16 +63,7 @@ def load_checkpoint(
         ValueError: If it is another kind of model, or tensors are missing, unexpected or of another shape.
         FileNotFoundError: If files are missing, or the checkpoint's base model is gone.
     """
-    path = str(path)
-    backbone = read_backbone(path, model_base)
-    block = getattr(backbone.config, "fuzzyroe", None)
-    routing, tensors = (FuzzyRoEConfig.from_dict(block), None) if block else (None, None)
-    if backbone.added:
-        routing, tensors = import_routing(backbone.added, path)
-    model = build_model(backbone, dtype, attn_implementation, **kwargs)
-    if routing is not None:
-        _load_routing(model, path, routing, tensors)
-    return Checkpoint(model, backbone.tokenizer, backbone.image_processor, path, backbone.weights_path, routing)
+    return build_checkpoint(read_backbone(path, model_base), path, dtype, attn_implementation, **kwargs)
 
 
 def load_pretrained_model(
@@ -127,13 +112,14 @@ def load_pretrained_model(
     return checkpoint.tokenizer, model, checkpoint.image_processor, model.config.text_config.max_position_embeddings
 
 
-def build_model(
-    backbone: Backbone, dtype: torch.dtype | str, attn_implementation: str, **kwargs: Any
-) -> LlavaLlamaForCausalLM:
-    """Make a model of what was read; call on all ranks.
+def build_checkpoint(
+    backbone: Backbone, path: str | Path, dtype: torch.dtype | str, attn_implementation: str, **kwargs: Any
+) -> Checkpoint:
+    """Make a model of what was read; call on all ranks. Weights that are not there are drawn.
 
     Args:
         backbone: What was read.
+        path: Folder or hub id that it was read from.
         dtype, attn_implementation, **kwargs: As for ``load_checkpoint``.
     """
     model = LlavaForConditionalGeneration.from_pretrained(
@@ -147,8 +133,15 @@ def build_model(
     )
     # Key conversions of loading would be reversed on saving, into names that others cannot read.
     model.__dict__.pop("_weight_conversions", None)
-    model.config.name_or_path = backbone.weights_path
-    return LlavaLlamaForCausalLM.adopt(model, backbone.image_processor)
+    model.config.name_or_path = backbone.path
+    model = LlavaLlamaForCausalLM.adopt(model, backbone.image_processor)
+    routing = backbone.routing
+    if routing is not None:
+        router = routing.build_router(model.config.text_config)
+        attach_routing(model, router, routing.config.adapter_width, skip_unit=routing.config.skip_unit)
+        load_routing_state_dict(model, routing.tensors)
+    config = None if routing is None else routing.config
+    return Checkpoint(model, backbone.tokenizer, backbone.image_processor, str(path), backbone.path, config)
 
 
 def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -182,18 +175,3 @@ def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
     )
-
-
-def _load_routing(
-    model: LlavaForConditionalGeneration, path: str, routing: FuzzyRoEConfig, tensors: dict[str, Tensor] | None
-) -> None:
-    """Attach what the configuration describes; its tensors are those given, or those of the checkpoint's file."""
-    text_config = model.config.text_config
-    router = get_router_class(routing.router).from_checkpoint(
-        routing.router_options,
-        text_config.num_hidden_layers,
-        text_config.hidden_size,
-        functools.partial(cached_file, path),
-    )
-    attach_routing(model, router, routing.adapter_width, skip_unit=routing.skip_unit)
-    load_routing_state_dict(model, tensors or load_routing(cached_file(path, ROUTING_FILE)))

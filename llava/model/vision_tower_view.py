@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava.image_tokens import count_image_features
-from llava.model.compose import SELECT_FEATURES
+from llava.model.checkpoints.vision import SELECT_FEATURES
 
 
 class VisionTowerView:

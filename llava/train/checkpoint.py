@@ -18,8 +18,9 @@ from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers import get_router_name
 from fuzzyroe.skip_units import get_unit_name
 from fuzzyroe.state_dict import routing_names, routing_state_dict, save_routing
-from llava.model.builder import ROUTING_FILE, Checkpoint
-from llava.model.compose import PROJECTOR_NAMES
+from llava.model.builder import Checkpoint
+from llava.model.checkpoints.key_maps import original_name
+from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.train.engine import gather_parameters
 from llava.train.lora import save_lora
 from llava.train.param_groups import parameters_by_part
@@ -61,7 +62,7 @@ def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: P
         if is_routed:
             _save_routing(model, routing, stage, base, partial)
         if stage.trains == ("projector",):
-            _save_projector(tensors, partial)
+            _save_projector({name: tensors[name] for name in parts["projector"]}, partial)
         if writes_backbone:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             model.save_pretrained(partial, state_dict=tensors, save_original_format=False)  # empties ``tensors``
@@ -104,8 +105,7 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 def _save_projector(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write the projector as LLaVA's pretraining does."""
-    names = {ours: theirs for theirs, ours in PROJECTOR_NAMES.items() if theirs.startswith("model.mm_projector.")}
-    torch.save({names[name]: tensor for name, tensor in tensors.items() if name in names}, folder / PROJECTOR_FILE)
+    torch.save({original_name(name): tensor for name, tensor in tensors.items()}, folder / PROJECTOR_FILE)
 
 
 def _routing_parameters(model: Any) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ from llava.data.check import check_data
 from llava.data.lengths import LengthMeter
 from llava.data.records import RecordFile
 from llava.image_tokens import count_image_tokens
-from llava.model.compose import LANGUAGE_MODELS, read_projector
-from llava.model.text_side import is_language_model, read_config_dict, read_text_side
+from llava.model.checkpoints.layout import LANGUAGE_MODELS, is_language_model, read_config_dict
+from llava.model.checkpoints.projector import PROJECTOR_NAMES, read_projector
+from llava.model.checkpoints.reading import read_text_side
 from llava.train.arguments import (
     DEFAULT_RULE_BASE,
     DataArguments,
@@ -151,7 +152,7 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict, list[P
 
 def _check_projector(file: str, config: Any) -> None:
     """The projector's file must hold one, of the size of the model's."""
-    found = tuple(read_projector(file)["model.multi_modal_projector.linear_1.weight"].shape)
+    found = tuple(read_projector(file)[PROJECTOR_NAMES[0]].shape)
     wanted = (config.text_config.hidden_size, config.vision_config.hidden_size)
     if found != wanted:
         raise StageInputError(

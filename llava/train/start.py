@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from llava.model.builder import Checkpoint, load_checkpoint
-from llava.model.compose import SELECT_FEATURES, VisionSettings, compose, read_projector
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.text_side import is_language_model, read_config_dict
+from llava.model.builder import Checkpoint, build_checkpoint, load_checkpoint
+from llava.model.checkpoints.compose import compose
+from llava.model.checkpoints.key_maps import TO_RELEASED
+from llava.model.checkpoints.layout import is_language_model, read_config_dict
+from llava.model.checkpoints.projector import read_projector
+from llava.model.checkpoints.vision import SELECT_FEATURES, VisionSettings
 from llava.train.arguments import ModelArguments
 from llava.train.engine import assign_parameters
 
@@ -28,13 +30,11 @@ def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int) -> Che
     name, attention = model_args.model_name_or_path, model_args.attn_implementation
     if is_language_model(read_config_dict(name)):
         set_seed(seed)
-        made = compose(name, vision_settings(model_args), dtype, attention)
-        model = LlavaLlamaForCausalLM.adopt(made.model, made.image_processor)
-        checkpoint = Checkpoint(model, made.tokenizer, made.image_processor, name, name, None)
+        checkpoint = build_checkpoint(compose(name, vision_settings(model_args)), name, dtype, attention)
     else:
         checkpoint = load_checkpoint(name, dtype, attention)
     if model_args.pretrain_mm_mlp_adapter is not None:
-        named = dict(checkpoint.model.named_parameters())
+        named = {TO_RELEASED.rename(name): p for name, p in checkpoint.model.named_parameters()}
         tensors = read_projector(model_args.pretrain_mm_mlp_adapter)
         assign_parameters({name: named[name] for name in tensors}, tensors)
     _drop_unused_sampling(checkpoint.model)

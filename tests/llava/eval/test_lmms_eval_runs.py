@@ -17,7 +17,7 @@ from fuzzyroe.rules import load_rule_base, save_rule_base
 from fuzzyroe.state_dict import routing_state_dict, save_routing
 from llava.eval.collect import collect
 from llava.eval.routing_log import read_routing_log
-from llava.model.builder import ROUTING_FILE
+from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.model.routing import attach_routing
 from playground.digits.base_model import build_base_model
 from playground.digits.generate import Settings, generate

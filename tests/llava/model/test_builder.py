@@ -19,7 +19,8 @@ from fuzzyroe.budget import allocate
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
-from llava.model.builder import ROUTING_FILE, Checkpoint, load_checkpoint, load_pretrained_model
+from llava.model.builder import Checkpoint, load_checkpoint, load_pretrained_model
+from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.model.routing import attach_routing, set_budget
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoint import save_stage

@@ -16,7 +16,8 @@ from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.fingerprint import fingerprints
 from fuzzyroe.routers import KeepAllRouter, OracleRouter, RandomRouter, StaticRouter
 from fuzzyroe.skip_units import SKIP_UNITS, get_unit_name
-from llava.model.builder import ROUTING_FILE, Checkpoint, load_checkpoint
+from llava.model.builder import Checkpoint, load_checkpoint
+from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.model.routing import prompt_routing, set_budget
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoint import save_stage

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.weight_files import find_file
+from llava.model.checkpoints.weight_files import find_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """Files that hold a tokenizer; the first that is there is read."""

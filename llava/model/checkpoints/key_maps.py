@@ -19,6 +19,9 @@ PROJECTOR = "multi_modal_projector."
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
+PEFT_PREFIX = "base_model.model."
+"""What peft puts in front of a module's name."""
+
 CONSTANTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names that old files hold and that are computed today."""
 
@@ -48,9 +51,9 @@ class KeyMap:
 TO_RELEASED = KeyMap(
     (
         # the original repository, and language models
-        (r"model\.vision_tower\.vision_tower\.vision_model\.", TOWER),
-        (r"model\.mm_projector\.0\.", f"{PROJECTOR}linear_1."),
-        (r"model\.mm_projector\.2\.", f"{PROJECTOR}linear_2."),
+        (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?", TOWER),
+        (r"(?:model\.)?mm_projector\.0\.", f"{PROJECTOR}linear_1."),
+        (r"(?:model\.)?mm_projector\.2\.", f"{PROJECTOR}linear_2."),
         (r"model\.(layers\.\d+|embed_tokens|norm)\.", r"language_model.model.\1."),
         (r"lm_head\.", "language_model.lm_head."),
         # files and modules of transformers, of any version
@@ -85,7 +88,7 @@ def to_released(weights: Mapping[str, Value], source: str) -> dict[str, Value]:
         ValueError: If a name belongs to no part of a LLaVA, or two become one.
     """
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(CONSTANTS)}
-    new_names = {name: TO_RELEASED.rename(name) for name in weights}
+    new_names = {name: TO_RELEASED.rename(name.removeprefix(PEFT_PREFIX)) for name in weights}
     unknown = [name for name, new in new_names.items() if new is None]
     if unknown:
         raise ValueError(
@@ -97,6 +100,18 @@ def to_released(weights: Mapping[str, Value], source: str) -> dict[str, Value]:
         twice = [name for name, new in new_names.items() if list(new_names.values()).count(new) > 1]
         raise ValueError(f"{source} holds {list_names(twice)} twice under two names; remove one set of them.")
     return renamed
+
+
+def original_name(name: str) -> str:
+    """Give the original repository's name of a weight of any layout.
+
+    Raises:
+        KeyError: If it belongs to no part of a LLaVA.
+    """
+    original = TO_ORIGINAL.rename(TO_RELEASED.rename(name) or "")
+    if original is None:
+        raise KeyError(f"{name} is no weight of a LLaVA; the vision tower, projector and language model have names.")
+    return original
 
 
 def check_fit(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str) -> None:

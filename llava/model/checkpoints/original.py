@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import LlamaConfig, LlavaConfig, MistralConfig
 
-from llava.model.compose import VisionSettings, join_configs, read_vision_config
+from llava.model.checkpoints.joined_config import join_configs
+from llava.model.checkpoints.vision import VisionSettings, read_vision_config
 
 TEXT_CONFIGS = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 """``model_type`` in the original repository -> configuration of its language model."""

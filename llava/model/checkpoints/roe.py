@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
+from fuzzyroe.compat import PUBLISHED
 from fuzzyroe.config import FuzzyRoEConfig
-from llava.model.key_maps import list_names
+from llava.model.checkpoints.key_maps import list_names
+from llava.model.checkpoints.stored_routing import StoredRouting
 
-ROUTER = "linear"
-"""Name in ``ROUTERS`` of RoE's router."""
+FIRST_ADAPTER = "layers.0.adapter.down.weight"
+TOKENS = {"router.source.tokens.image", "router.source.tokens.text"}
 
 ROUTING_NAMES = (
     (r"model\.layers\.(\d+)\.adapter_MHA\.conv_A\.weight", r"layers.\1.adapter.down.weight"),
     (r"model\.layers\.(\d+)\.adapter_MHA\.conv_B\.weight", r"layers.\1.adapter.up.weight"),
     (r"model\.layers\.(\d+)\.adapter_MHA_router\.expert\.0\.weight", r"router.layers.\1.weight"),
-    (r"model\.adapter_image_token\.weight", "router.image_token.weight"),
-    (r"model\.adapter_text_token\.weight", "router.text_token.weight"),
+    (r"model\.adapter_image_token\.weight", "router.source.tokens.image"),
+    (r"model\.adapter_text_token\.weight", "router.source.tokens.text"),
 )
-"""RoE's names -> ours, those of ``fuzzyroe.state_dict``; shapes are the same."""
+"""RoE's names -> ours, those of ``fuzzyroe.state_dict``; routing tokens are embeddings of one row there."""
+
+COMPAT = replace(PUBLISHED, batch_decides_together=False)
+"""The published behaviour that the weights were trained for; a row is nevertheless answered as it is alone."""
 
 _FOREIGN = re.compile(r"model\.(?:layers\.\d+\.adapter_MHA|adapter_image_token|adapter_text_token)")
 
@@ -38,15 +44,12 @@ def split_routing(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return added, {name: tensor for name, tensor in weights.items() if name not in added}
 
 
-def import_routing(added: Mapping[str, Tensor], source: str) -> tuple[FuzzyRoEConfig, dict[str, Tensor]]:
-    """Describe and rename what RoE added, so that it is loaded as routing of ours.
+def import_routing(added: Mapping[str, Tensor], source: str) -> StoredRouting:
+    """Describe and rename what RoE added, so that it is routing of ours.
 
     Args:
         added: RoE's tensors under RoE's names.
-        source: Where they come from, for messages.
-
-    Returns:
-        Block of the configuration; tensors under our names, all of them used.
+        source: Folder or hub id that they come from.
 
     Raises:
         ValueError: If a tensor has no counterpart here, or there is no adapter.
@@ -56,13 +59,17 @@ def import_routing(added: Mapping[str, Tensor], source: str) -> tuple[FuzzyRoECo
     """
     tensors = {_rename(name): tensor for name, tensor in added.items()}
     unknown = [name for name in added if _rename(name) == name]
-    if unknown or "layers.0.adapter.down.weight" not in tensors:
+    if unknown or FIRST_ADAPTER not in tensors:
         raise ValueError(
             f"{source} has weights of RoE that are not known: {list_names(unknown)}; adapters (conv_A, conv_B) and a "
             "router (expert.0) per layer and two routing tokens are read. Save it with RoE's own training code."
         )
-    width = tensors["layers.0.adapter.down.weight"].shape[0]
-    return FuzzyRoEConfig(adapter_width=width, router=ROUTER, stage="RoE"), tensors
+    for name in tensors.keys() & TOKENS:
+        tensors[name] = tensors[name].reshape(-1)  # (1, D) to (D,)
+    options = {"summary": "tokens", "compat": COMPAT.to_dict()}
+    width = tensors[FIRST_ADAPTER].shape[0]
+    config = FuzzyRoEConfig(adapter_width=width, router="linear", router_options=options, stage="RoE")
+    return StoredRouting(config, tensors, source)
 
 
 def _rename(name: str) -> str:

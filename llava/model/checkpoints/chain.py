@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llava.model.checkpoint_layout import LORA_CONFIG, CheckpointLayout, read_layout
-from llava.model.weight_files import find_file
+from llava.model.checkpoints.layout import LORA_CONFIG, CheckpointLayout, read_layout
+from llava.model.checkpoints.weight_files import find_file
 
 
 def read_chain(path: str | Path, model_base: str | None = None) -> list[CheckpointLayout]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llava.model.weight_files import LAYOUTS, find_file
+from llava.model.checkpoints.weight_files import LAYOUTS, find_file
 
 LANGUAGE_MODELS = ("llama", "mistral")
 """Model types that LLaVA-1.5 can be built around."""
@@ -33,8 +33,9 @@ class CheckpointLayout:
 
     Attributes:
         path: Folder or hub id.
-        config: Its ``config.json``.
-        kind: "transformers" or "original" for a LLaVA in either layout, "language_model" for one without sight.
+        config: Its ``config.json``; empty if it has none.
+        kind: "transformers" or "original" for a LLaVA in either layout, "language_model" for one without sight, "part"
+            for updates or a projector without ``config.json``.
         has_weights: Whether it holds the weights of a whole model.
         projector: File of a projector alone; None if there is none, or weights are there and hold it.
         lora: File of low-rank updates; None if there is none.
@@ -65,8 +66,11 @@ def read_layout(path: str | Path) -> CheckpointLayout:
         FileNotFoundError: If it has no ``config.json``, or updates without their description.
         ValueError: If it is a model of another family.
     """
-    config = read_config_dict(path)
-    kind = find_kind(config, path)
+    is_bare = find_file(path, "config.json") is None and any(
+        find_file(path, n) for n in (LORA_CONFIG, *PROJECTOR_FILES)
+    )
+    config = {} if is_bare else read_config_dict(path)
+    kind = "part" if is_bare else find_kind(config, path)
     has_weights = any(find_file(path, name) for name, _ in LAYOUTS)
     has_updates = find_file(path, LORA_CONFIG) is not None
     lora = _find_one(path, LORA_FILES) if has_updates else None
@@ -112,12 +116,17 @@ def find_kind(config: dict[str, Any], path: str | Path) -> str:
         return "transformers"
     if "mm_vision_tower" in config:
         return "original"
-    if config.get("model_type") in LANGUAGE_MODELS:
+    if is_language_model(config):
         return "language_model"
     raise ValueError(
         f"{path} is a model of type {config.get('model_type')} without text_config and mm_vision_tower; a LLaVA-1.5 in "
         "transformers' or the original layout is needed. Name its folder or hub id."
     )
+
+
+def is_language_model(config: dict[str, Any]) -> bool:
+    """Whether a configuration is that of a language model that can be given sight."""
+    return config.get("model_type") in LANGUAGE_MODELS and "mm_vision_tower" not in config
 
 
 def read_config_dict(path: str | Path) -> dict[str, Any]:

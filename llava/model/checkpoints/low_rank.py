@@ -11,11 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llava.model.key_maps import TO_RELEASED, Shape, list_names
-from llava.model.weight_files import read_tensors
-
-PREFIX = "base_model.model."
-"""What peft puts in front of a module's name."""
+from llava.model.checkpoints.key_maps import PEFT_PREFIX, TO_RELEASED, Shape, list_names
+from llava.model.checkpoints.weight_files import read_tensors
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
@@ -62,9 +59,9 @@ def read_updates(file: str, config_file: str) -> tuple[dict[str, LowRankUpdate],
     for name, tensor in read_tensors(file).items():
         factor = _FACTOR.fullmatch(name)
         if factor is None:
-            whole[name.removeprefix(PREFIX)] = tensor
+            whole[name.removeprefix(PEFT_PREFIX)] = tensor
         else:
-            weight = factor["module"].removeprefix(PREFIX) + ".weight"
+            weight = factor["module"].removeprefix(PEFT_PREFIX) + ".weight"
             factors.setdefault(weight, {})[factor["side"]] = tensor
     halves = [name for name, sides in factors.items() if len(sides) < 2]
     names = {name: TO_RELEASED.rename(name) for name in (*factors, *whole)}
