@@ -1,10 +1,11 @@
 """Fuzzy rule bases: definition, completion, fitting, inference."""
 
 from fuzzyroe.rules.calibration import RuleReport, effective_examples, fit_consequents
+from fuzzyroe.rules.completion import Disagreement
 from fuzzyroe.rules.consequent import Consequent
 from fuzzyroe.rules.export import to_fcl, to_fis
 from fuzzyroe.rules.inference import ZeroOrderTSK
-from fuzzyroe.rules.interpolation import Disagreement, InterpolationOptions
+from fuzzyroe.rules.interpolation import InterpolationOptions, conclude
 from fuzzyroe.rules.oracle import compile_control_system, compile_rule_base, to_control_system
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 from fuzzyroe.rules.variable import LinguisticVariable
@@ -26,6 +27,7 @@ __all__ = [
     "ZeroOrderTSK",
     "compile_control_system",
     "compile_rule_base",
+    "conclude",
     "dump_rule_base",
     "effective_examples",
     "fit_consequents",

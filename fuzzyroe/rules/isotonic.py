@@ -82,10 +82,17 @@ def project_missing(table: np.ndarray, given: np.ndarray, signs: Sequence[int]) 
         A table of the same shape. It is monotone if the given cells are; where two given cells contradict each other,
         the cells between them take the middle.
     """
-    free = np.flatnonzero(~given)
-    if free.size == 0 or not any(signs):
-        return table.copy()
+    projected = table.copy()
+    if given.all() or not any(signs):
+        return projected
     lower, upper = _bounds_from_given(table, given, signs)
+    free = np.flatnonzero(~given)
+    # cells held from both sides leave the program: without room inside it, rounding would look like a contradiction
+    is_held = upper - lower <= 1e-12 * (1 + np.abs(table).max())
+    projected.ravel()[free[is_held]] = (lower[is_held] + upper[is_held]) / 2
+    free, lower, upper = free[~is_held], lower[~is_held], upper[~is_held]
+    if free.size == 0:
+        return projected
     position = np.full(table.size, -1)
     position[free] = np.arange(free.size)
     edges = position[order_edges(table.shape, signs)]
@@ -95,7 +102,6 @@ def project_missing(table: np.ndarray, given: np.ndarray, signs: Sequence[int]) 
     constraints = np.vstack([order_constraints(edges, free.size), eye[has_lower], -eye[has_upper]])
     bounds = np.concatenate([np.zeros(len(edges)), lower[has_lower], -upper[has_upper]])
     solution = solve_quadratic_program(eye, table.ravel()[free], constraints, bounds)
-    projected = table.copy()
     projected.ravel()[free] = np.clip(solution, lower, upper)
     return projected
 

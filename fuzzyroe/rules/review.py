@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuzzyroe.rules.interpolation import Disagreement
+from fuzzyroe.rules.completion import Disagreement
 from fuzzyroe.rules.rule_base import NO_RULE, FuzzyRuleBase
 
 IDLE = 1.0

@@ -18,14 +18,9 @@ from typing import Any
 import numpy as np
 
 from fuzzyroe.rules import calibration, isotonic
+from fuzzyroe.rules.completion import Disagreement, SparseTable, complete_table, find_disagreements
 from fuzzyroe.rules.consequent import Consequent
-from fuzzyroe.rules.interpolation import (
-    Disagreement,
-    InterpolationOptions,
-    SparseTable,
-    complete_table,
-    find_disagreements,
-)
+from fuzzyroe.rules.interpolation import InterpolationOptions
 from fuzzyroe.rules.variable import LinguisticVariable, check_identifier
 
 logger = logging.getLogger(__name__)
@@ -253,7 +248,7 @@ class FuzzyRuleBase:
     def method_disagreements(
         self, methods: Sequence[str] = ("scale_and_move", "additive"), tolerance: float = 0.1
     ) -> tuple[Disagreement, ...]:
-        """List missing cells on which completion methods differ; see ``interpolation.find_disagreements``."""
+        """List missing cells on which completion methods differ; see ``completion.find_disagreements``."""
         return find_disagreements(self._sparse(), [v.terms for v in self.antecedents], methods, tolerance)
 
     def fit(

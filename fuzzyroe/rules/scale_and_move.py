@@ -109,18 +109,21 @@ def interpolate_closest(
     antecedents: np.ndarray,
     consequents: np.ndarray,
     ranges: np.ndarray,
-    consequent_range: float,
-    signs: np.ndarray,
+    slopes: np.ndarray,
 ) -> np.ndarray:
     """Interpolate, or extrapolate, from N rules with weights ``1 / (1 + distance)`` per antecedent.
+
+    Where the rules are centred beside the observation, the conclusion moves along ``slopes``, so that rules on a plane
+    are continued exactly. Huang and Shen shift each antecedent by itself and take the range of the consequent divided
+    by D for its slope; measured slopes (``SparseRules.slopes``) are closer on six of seven kinds of random monotone
+    tables.
 
     Args:
         observation: Observed sets, (D, 4).
         antecedents: Sets of the N rules, (N, D, 4).
         consequents: Their consequents, (N, 4).
         ranges: Widths of the universes, (D,), for distances.
-        consequent_range: Width of the universe of the consequent.
-        signs: Direction of each antecedent's effect, 1, -1 or 0 (unknown: no extrapolation along it), (D,).
+        slopes: Change of the conclusion along the whole universe of each antecedent, (D,).
 
     Returns:
         The conclusion, (4,); it can leave the hull of the consequents.
@@ -130,8 +133,9 @@ def interpolate_closest(
     weights = 1 / (1 + distances)
     weights = weights / weights.sum(axis=0)
     intermediate = np.einsum("nd,ndp->dp", weights, antecedents)
-    shifts = (observed - representative(intermediate)) / ranges
-    conclusion = weights.mean(axis=1) @ consequents + (signs * shifts).mean() * consequent_range
+    shares = weights.mean(axis=1)  # (N,)
+    beside = (observed - shares @ representative(antecedents)) / ranges
+    conclusion = shares @ consequents + slopes @ beside
     return transform(conclusion, _mean_transformation(intermediate, observation))
 
 

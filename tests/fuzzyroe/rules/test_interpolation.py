@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzzyroe.rules import Consequent, FuzzyRuleBase, InterpolationOptions, LinguisticVariable, koczy_hirota
+from fuzzyroe.rules import (
+    Consequent,
+    FuzzyRuleBase,
+    InterpolationOptions,
+    LinguisticVariable,
+    conclude,
+    koczy_hirota,
+)
 from fuzzyroe.rules import scale_and_move as tfri
 from fuzzyroe.rules.fuzzy_set import fuzzy_set, is_valid, representative
 from fuzzyroe.rules.interpolation import METHODS
 from fuzzyroe.rules.isotonic import project_missing
+from fuzzyroe.rules.sparse_rules import SparseRules
 
 # consequents of the 12 missing cells on the raw scale, in row-major order, before any projection
 MISSING = ["001", "010", "012", "021", "101", "110", "112", "121", "201", "210", "212", "221"]
@@ -22,7 +30,6 @@ PUBLISHED_COMPLETIONS = {
     "koczy_hirota_stabilised": ([0.368, 0.37, 0.546, 0.548, 0.552, 0.561, 0.738, 0.747, 0.773, 0.805, 0.981, 1.014], 9),
     "additive": ([0.114, 0.141, 0.475, 0.503, 0.414, 0.442, 0.775, 0.803, 0.847, 0.875, 1.208, 1.236], 0),
 }
-CLOSEST_THREE = [0.16, 0.16, 0.506, 0.506, 0.438, 0.438, 0.784, 0.784, 0.827, 0.882, 1.228, 1.284]
 
 
 def missing_values(rule_base, sparse):
@@ -42,9 +49,28 @@ def test_the_twelve_missing_cells_of_the_published_base(sparse, method):
     assert neighbours_in_wrong_order(completed) == violations
 
 
-def test_scale_and_move_on_the_three_closest_rules(sparse):
-    completed = sparse.interpolate(selection="closest_3", monotone=False)
-    np.testing.assert_allclose(missing_values(completed, sparse), CLOSEST_THREE, atol=6e-4)
+def rules_of(rule_base):
+    """The rules of a table with the observation of each missing cell, (12, 3, 4)."""
+    sets = np.stack([variable.fuzzy_sets() for variable in rule_base.antecedents])  # (3, terms, 4)
+    is_given = ~np.isnan(rule_base.table)
+    cells, missing = np.argwhere(is_given), np.argwhere(~is_given)
+    singletons = np.repeat(rule_base.table[is_given][:, None], 4, axis=1)
+    axes = np.arange(3)
+    return SparseRules(sets[axes, cells], singletons, np.ones(3), np.ones(3)), sets[axes, missing]
+
+
+def test_slopes_are_measured_and_bend_to_the_declared_directions(sparse):
+    rules, _ = rules_of(sparse)
+    np.testing.assert_allclose(rules.slopes, (0.7336, 0.389, 0.3333), atol=1e-4)  # about (2 i1 + i2 + i3) / 6
+    turned = SparseRules(rules.antecedents, rules.consequents, rules.ranges, np.array([-1, 0, 1]))
+    assert turned.slopes[0] == 0 and turned.slopes[1] == rules.slopes[1]
+
+
+def test_rules_on_a_plane_are_extrapolated_exactly():
+    cells = np.array([(0, 0), (0, 1), (1, 0), (2, 2)])
+    rules = [([(x - 1, x, x + 1), (y - 1, y, y + 1)], 0.1 + 0.3 * x + 0.2 * y) for x, y in cells]
+    concluded = conclude(rules, [(2, 3, 4), (0, 1, 2)], selection="closest_3")
+    np.testing.assert_allclose(concluded, 0.1 + 0.9 + 0.2, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,7 +126,85 @@ def test_scale_and_move_always_concludes_a_fuzzy_set(sets, one, other):
     conclusion = tfri.interpolate_flanking(observation[None], rules, consequents)
     span = np.abs(conclusion).max() + 1
     assert is_valid(conclusion, 1e-9 * span)
-    assert is_valid(tfri.interpolate_closest(observation[None], rules, consequents, np.ones(1), 1.0, np.ones(1)), 1e-6)
+    assert is_valid(tfri.interpolate_closest(observation[None], rules, consequents, np.ones(1), np.ones(1)), 1e-6)
+
+
+LITERATURE = [([(0, 5, 6)], (0, 2, 4)), ([(11, 13, 14)], (10, 11, 13))]
+
+
+@pytest.mark.parametrize(
+    ("method", "conclusion"),
+    [
+        ("scale_and_move", (5.84, 6.26, 6.26, 7.38)),
+        # positions 11/3 and 38/3, observed 8: distances 13/3 and 14/3
+        ("nearest_two", (130 / 27, 171 / 27, 171 / 27, 225 / 27)),
+    ],
+)
+def test_the_example_of_the_literature(method, conclusion):
+    np.testing.assert_allclose(conclude(LITERATURE, [(7, 8, 9)], method), conclusion, atol=5e-3)
+
+
+@pytest.mark.parametrize("method", ["koczy_hirota", "koczy_hirota_stabilised"])
+def test_both_koczy_hirota_methods_refuse_the_example_of_the_literature(method):
+    with pytest.raises(
+        ValueError, match=r"\[6.3636, 5.375, 5.375, 7.375\] is no fuzzy set.*use method 'scale_and_move'"
+    ):
+        conclude(LITERATURE, [(7, 8, 9)], method, ranges=[14])
+
+
+PARALLEL = [
+    ([(x, x + 1, x + 2), (y, y + 1, y + 2)], (x + y, x + y + 1, x + y + 3, x + y + 4))
+    for x, y in [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trapezoid_consequents_are_concluded_by_every_method(method):
+    conclusion = conclude(PARALLEL, [(2, 3, 4), (0, 1, 2)], method)
+    assert conclusion.shape == (4,) and is_valid(conclusion)
+    np.testing.assert_allclose(np.diff(conclusion), (1, 2, 1), atol=1e-9)  # all rules conclude this shape
+    if method != "koczy_hirota_stabilised":  # the far rules pull there
+        assert conclusion[0] == pytest.approx(2, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_observed_rule_concludes_its_own_consequent_whatever_the_method(method):
+    for antecedents, consequent in LITERATURE:
+        np.testing.assert_array_equal(conclude(LITERATURE, antecedents, method), fuzzy_set(consequent))
+
+
+def test_additive_conclusions_whose_ends_cross_are_refused():
+    rules = [([0, 0], (0, 4, 8)), ([0, 1], 1), ([1, 0], 2)]
+    with pytest.raises(ValueError, match="additive conclusion .* is no fuzzy set"):
+        conclude(rules, [1, 1], "additive")  # 1 + 2 - (0, 4, 8) would have to widen backwards
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(SETS, SETS, SETS), min_size=2, max_size=6), SETS, SETS)
+def test_nearest_two_and_scale_and_move_always_conclude_a_fuzzy_set(rows, one, other):
+    rules = [([first, second], consequent) for first, second, consequent in rows]
+    for method in ("nearest_two", "scale_and_move"):
+        assert is_valid(conclude(rules, [one, other], method, ranges=[100, 100]), 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tables_are_completed_by_the_conclusions_of_their_rules(sparse, method):
+    rules, observations = rules_of(sparse)
+    shapes = [(list(sets), value) for sets, value in zip(rules.antecedents, rules.consequents[:, 0], strict=True)]
+    expected = [representative(conclude(shapes, list(o), method, ranges=[1] * 3, signs=[1] * 3)) for o in observations]
+    found = missing_values(sparse.interpolate(method, monotone=False), sparse)
+    np.testing.assert_allclose(found, np.clip(expected, 0, 1.5), atol=1e-9)
+
+
+def test_rules_and_observations_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="equally many"):
+        conclude([([1], 2), ([1, 2], 3)], [1])
+    with pytest.raises(ValueError, match="equally many"):
+        conclude([], [1])
+    with pytest.raises(ValueError, match="The observation has 2 sets; 1 are allowed"):
+        conclude(LITERATURE, [1, 2])
+    with pytest.raises(ValueError, match="is not a fuzzy set"):
+        conclude(LITERATURE, [(3, 2, 1)])
 
 
 def test_a_rule_that_is_observed_concludes_its_own_consequent():
@@ -166,6 +270,20 @@ def test_contradictions_of_any_size_leave_a_completion(size):
         free = np.where(given_cells, np.nan, completed)
         for axis in range(3):
             assert not (np.diff(free, axis=axis) < -1e-9).any()  # missing neighbours end up in order
+
+
+def test_tables_with_ties_are_projected_though_nnls_stops_early():
+    nothing, num_projected = np.zeros((3, 3, 3), dtype=bool), 0
+    for seed in (84, 917):  # scipy's nnls calls these contradictory
+        rng = np.random.default_rng(seed)
+        truth = project_missing(rng.random((3, 3, 3)), nothing, (1, 1, 1))
+        given_cells, noise = rng.random((3, 3, 3)) < 0.6, rng.random((3, 3, 3))
+        table = np.where(given_cells, truth, np.where(noise < 0.5, truth[given_cells].min(), noise))
+        completed = project_missing(table, given_cells, (1, 1, 1))
+        np.testing.assert_array_equal(completed[given_cells], truth[given_cells])
+        assert all((np.diff(completed, axis=axis) > -1e-9).all() for axis in range(3))
+        num_projected += (completed != table).any()
+    assert num_projected == 2
 
 
 def test_a_single_rule_is_a_nearly_constant_router_with_a_warning(caplog):
