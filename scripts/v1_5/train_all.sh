@@ -1,32 +1,30 @@
 #!/usr/bin/env bash
-# All of FuzzyRoE for LLaVA-1.5-7B: subsample the data, then router, adapter and finetune stage, one launch each.
+# Trains a whole method and starts it again where it stood if it is interrupted, so that a long run needs no watching.
 #
-#   DATA_PATH=playground/data/llava_v1_5_mix665k.json bash scripts/v1_5/train_all.sh
+#   METHOD=fuzzyroe DATA_PATH=playground/data/llava_v1_5_mix665k.json bash scripts/v1_5/train_all.sh
+#   METHOD=roe DATA_PATH=... ATTEMPTS=5 bash scripts/v1_5/train_all.sh
 #
-# The shares are RoE's (20% router, 30% adapters, 50% everything), the router's cut to a third as in the FuzzyRoE paper.
-# A stage that is finished is reused, one that was interrupted is started again; DRY_RUN=1 prints the commands.
+# Runs scripts/v1_5/finetune_METHOD.sh: finished stages are reused, an interrupted one goes on from its step checkpoint.
+# Bad input (exit status 2) and Ctrl-C end it at once.
 #
-#   DATA_PATH       SFT JSON (required); IMAGE_FOLDER (default: playground/data)
-#   MODEL_PATH      LLaVA-1.5 checkpoint (default: llava-hf/llava-1.5-7b-hf)
-#   OUTPUT          prefix of the three folders (default: checkpoints/fuzzyroe-7b)
-#   SPLIT           shares of the data (default: router=0.066,adapter=0.3,finetune=0.5)
+#   METHOD          fuzzyroe or roe (default: fuzzyroe)
+#   ATTEMPTS        launches at most (default: 3)
 #
-# Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py in every stage.
+# Further variables: scripts/v1_5/finetune_METHOD.sh. Further arguments go to llava/train/train.py in every stage.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
-# shellcheck source=scripts/v1_5/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+METHOD="${METHOD:-fuzzyroe}" ATTEMPTS="${ATTEMPTS:-3}"
+say() { printf '[train_all] %s\n' "$*"; }
+[[ "$METHOD" == fuzzyroe || "$METHOD" == roe ]] ||
+  { say "error: METHOD is '$METHOD'; use fuzzyroe or roe." >&2; exit 2; }
+[[ "$ATTEMPTS" =~ ^[1-9][0-9]*$ ]] || { say "error: ATTEMPTS is '$ATTEMPTS'; give a number, from 1." >&2; exit 2; }
 
-: "${DATA_PATH:?path to the SFT JSON}"
-OUTPUT="${OUTPUT:-checkpoints/fuzzyroe-7b}"
-parts="$OUTPUT-data"
-
-run mkdir -p "$parts"
-run "$PYTHON" random_drop.py --input "$DATA_PATH" --output "$parts/data.json" --seed 42 \
-  --split "${SPLIT:-router=0.066,adapter=0.3,finetune=0.5}"
-model="${MODEL_PATH:-llava-hf/llava-1.5-7b-hf}"
-for stage in router adapter finetune; do
-  MODEL_PATH="$model" DATA_PATH="$parts/data.$stage.json" OUTPUT="$OUTPUT-$stage" bash "scripts/v1_5/$stage.sh" "$@"
-  model="$OUTPUT-$stage"
+for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
+  status=0
+  bash "$(dirname "${BASH_SOURCE[0]}")/finetune_$METHOD.sh" "$@" || status=$?
+  ((status == 0)) && exit 0
+  ((status == 2 || status == 130)) && exit "$status"
+  unset FRESH # what the first launch has done anew is kept
+  say "$METHOD ended with exit status $status in launch $attempt of $ATTEMPTS"
 done
+exit "$status"

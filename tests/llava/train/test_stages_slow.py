@@ -48,6 +48,7 @@ def start(script: str, tiny: Tiny, arguments: list[str] | None = None, **variabl
         "ADAPTER_HIDDEN_DIM": ADAPTER_WIDTH,
         "SPLIT": "router=0.4,adapter=0.3,finetune=0.3",
         "SKIP_RATIO": 0.25,
+        "ATTEMPTS": 1,
         **variables,
     }
     command = ["bash", ROOT / "scripts" / "v1_5" / f"{script}.sh", *(SHARED if arguments is None else arguments)]
@@ -88,10 +89,10 @@ def test_the_scripts_run_all_stages_under_zero3(trained: Path) -> None:
 
 def test_a_second_run_reuses_every_stage(tiny: Tiny, trained: Path) -> None:
     before = digest(trained.parent)
-    code, output = start("train_all", tiny, MODEL_PATH=tiny.base, OUTPUT=trained).finish(60)
+    code, output = start("train_all", tiny, MODEL_PATH=tiny.base, OUTPUT=trained).finish(120)
     assert code == 0, output
     for stage in STAGES:
-        assert f"[{stage}] {stage}: finished before, reused from {trained}-{stage}" in output
+        assert f"[fuzzyroe_{stage}] {stage}: finished before, reused from {trained}-{stage}" in output
     assert digest(trained.parent) == before
 
 
@@ -103,8 +104,8 @@ def test_other_settings_are_not_reused(tiny: Tiny, trained: Path, change: dict[s
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         settings = {"DATA_PATH": f"{trained}-data/data.router.json", "OUTPUT": router, "MODEL_PATH": tiny.base}
-        launch = start("router", tiny, MASTER_PORT=taken.getsockname()[1], **{**settings, **change})
-        code, output = launch.finish(60)
+        launch = start("fuzzyroe_router", tiny, MASTER_PORT=taken.getsockname()[1], **{**settings, **change})
+        code, output = launch.finish(120)
     assert code == 2 and "MASTER_PORT" in output and "reused" not in output, output
     assert digest(router) == before
 
@@ -132,7 +133,7 @@ def test_a_killed_stage_leaves_the_earlier_output_whole_and_can_be_run_again(
     settings = {"MODEL_PATH": router, "OUTPUT": adapter, "DATA_PATH": f"{trained}-data/data.adapter.json", "FRESH": 1}
     generator = random.Random(0)
     for moment in (generator.uniform(2, 9), partial / "routing.safetensors"):
-        launch = start("adapter", tiny, **settings)
+        launch = start("fuzzyroe_adapter", tiny, **settings)
         wait_for(launch, moment)
         os.killpg(launch.process.pid, signal.SIGKILL)
         launch.process.communicate()
@@ -142,9 +143,9 @@ def test_a_killed_stage_leaves_the_earlier_output_whole_and_can_be_run_again(
         assert digest(whole) == adapter_before or moment == partial / "routing.safetensors"
         assert load_checkpoint(whole).routing.stage == "adapter"
     was_interrupted = partial.exists()
-    code, output = start("adapter", tiny, **settings).finish(150)
+    code, output = start("fuzzyroe_adapter", tiny, **settings).finish(150)
     assert code == 0, output[-6000:]
-    assert ("interrupted; it is started again from its beginning" in output) == was_interrupted
+    assert ("an earlier run was interrupted" in output) == was_interrupted
     assert digest(router) == router_before
     assert load_checkpoint(adapter).routing.stage == "adapter"
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.old"))
@@ -154,7 +155,7 @@ def test_an_output_killed_while_being_replaced_is_put_back(tiny: Tiny, trained: 
     router, old = trained.with_name("tiny-router"), trained.with_name("tiny-router.old")
     before = digest(router)
     router.rename(old)  # what a kill between the two renames of a replacement leaves
-    code, output = start("train_all", tiny, MODEL_PATH=tiny.base, OUTPUT=trained).finish(60)
+    code, output = start("train_all", tiny, MODEL_PATH=tiny.base, OUTPUT=trained).finish(120)
     assert code == 0 and output.count("reused from") == 3, output
     assert digest(router) == before and not old.exists()
 
@@ -164,7 +165,7 @@ def test_a_launcher_killed_alone_makes_the_script_fail(tiny: Tiny, trained: Path
     shutil.copytree(trained.with_name("tiny-router"), output)
     (output / "fingerprint").write_text("of other settings\n")
     before = digest(output)
-    launch = start("router", tiny, MODEL_PATH=tiny.base, OUTPUT=output)
+    launch = start("fuzzyroe_router", tiny, MODEL_PATH=tiny.base, OUTPUT=output)
     try:
         launchers: list[psutil.Process] = []
         deadline = time.monotonic() + 60
@@ -192,11 +193,12 @@ def test_a_script_refuses_bad_input_with_exit_code_2(tiny: Tiny, tmp_path: Path,
     changes = {"model_name_or_path": tiny.base, "output_dir": earlier, **case.changes(tiny, tmp_path / "input")}
     variables = {VARIABLES[flag]: value for flag, value in changes.items() if flag in VARIABLES}
     arguments = [f"--{flag}={value}" for flag, value in changes.items() if flag not in VARIABLES]
-    code, output = start("router", tiny, [*SHARED, *arguments], **variables).finish(90)
+    code, output = start("fuzzyroe_router", tiny, [*SHARED, *arguments], **variables).finish(240)
     assert code == 2, (code, output)
     assert re.search(case.message, words(output)), output
     assert "Traceback" not in output and "Loading weights" not in output, output
-    assert ("processes, global batch" in output) == (name in STAGE), "data is looked at before anything is launched"
+    is_launched = name in STAGE and name != "model folder missing"  # its tokenizer measures the data
+    assert ("processes, global batch" in output) == is_launched, "data is looked at before anything is launched"
     assert digest(earlier) == before
     assert not list(tmp_path.glob("output.*"))
 
@@ -209,14 +211,14 @@ def test_a_script_refuses_to_start_without_deepspeed(tiny: Tiny, tmp_path: Path)
     python.chmod(0o755)
     without = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "deepspeed").exists()]
     launch = start(
-        "router",
+        "fuzzyroe_router",
         tiny,
         MODEL_PATH=tiny.base,
         OUTPUT=tmp_path / "output",
         FUZZYROE_PYTHON=python,
         PATH=os.pathsep.join(without),
     )
-    code, output = launch.finish(60)
+    code, output = launch.finish(120)
     assert code == 2 and "DeepSpeed is not installed in this environment" in output, output
     assert not (tmp_path / "output").exists()
 
@@ -229,7 +231,7 @@ def test_a_script_refuses_to_start_without_deepspeed(tiny: Tiny, tmp_path: Path)
 def test_a_script_names_the_variable_that_is_wrong(
     tiny: Tiny, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    launch = start("router", tiny, **{"MODEL_PATH": tiny.base, "OUTPUT": tmp_path / "output", **change})
-    code, output = launch.finish(60)
+    launch = start("fuzzyroe_router", tiny, **{"MODEL_PATH": tiny.base, "OUTPUT": tmp_path / "output", **change})
+    code, output = launch.finish(120)
     assert code != 0 and message in output, output
     assert not (tmp_path / "output").exists()
