@@ -1,0 +1,78 @@
+"""Prefill of a trained checkpoint by its own plans, against the same checkpoint with routing off, batch 1."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fuzzyroe.attach import find_decoder_layers
+from fuzzyroe.cache import kept_layers
+from llava.conversation import get_template
+from llava.eval.generation import Generator
+from llava.model.builder import load_checkpoint
+from llava.model.routing import detach_routing, set_budget
+from scripts.bench.speed.lines import Line
+from scripts.bench.speed.prompts import load_prompts
+from scripts.bench.speed.shapes import shorten
+from scripts.bench.speed.timing import Clock
+
+
+def prefill_lines(model: str, data: Path, template: str, skip_rate: float, quick: bool) -> list[Line]:
+    """Dense, routed and ideal prefill over questions about images; vision tower and projector are part of all.
+
+    The ideal is the dense time less what the skipped layers take, by a copy of fewer layers, plus their adapters.
+    """
+    checkpoint = load_checkpoint(model)
+    generator = Generator(checkpoint, get_template(template))
+    prompts = load_prompts(generator, data, 40 if quick else 100, with_image=True)
+    return _measure(checkpoint.model.eval(), prompts, skip_rate, 10 if quick else 20)
+
+
+@torch.inference_mode()
+def _measure(model: nn.Module, prompts: list[dict[str, Tensor]], skip_rate: float, repeats: int) -> list[Line]:
+    layers, clock = find_decoder_layers(model), Clock("cpu")
+    removed = max(1, round(skip_rate * len(layers)))
+    short = shorten(model, len(layers) - removed, detach_routing)
+    set_budget(model, skip_rate)
+    caches = [model(**prompt, use_cache=True, logits_to_keep=1).past_key_values for prompt in prompts]
+    skipped = statistics.mean(int((~kept_layers(cache, 1)).sum()) for cache in caches)
+    times: dict[str, list[float]] = {"dense": [], "routed": [], "short": []}
+    for _ in range(repeats):
+        for name, variant, rate in (("dense", model, None), ("routed", model, skip_rate), ("short", short, None)):
+            if variant is model:
+                set_budget(model, rate)
+            times[name].append(clock.seconds(lambda m=variant: [_prefill(m, prompt) for prompt in prompts]))
+    states = torch.randn(1, prompts[0]["input_ids"].shape[1], layers[0].input_layernorm.weight.shape[0])
+    adapter = statistics.median(
+        clock.seconds(lambda: [layer.skip_output(states) for layer in layers]) / len(layers) for _ in range(repeats)
+    )
+    per_layer = [(whole - short) / removed for whole, short in zip(times["dense"], times["short"], strict=True)]
+    gain = [skipped * (layer - len(prompts) * adapter) for layer in per_layer]
+    what = f"{len(layers)} layers, skip {skipped / len(layers):.3f} (asked {skip_rate:g})"
+    return [
+        Line.of(
+            f"prefill, batch 1, {what}: routed of dense",
+            [mine / whole for mine, whole in zip(times["routed"], times["dense"], strict=True)],
+            at_most=1.0,
+        ),
+        Line.of(
+            f"prefill, batch 1, {what}: ideal of dense",
+            [1 - saved / whole for saved, whole in zip(gain, times["dense"], strict=True)],
+        ),
+        *[
+            Line.of(
+                f"prefill, batch 1, {what}: {name}",
+                [1e3 * seconds / len(prompts) for seconds in times[name]],
+                unit=" ms",
+                note=f"mean of {len(prompts)} prompts",
+            )
+            for name in ("dense", "routed")
+        ],
+    ]
+
+
+def _prefill(model: nn.Module, prompt: dict[str, Tensor]) -> None:
+    model(**prompt, use_cache=True, logits_to_keep=1)
