@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llava.cli.chat import chat_command
 from llava.cli.check_data import check_data_command
 from llava.cli.data_stats import data_stats_command
 from llava.cli.doctor import doctor_command
@@ -12,6 +13,9 @@ from llava.cli.estimate import estimate_command
 from llava.cli.explain import explain_command
 from llava.cli.report import report_command
 from llava.cli.rules import rules_app
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For a command that reads its flags itself."""
 
 app = typer.Typer(
     cls=FriendlyGroup,
@@ -26,6 +30,7 @@ app.command("data-stats")(data_stats_command)
 app.add_typer(rules_app, name="rules")
 app.command("explain")(explain_command)
 app.command("estimate")(estimate_command)
+app.command("chat", add_help_option=False, context_settings=PASS_ON)(chat_command)
 app.command("doctor")(doctor_command)
 app.command("report")(report_command)
 

@@ -9,22 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from fuzzyroe.config import FuzzyRoEConfig
-from fuzzyroe.routers.fuzzy import FuzzyRouter
-from fuzzyroe.rules import load_rule_base, save_rule_base
-from fuzzyroe.state_dict import routing_state_dict, save_routing
 from llava.eval.collect import collect
 from llava.eval.routing_log import read_routing_log
-from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import attach_routing
+from lmms_runs import ROOT, run, write_work
 from playground.digits.base_model import build_base_model
-from playground.digits.generate import Settings, generate
-from playground.digits.task import write_task
 from playground.digits.tokenizer import train_tokenizer
+from routed_checkpoints import write_routing
 
-ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "v1_5" / "eval.sh"
 NUM_LAYERS, NUM_ITEMS = 12, 26
 
@@ -33,41 +25,16 @@ def build_checkpoint(data: Path, folder: Path) -> None:
     """Write the untrained base model of the playground, routed by the shipped rule base with an even plan."""
     train_tokenizer(json.loads((data / "digits_train.json").read_text())).save_pretrained(folder / "tokenizer")
     model = build_base_model(folder / "tokenizer", folder)
-    rule_base = load_rule_base("default").interpolate()
-    router = FuzzyRouter(rule_base, NUM_LAYERS, num_budgets=2)
-    router.budget_rates.copy_(torch.tensor([0.0, 0.5]))
-    router.budget_thresholds[1] = torch.linspace(0, 1, NUM_LAYERS)
-    router.set_budget(0.25)
-    attach_routing(model, router, adapter_width=4)
-    save_routing(routing_state_dict(model), folder / ROUTING_FILE)
-    save_rule_base(rule_base, folder / "rule_base.yaml")
-    model.config.fuzzyroe = FuzzyRoEConfig(adapter_width=4, num_budgets=2, stage="router").to_dict()
-    model.config.save_pretrained(folder)
+    write_routing(model, folder)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``data``, ``task``, ``model`` and ``plugin``, the entry point as pyproject.toml declares it."""
     folder = tmp_path_factory.mktemp("lmms_eval")
-    generate(folder / "data", Settings(train=24, validation=12, test=24))
-    write_task(folder / "data", folder / "task")
+    write_work(folder, num_tests=24)
     build_checkpoint(folder / "data", folder / "model")
-    declared = (ROOT / "pyproject.toml").read_text().partition('entry-points."lmms_eval.models"]\n')[2].splitlines()[0]
-    info = folder / "plugin" / "fuzzyroe-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fuzzyroe\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[lmms_eval.models]\n{declared.replace(chr(34), '')}\n")
     return folder
-
-
-def run(work: Path, command: list, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command from the repository root with the plug-in on the path, offline, on the CPU."""
-    path = os.pathsep.join([str(ROOT), str(work / "plugin"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "FUZZYROE_PYTHON": sys.executable} | variables
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-    result.output = result.stdout + result.stderr
-    return result
 
 
 def lmms_eval(work: Path, output: Path) -> list:
