@@ -65,17 +65,17 @@ SENTENCES = (
 )
 
 
-def train_sentencepiece(vocab_size: int = 384) -> bytes:
-    """A sentencepiece model of Llama's kind, trained on the spot: byte-fallback BPE without normalisation."""
+def train_sentencepiece(normalization: str = "identity") -> bytes:
+    """A byte-fallback BPE model, trained on the spot; Llama's kind has no normalization."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 4),
         model_writer=model,
-        vocab_size=vocab_size,
+        vocab_size=384,
         model_type="bpe",
         byte_fallback=True,
         split_digits=True,
-        normalization_rule_name="identity",
+        normalization_rule_name=normalization,
         remove_extra_whitespaces=False,
         character_coverage=1.0,
         hard_vocab_limit=False,

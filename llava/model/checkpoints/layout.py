@@ -66,11 +66,13 @@ def read_layout(path: str | Path) -> CheckpointLayout:
         FileNotFoundError: If it has no ``config.json``, or updates without their description.
         ValueError: If it is a model of another family.
     """
-    is_bare = find_file(path, "config.json") is None and any(
-        find_file(path, n) for n in (LORA_CONFIG, *PROJECTOR_FILES)
-    )
-    config = {} if is_bare else read_config_dict(path)
-    kind = "part" if is_bare else find_kind(config, path)
+    try:
+        config = read_config_dict(path)
+        kind = find_kind(config, path)
+    except FileNotFoundError:
+        if not _holds_part(path):
+            raise
+        config, kind = {}, "part"
     has_weights = any(find_file(path, name) for name, _ in LAYOUTS)
     has_updates = find_file(path, LORA_CONFIG) is not None
     lora = _find_one(path, LORA_FILES) if has_updates else None
@@ -156,3 +158,11 @@ def read_config_dict(path: str | Path) -> dict[str, Any]:
 
 def _find_one(path: str | Path, names: tuple[str, ...]) -> str | None:
     return next((file for file in (find_file(path, name) for name in names) if file is not None), None)
+
+
+def _holds_part(path: str | Path) -> bool:
+    """Whether updates or a projector are there."""
+    try:
+        return any(find_file(path, name) for name in (LORA_CONFIG, *PROJECTOR_FILES))
+    except OSError:
+        return False

@@ -53,9 +53,16 @@ def read_vision_config(settings: VisionSettings) -> CLIPVisionConfig:
     """Read the tower's configuration, from a checkpoint of CLIP or of its vision model alone.
 
     Raises:
+        FileNotFoundError: If it is not there.
         ValueError: If it is a model of another kind, or lacks the layer that features are taken from.
     """
-    found = AutoConfig.from_pretrained(settings.vision_tower)
+    try:
+        found = AutoConfig.from_pretrained(settings.vision_tower)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Vision tower {settings.vision_tower} is no folder of a CLIP checkpoint, and cannot be had from the hub "
+            "either; its configuration is needed. Download it, or correct mm_vision_tower in config.json."
+        ) from error
     if found.model_type not in ("clip", "clip_vision_model"):
         raise ValueError(
             f"{settings.vision_tower} is a model of type {found.model_type}; a CLIP checkpoint is needed. "

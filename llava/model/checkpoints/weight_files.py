@@ -67,8 +67,9 @@ def read_tensors(file: str | Path, wants: Callable[[str], bool] = lambda name: T
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors and pickle raise many kinds on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"{file} cannot be read as weights ({str(error).splitlines()[0][:200]}); a safetensors file or a pickle of "
+            f"{file} cannot be read as weights ({reason}); a safetensors file or a pickle of "
             "plain tensors is needed. Download it again."
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
