@@ -28,7 +28,7 @@ class Review:
         fitted_contradictions: The same for the table in use, where it has been completed or fitted.
         undirected: Variables without a declared direction.
         disagreements: Missing cells on which completion methods differ.
-        idle: Rules that fewer than ``IDLE`` examples of the fit informed, with that number; empty before a fit.
+        idle: Rules that fewer than ``IDLE`` examples of the fit informed, with that number; None before a fit.
     """
 
     num_rules: int
@@ -39,7 +39,7 @@ class Review:
     fitted_contradictions: tuple[tuple[tuple[str, ...], tuple[str, ...], float], ...]
     undirected: tuple[str, ...]
     disagreements: tuple[Disagreement, ...]
-    idle: tuple[tuple[tuple[str, ...], float], ...] = ()
+    idle: tuple[tuple[tuple[str, ...], float], ...] | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -92,7 +92,10 @@ def review_rule_base(
         if np.isnan(np.take(expert.table, index, axis=axis)).all()
     )
     evidence = evidence_of(rule_base)
-    idle = () if evidence is None else map(tuple, np.argwhere(evidence < IDLE))
+    idle = None
+    if evidence is not None:
+        cells = map(tuple, np.argwhere(evidence < IDLE))
+        idle = tuple((rule_base.terms_of(cell), float(evidence[cell])) for cell in cells)
     is_same_table = np.array_equal(rule_base.table, expert.table, equal_nan=True)
     is_comparable = not expert.is_complete and not (unused and "additive" in methods)
     return Review(
@@ -104,5 +107,5 @@ def review_rule_base(
         fitted_contradictions=() if is_same_table else tuple(rule_base.monotonicity_violations()),
         undirected=tuple(variable.name for variable in expert.antecedents if not variable.sign),
         disagreements=expert.method_disagreements(methods, tolerance) if is_comparable else (),
-        idle=tuple((rule_base.terms_of(cell), float(evidence[cell])) for cell in idle),
+        idle=idle,
     )

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fuzzyroe.rules.review import evidence_of
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
@@ -96,7 +97,8 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
     """Draw the output over the first two antecedents.
 
     The third one, if there is one, stands at the peak of each of its terms, a panel per term: between the peaks the
-    output is linear in it, so the panels say everything. Further ones stand at their middle peaks.
+    output is linear in it, so the panels say everything. Further ones stand at their middle peaks. Colours span the
+    consequents in use, and dotted lines mark the peaks.
 
     Args:
         rule_base: A complete rule base.
@@ -115,13 +117,16 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
     panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     rows, columns = (np.linspace(*variable.universe, GRID_POINTS) for variable in (second, first))
     grid = np.stack([axis.ravel() for axis in np.meshgrid(columns, rows)], axis=1)  # (P, 2)
-    lower, upper = rule_base.consequent.output_range
+    lower, upper = _span(rule_base.output_table)
     for axes, level in zip(panels, levels, strict=True):
         fixed = ([] if level is None else [level[1]]) + rest
         points = np.hstack([grid, np.tile(fixed, (len(grid), 1))])
         outputs = rule_base.evaluate(points).reshape(GRID_POINTS, GRID_POINTS)
         surface = axes.contourf(columns, rows, outputs, np.linspace(lower, upper, 21), cmap="cividis")
         surface.set_edgecolor("face")  # no hairlines between the bands
+        for draw_line, variable in ((axes.axvline, first), (axes.axhline, second)):
+            for peak in variable.peaks:
+                draw_line(peak, color="#ffffff", linewidth=0.6, linestyle=":", alpha=0.6)
         _style(axes, theme)
         axes.set_xlabel(_title(first.name))
         axes.set_title("" if level is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink)
@@ -149,6 +154,7 @@ def draw_firing(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
     figure = _figure(5.0, 1.1 + 0.28 * len(rows), theme)
     axes = figure.subplots()
     image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, edgecolors=theme.grid, linewidth=0.4)
+    axes.set_title("How many examples of the fit informed each rule", fontsize=9, color=theme.ink)
     axes.invert_yaxis()
     axes.set_xticks(np.arange(len(first.terms)) + 0.5, first.terms)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
@@ -268,16 +274,31 @@ def _draw_variable(axes: Any, variable: LinguisticVariable, theme: Theme) -> Non
     lower, upper = variable.universe
     values = np.unique(np.concatenate([[lower, upper], variable.peaks]))
     memberships = variable.memberships(values)  # piecewise linear: corners are enough
-    for index, (term, peak, color) in enumerate(
-        zip(variable.terms, variable.peaks, theme.ordered(len(variable.terms)), strict=True)
-    ):
+    colors, heights = theme.ordered(len(variable.terms)), _label_heights(variable)
+    for index, (term, peak, color) in enumerate(zip(variable.terms, variable.peaks, colors, strict=True)):
         axes.plot(values, memberships[:, index], color=color, linewidth=2)
         axes.fill_between(values, memberships[:, index], color=color, alpha=0.12)
-        axes.text(peak, 1.05, term, ha="center", va="bottom", color=color, size=9)
-    axes.set(xlim=(lower, upper), ylim=(0, 1.3), yticks=[0, 1], ylabel="membership")
+        axes.text(peak, heights[index], term, ha="center", va="bottom", color=color, size=9)
+    axes.set(xlim=(lower, upper), ylim=(0, max(heights) + 0.25), yticks=[0, 1], ylabel="membership")
     direction = {1: "the score rises with it", -1: "the score falls with it", 0: "direction unknown"}
     axes.set_xlabel(f"{_title(variable.name)} ({direction[variable.sign]})")
     _style(axes, theme)
+
+
+def _label_heights(variable: LinguisticVariable) -> list[float]:
+    """Where the names of terms stand; those of peaks close to each other take turns on two rows."""
+    gap = 0.14 * (variable.universe[1] - variable.universe[0])
+    heights = [1.05]
+    for before, peak in zip(variable.peaks, variable.peaks[1:], strict=False):
+        heights.append(1.25 if peak - before < gap and heights[-1] == 1.05 else 1.05)
+    return heights
+
+
+def _span(outputs: np.ndarray) -> tuple[float, float]:
+    """Just below the smallest and just above the largest output."""
+    lower, upper = float(outputs.min()), float(outputs.max())
+    margin = 1e-6 if upper - lower > 1e-4 else 0.05  # values that rounding puts beyond the last level would be holes
+    return lower - margin, upper + margin
 
 
 def _draw_curve(rule_base: FuzzyRuleBase, theme: Theme) -> Figure:
@@ -303,7 +324,7 @@ def _sides(points: Sequence[SkipPoint]) -> list[int]:
 
 
 def _colorbar(figure: Figure, mappable: Any, panels: list[Any], label: str, theme: Theme) -> None:
-    bar = figure.colorbar(mappable, ax=panels, ticks=np.linspace(*mappable.get_clim(), 5))
+    bar = figure.colorbar(mappable, ax=panels, ticks=MaxNLocator(5))
     bar.set_label(label, color=theme.ink, size=8)
     bar.ax.tick_params(colors=theme.ink, labelsize=8)
     bar.outline.set_edgecolor(theme.grid)

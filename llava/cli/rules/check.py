@@ -39,8 +39,6 @@ def _lines(review: Review, tolerance: float) -> Iterator[str]:
     yield f"coverage: the expert gives {review.num_given} of {review.num_rules} rules ({share:.0%})"
     for terms in review.missing:
         yield f"  to be interpolated: {', '.join(terms)}"
-    for variable, term in review.unused_terms:
-        yield f"  no rule of the expert mentions {variable} = {term}"
     yield "conflicts: none, every combination of terms has at most one rule"
     for heading, found in (
         ("directions, expert rules", review.contradictions),
@@ -51,8 +49,7 @@ def _lines(review: Review, tolerance: float) -> Iterator[str]:
             yield f"  ({', '.join(lower)}) concludes {excess:.3f} more than ({', '.join(upper)}) and should not"
     for variable in review.undirected:
         yield f"  {variable} has no declared direction, so it is not checked"
-    for terms, examples in review.idle:
-        yield f"  hardly used: {', '.join(terms)} was informed by {examples:.2f} examples of the fit"
+    yield from _unused(review)
     if not review.missing:
         yield "completion: nothing to complete"
     else:
@@ -61,3 +58,16 @@ def _lines(review: Review, tolerance: float) -> Iterator[str]:
     for item in review.disagreements:
         values = ", ".join(f"{method} {value:.3f}" for method, value in item.values.items())
         yield f"  {', '.join(item.terms)}: {values}; consider giving this rule yourself"
+
+
+def _unused(review: Review) -> Iterator[str]:
+    """What the rule base holds for nothing: terms without a rule of the expert, rules that hardly any example fired."""
+    yield f"unused terms: {len(review.unused_terms) or 'none'}"
+    for variable, term in review.unused_terms:
+        yield f"  no rule of the expert mentions {variable} = {term}"
+    if review.idle is None:
+        yield "unused rules: unknown, these rules were not fitted to examples yet"
+        return
+    yield f"unused rules: {len(review.idle) or 'none'}"
+    for terms, examples in review.idle:
+        yield f"  {', '.join(terms)}: informed by {examples:.2f} examples of the fit; its prior and its neighbours decide"

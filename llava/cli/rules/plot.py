@@ -29,3 +29,5 @@ def plot_command(
     for name, draw in pictures.items():
         (output / f"{name}.png").write_bytes(render_png(partial(draw, completed)))
         typer.echo(f"written to {output / name}.png")
+    if "firing" not in pictures:
+        typer.echo("no firing.png: nothing has fired these rules yet; plot what calibration made, a checkpoint folder")

@@ -115,7 +115,7 @@ def test_shipped_rule_bases_can_be_reviewed(name):
 
 
 def test_review_lists_rules_that_no_example_informed():
-    assert review_rule_base(make_rule_base()).idle == ()
+    assert review_rule_base(make_rule_base()).idle is None
     fitted = make_rule_base().fit(np.array([[1.0, 0.0]] * 3), np.array([0.5] * 3))
     idle = dict(review_rule_base(fitted).idle)
     assert len(idle) == 5 and ("high", "low") not in idle and set(idle.values()) == {0.0}

@@ -181,7 +181,7 @@ def test_rules_plot_draws_what_fired_in_a_fit_and_show_counts_it(tmp_path):
     with Image.open(tmp_path / "firing.png") as picture:
         assert picture.format == "PNG" and picture.width > 500
     assert f"{fitted.report(features)[0].effective_examples:.1f}" in run("rules", "show", tmp_path).stdout
-    assert "hardly used: low, low, low was informed by" in run("rules", "check", tmp_path).stdout
+    assert "  low, low, low: informed by" in run("rules", "check", tmp_path).stdout
 
 
 def test_rules_diff_accepts_a_checkpoint_folder(tmp_path):
