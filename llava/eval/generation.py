@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.data.preprocess import encode_prompt
 from llava.eval.generation_options import GenerationOptions
-from llava.image_tokens import count_image_tokens
+from llava.image_tokens import count_image_features, count_image_tokens
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
+from llava.model.planned_prompts import PlannedPrompt, generate_planned, plan_prompts
+from llava.model.token_pruning import plan_visual_tokens, prune_inputs, set_token_pruning
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class GeneratedBatch:
         num_new_tokens: Tokens generated for each answer, its end-of-sequence token included, B.
         num_prompt_tokens: Tokens of each prompt with its images expanded, without padding, B.
         kept_layers: True where the example ran the layer, (B, L) bool on the CPU; all True for a dense model.
-        prefill_ms: From the call until every row has its first token: vision tower, projector, router, decoder.
+        prefill_ms: From the call until every row has its first token: vision tower, projector, router, decoder. What
+            was done to plan prompts beforehand is in it.
         decode_ms: From there to the end of the batch.
     """
 
@@ -83,9 +87,14 @@ class Generator:
     Args:
         checkpoint: Loaded checkpoint; its model is in eval mode, on its device.
         template: Empty conversation of the wanted template.
+        visual_tokens: Numbers of tokens, ascending, of which the router's score picks one for each prompt's images
+            (``plan_visual_tokens``); empty gives every image as many as the model's configuration says.
     """
 
-    def __init__(self, checkpoint: Checkpoint, template: Conversation) -> None:
+    def __init__(self, checkpoint: Checkpoint, template: Conversation, visual_tokens: Sequence[int] = ()) -> None:
+        self.visual_tokens = tuple(visual_tokens)
+        if self.visual_tokens:
+            set_token_pruning(checkpoint.model, count_image_features(checkpoint.model.config))
         self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
         self.image_processor, self.template = checkpoint.image_processor, template
         self.num_image_tokens = count_image_tokens(self.model.config)
@@ -114,11 +123,38 @@ class Generator:
     def generate(self, messages: Sequence[Message], options: GenerationOptions) -> GeneratedBatch:
         """Answer a batch of messages; encoding them is not part of the times."""
         inputs = self.encode(messages)
-        prompt_length = inputs["input_ids"].shape[1]
         clock = _Clock(self.model.device)
+        inputs = self._choose_lengths(inputs)
+        lengths, generate = inputs["attention_mask"].sum(dim=1).tolist(), self.model.generate
+        return self._run(functools.partial(generate, **inputs), options, clock, lengths, inputs["input_ids"].shape[1])
+
+    @torch.inference_mode()
+    def plan(self, messages: Sequence[Message]) -> tuple[list[PlannedPrompt], float]:
+        """Plan a batch of messages, to be answered by ``generate_planned``; give the milliseconds it took, too.
+
+        Encoding them is not part of the time.
+        """
+        inputs = self.encode(messages)
+        clock = _Clock(self.model.device)
+        prompts = plan_prompts(self.model, self._choose_lengths(inputs))
+        return prompts, 1e3 * (clock.read() - clock.start)
+
+    @torch.inference_mode()
+    def generate_planned(
+        self, prompts: Sequence[PlannedPrompt], options: GenerationOptions, planning_ms: float = 0.0
+    ) -> GeneratedBatch:
+        """Answer a batch of planned prompts as ``generate`` would; ``planning_ms`` counts as part of their prefill."""
+        generate = functools.partial(generate_planned, self.model, prompts)
+        lengths = [len(prompt.states) for prompt in prompts]
+        batch = self._run(generate, options, _Clock(self.model.device), lengths, 0)
+        return replace(batch, prefill_ms=batch.prefill_ms + planning_ms)
+
+    def _run(
+        self, generate: Callable, options: GenerationOptions, clock: _Clock, lengths: list[int], prompt_length: int
+    ) -> GeneratedBatch:
+        """Answer prompts of some lengths; their first ``prompt_length`` tokens stand in front of every answer."""
         stops = [_StopStrings(self.tokenizer, options.until, prompt_length)] if options.until else []
-        output = self.model.generate(
-            **inputs,
+        output = generate(
             **options.to_generate_kwargs(),
             use_cache=True,  # a checkpoint saved by training has it off
             eos_token_id=sorted(self.end_tokens),
@@ -131,15 +167,21 @@ class Generator:
         answers = [self._without_padding(row) for row in new_rows]
         texts = [options.cut(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
         # The beams of an example share its decision, and a beam search keeps the cache in the order of its examples.
-        kept = kept_layers(output.past_key_values, len(messages) * options.num_beams)[:: options.num_beams]
+        kept = kept_layers(output.past_key_values, len(lengths) * options.num_beams)[:: options.num_beams]
         return GeneratedBatch(
             texts=texts,
             num_new_tokens=[len(answer) for answer in answers],
-            num_prompt_tokens=inputs["attention_mask"].sum(dim=1).tolist(),
+            num_prompt_tokens=lengths,
             kept_layers=kept,
             prefill_ms=1e3 * (clock.first_token - clock.start),
             decode_ms=1e3 * (finished - clock.first_token),
         )
+
+    def _choose_lengths(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let the score choose how many tokens each image has, where it is to."""
+        if not self.visual_tokens or "pixel_values" not in inputs:
+            return inputs
+        return prune_inputs(self.model, inputs, plan_visual_tokens(self.model, inputs, self.visual_tokens))
 
     def _encode_prompt(self, text: str) -> list[int]:
         conversation = self.template.copy()

@@ -18,9 +18,11 @@ from fuzzyroe.attach import find_decoder
 from llava.conversation import get_template
 from llava.eval.generation import GeneratedBatch, Generator, Message, make_message
 from llava.eval.generation_options import GenerationOptions
+from llava.eval.queue import SCHEDULES, answer_queue
 from llava.eval.routing_log import RequestRecord, remove_routing_log, write_routing_log
 from llava.model.builder import load_checkpoint
 from llava.model.routing import set_budget
+from llava.model.token_pruning import set_token_pruning
 
 DENSE = "off"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,7 +35,11 @@ KNOWN_ARGS = (
     "attn_implementation",
     "batch_size",
     "routing_log",
+    "schedule",
+    "visual_tokens",
 )
+WINDOW = 8
+"""Batches that are planned together: their images and states are in memory at once."""
 
 
 class FuzzyRoE(lmms):
@@ -49,6 +55,10 @@ class FuzzyRoE(lmms):
         batch_size: Requests per batch, at least 1; no answer depends on it.
         routing_log: Where to write the routing log (``llava.eval.routing_log``) when all requests are answered. A log
             that lies there is removed at the start.
+        schedule: "plan" puts requests together whose plans nearly agree, within ``WINDOW`` batches of similar length;
+            "arrival" goes by length alone. No answer depends on it.
+        visual_tokens: Tokens that the decoder reads of each image; several numbers, ascending and joined by "/", let
+            the router's score pick one for each request. None reads what the checkpoint says.
         **unknown: Refused.
 
     Raises:
@@ -69,6 +79,8 @@ class FuzzyRoE(lmms):
         attn_implementation: str = "sdpa",
         batch_size: int | str = 1,
         routing_log: str | None = None,
+        schedule: str = "plan",
+        visual_tokens: int | str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -78,7 +90,8 @@ class FuzzyRoE(lmms):
                 f"{', '.join(KNOWN_ARGS)}. Correct the name or leave it out."
             )
         template = get_template(conv_template)
-        self._batch_size = _read_batch_size(batch_size)
+        self._batch_size, self._schedule = _read_batch_size(batch_size), _read_schedule(schedule)
+        numbers = _read_visual_tokens(visual_tokens)
         rate = _read_skip_rate(skip_rate)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -94,7 +107,9 @@ class FuzzyRoE(lmms):
             set_budget(self.model, rate)
         self._target = _planned_skip_rate(self.model)
         self._pretrained = str(pretrained)
-        self._generator = Generator(checkpoint, template)
+        if len(numbers) == 1:
+            set_token_pruning(self.model, numbers[0])
+        self._generator = Generator(checkpoint, template, numbers if len(numbers) > 1 else ())
         self._records: list[RequestRecord] = []
 
     @classmethod
@@ -119,10 +134,12 @@ class FuzzyRoE(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer the requests, in their order; then write the routing log."""
         answers: list[str] = [""] * len(requests)
-        batches = list(self._batches(requests))
-        for batch in tqdm(batches, desc="Answering batches", disable=self._rank != 0):
-            for index, answer in zip(batch, self._answer([requests[i] for i in batch]), strict=True):
-                answers[index] = answer
+        with tqdm(total=len(requests), desc="Answering requests", disable=self._rank != 0) as progress:
+            for window in self._windows(requests):
+                for batch, texts in self._answer([requests[index] for index in window]):
+                    for row, text in zip(batch, texts, strict=True):
+                        answers[window[row]] = text
+                    progress.update(len(batch))
         if self._routing_log is not None:
             write_routing_log(self._routing_log, self._records, self._rank, self._world_size)
         return answers
@@ -140,18 +157,20 @@ class FuzzyRoE(lmms):
         del self._generator
         super().clean()
 
-    def _batches(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Indices of requests with the same options, longest texts first, so that similar prompts share a batch."""
+    def _windows(self, requests: list[Instance]) -> Iterator[list[int]]:
+        """Indices of requests with the same options, longest texts first, so that similar prompts share a window."""
         texts = [request.args[0] for request in requests]
         lengths = [len(self._generator.tokenizer(text).input_ids) for text in texts]
         groups: dict[str, list[int]] = {}
         for index in sorted(range(len(requests)), key=lambda index: (-lengths[index], texts[index])):
             groups.setdefault(json.dumps(requests[index].args[1], sort_keys=True, default=str), []).append(index)
+        size = WINDOW * self._batch_size
         for group in groups.values():
-            for start in range(0, len(group), self._batch_size):
-                yield group[start : start + self._batch_size]
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
 
-    def _answer(self, requests: list[Instance]) -> list[str]:
+    def _answer(self, requests: list[Instance]) -> Iterator[tuple[list[int], list[str]]]:
+        """Places in ``requests`` of each batch, with its answers."""
         documents, messages = [], []
         for request in requests:
             text, _, doc_to_visual, doc_id, task, split = request.args
@@ -159,9 +178,10 @@ class FuzzyRoE(lmms):
             documents.append(document)
             messages.append(make_message(text, _read_images(doc_to_visual(document), task)))
         options = GenerationOptions.from_gen_kwargs(requests[0].args[1])
-        output = self._generator.generate(messages, options)
-        self._records += self._describe(requests, documents, messages, output)
-        return output.texts
+        for batch, output in answer_queue(self._generator, messages, options, self._batch_size, self._schedule):
+            chosen = ([column[row] for row in batch] for column in (requests, documents, messages))
+            self._records += self._describe(*chosen, output)
+            yield batch, output.texts
 
     def _describe(
         self, requests: list[Instance], documents: list[dict], messages: list[Message], output: GeneratedBatch
@@ -210,6 +230,21 @@ def _read_batch_size(batch_size: int | str) -> int:
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it is a number from 1. Give one that fits in memory.")
     return int(batch_size)
+
+
+def _read_schedule(schedule: str) -> str:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}.")
+    return schedule
+
+
+def _read_visual_tokens(visual_tokens: int | str | None) -> tuple[int, ...]:
+    words = [] if visual_tokens is None else str(visual_tokens).split("/")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(
+            f"visual_tokens is {visual_tokens!r}; it is a number from 1, or several joined by '/', such as 64/192/576."
+        )
+    return tuple(int(word) for word in words)
 
 
 def _read_dtype(dtype: str, device: torch.device) -> torch.dtype:

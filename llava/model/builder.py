@@ -16,6 +16,7 @@ from llava.model.checkpoints.backbone import Backbone
 from llava.model.checkpoints.reading import read_backbone
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing, set_budget
+from llava.model.token_pruning import resume_token_pruning, set_token_pruning
 
 WHOLE_MODULES = ["vision_tower", "multi_modal_projector", "lm_head", "router", "adapter"]
 """Parts that stay in the data type of the model where the others are quantized."""
@@ -78,6 +79,7 @@ def load_pretrained_model(
     torch_dtype: torch.dtype | None = None,
     attn_implementation: str = "sdpa",
     multimodal: bool = True,
+    visual_tokens: int | None = None,
 ) -> tuple[Any, LlavaForConditionalGeneration, Any, int]:
     """LLaVA's loader: same arguments, same return order.
 
@@ -92,13 +94,16 @@ def load_pretrained_model(
         torch_dtype: Data type; None takes float32 on a CPU and float16 elsewhere, as LLaVA does.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
         multimodal: Accepted for lmms-eval; a LLaVA model always is.
+        visual_tokens: Tokens that the decoder reads of each image, the most important ones; None keeps what the
+            checkpoint says, which is all unless it was pruned; ``count_image_tokens(model.config)`` tells.
 
     Returns:
         Tokenizer, model, image processor, context length in tokens.
 
     Raises:
         ImportError: If quantization is asked for, and bitsandbytes is not installed.
-        ValueError: As ``load_checkpoint``; if a skip rate is asked of a dense checkpoint.
+        ValueError: As ``load_checkpoint``; if a skip rate is asked of a dense checkpoint, or more visual
+            tokens than there are.
     """
     on_cpu = str(device) == "cpu" or not torch.cuda.is_available()
     dtype = torch_dtype or (torch.float32 if on_cpu else torch.float16)
@@ -109,6 +114,8 @@ def load_pretrained_model(
     model = checkpoint.model.eval()
     if skip_rate is not None:
         set_budget(model, skip_rate)
+    if visual_tokens is not None:
+        set_token_pruning(model, visual_tokens)
     return checkpoint.tokenizer, model, checkpoint.image_processor, model.config.text_config.max_position_embeddings
 
 
@@ -140,6 +147,7 @@ def build_checkpoint(
         router = routing.build_router(model.config.text_config)
         attach_routing(model, router, routing.config.adapter_width, skip_unit=routing.config.skip_unit)
         load_routing_state_dict(model, routing.tensors)
+    resume_token_pruning(model)
     config = None if routing is None else routing.config
     return Checkpoint(model, backbone.tokenizer, backbone.image_processor, str(path), backbone.path, config)
 

@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.cache_utils import Cache
 
 from fuzzyroe.cache import has_started
+from fuzzyroe.routing_state import RoutingState
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.image_tokens import count_image_tokens
 from llava.model.answer_view import drop_prompts, show_answers_only
@@ -85,6 +86,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         images: Any = None,
         image_sizes: Any = None,
         skip_rate: Tensor | float | None = None,
+        routing: RoutingState | None = None,
         **kwargs: Any,
     ) -> Any:
         """Predict the next token at each position, in either convention.
@@ -101,6 +103,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             images: LLaVA's convention: images in the order of the markers, see ``stack_images``.
             image_sizes: LLaVA's convention: sizes of the images before they were processed; they are counted only.
             skip_rate: Mean skip rate of a routed model for this call, one number or one per row, (B,).
+            routing: State of these prompts, if the caller decides or describes them. In ``generate`` it is that of the
+                expanded rows: each prompt once per beam or returned sequence.
             **kwargs: As for ``LlavaForConditionalGeneration``.
 
         Returns:
@@ -113,6 +117,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         refuse_skip_rate_if_dense(self, skip_rate)
         if skip_rate is not None:
             kwargs["skip_rate"] = skip_rate
+        if routing is not None:
+            kwargs["routing"] = routing
         if has_markers(input_ids) or (images is not None and not has_started(past_key_values)):
             _refuse_mixture(pixel_values=pixel_values, inputs_embeds=inputs_embeds, position_ids=position_ids)
             inputs = self._expand(input_ids, attention_mask, images, image_sizes, labels=labels)

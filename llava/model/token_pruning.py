@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from fuzzyroe.attach import find_decoder
+from fuzzyroe.routing_state import RoutingState
 from llava.image_tokens import count_image_features
 from llava.model.image_positions import first_positions, image_lengths, shorten_images
 from llava.model.routing import prompt_routing
@@ -45,26 +46,53 @@ class PrunesTokens:
         """
         if input_ids is None or pixel_values is None:
             return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        image_token_id, num_features = self.config.image_token_index, count_image_features(self.config)
-        lengths = image_lengths(input_ids, image_token_id, len(pixel_values))
-        if max(lengths) > num_features:
-            raise ValueError(
-                f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to "
-                f"{num_features} or fewer."
-            )
-        if min(lengths) == num_features:
+        lengths = _lengths(self.config, input_ids, pixel_values)
+        if min(lengths) == count_image_features(self.config):
             return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        # embeddings first, then the tower, as in the stock forward: a sharded model gathers weights in this order
-        embeddings = self.get_input_embeddings()(input_ids)
         names = ("vision_feature_layer", "vision_feature_select_strategy")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        features = _prune(encode_images(self, pixel_values, **options), lengths, get_pruner(self.config.token_pruner))
-        routing = kwargs.get("routing")
-        if routing is not None and len(set(lengths)) > 1:
-            routing.images_per_row = first_positions(input_ids, image_token_id).sum(dim=1)
-        is_image = (input_ids == image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
+        embeddings = embed_prompts(self, input_ids, pixel_values, kwargs.get("routing"), **options)
         return super().forward(**{**kwargs, "inputs_embeds": embeddings})
+
+
+def embed_prompts(
+    llava_model: LlavaModel,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    routing: RoutingState | None = None,
+    **options: Any,
+) -> Tensor:
+    """Give the states before the first decoder layer: embeddings, with the tokens of each image in their places.
+
+    Args:
+        llava_model: The inner model of LLaVA, ``model.model``, with token pruning or without.
+        input_ids: Token ids with images expanded to the number of tokens they are to have, (B, N).
+        pixel_values: Images in the order of the rows, (images, 3, H, W); None for text.
+        routing: State of these prompts, which is told how many images each row has where their lengths differ.
+        **options: Passed to ``get_image_features``.
+
+    Returns:
+        States, (B, N, D), those of the model's own forward bit for bit.
+
+    Raises:
+        ValueError: If an image has more positions than features.
+    """
+    # embeddings first, then the tower, as in the stock forward: a sharded model gathers weights in this order
+    embeddings = llava_model.get_input_embeddings()(input_ids)
+    if pixel_values is None:
+        return embeddings
+    config = llava_model.config
+    lengths = _lengths(config, input_ids, pixel_values)
+    if min(lengths) == count_image_features(config):
+        features = torch.cat(
+            list(llava_model.get_image_features(pixel_values, return_dict=True, **options).pooler_output)
+        )
+    else:
+        features = _prune(encode_images(llava_model, pixel_values, **options), lengths, get_pruner(config.token_pruner))
+    if routing is not None and len(set(lengths)) > 1:
+        routing.images_per_row = first_positions(input_ids, config.image_token_index).sum(dim=1)
+    is_image = (input_ids == config.image_token_index).unsqueeze(-1)
+    return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
 
 def set_token_pruning(
@@ -102,6 +130,17 @@ def set_token_pruning(
     get_pruner(pruner)
     inner.__class__ = _pruning_class(base)
     config.num_visual_tokens, config.token_pruner = num_kept, pruner
+
+
+def resume_token_pruning(model: LlavaForConditionalGeneration) -> None:
+    """Prune again as the configuration of a loaded checkpoint says, if it says anything.
+
+    Raises:
+        ValueError, TypeError, KeyError: As ``set_token_pruning``.
+    """
+    number = getattr(model.config, "num_visual_tokens", None)
+    if number is not None:
+        set_token_pruning(model, number, getattr(model.config, "token_pruner", "dominant_merged"))
 
 
 def prune_inputs(
@@ -155,16 +194,12 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
     if not hasattr(router, "percentiles"):
         name = "no router" if router is None else f"a {type(router).__name__}"
         raise ValueError(f"The model has {name}, which gives no scores; plan with a fuzzy router.")
-    inner, config, input_ids = model.model, model.config, inputs["input_ids"]
-    embeddings = inner.get_input_embeddings()(input_ids)
-    is_image = input_ids == config.image_token_index
-    features = torch.cat(list(inner.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
-    states = embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype))
-    routing = prompt_routing(input_ids, inputs.get("attention_mask"), config.image_token_index, inputs["pixel_values"])
-    router.plan(states, routing)
+    config, input_ids, pixel_values = model.config, inputs["input_ids"], inputs["pixel_values"]
+    routing = prompt_routing(input_ids, inputs.get("attention_mask"), config.image_token_index, pixel_values)
+    router.plan(embed_prompts(model.model, input_ids, pixel_values, routing), routing)
     percentiles = router.percentiles(routing.scores)[:, 0]  # (B,)
     level = (percentiles * len(counts)).long().clamp(max=len(counts) - 1)
-    images_per_row = is_image.sum(dim=1) // count_image_features(config)
+    images_per_row = (input_ids == config.image_token_index).sum(dim=1) // count_image_features(config)
     return torch.tensor(list(counts), device=level.device)[level].repeat_interleave(images_per_row.to(level.device))
 
 
@@ -172,6 +207,18 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
 def _pruning_class(base: type[LlavaModel]) -> type[LlavaModel]:
     """Give the pruning subclass of an inner model's class, the same one each time."""
     return type(f"Pruning{base.__name__}", (PrunesTokens, base), {"base_class": base, "__module__": base.__module__})
+
+
+def _lengths(config: Any, input_ids: Tensor, pixel_values: Tensor) -> list[int]:
+    """Positions of each image, none of which has more than features."""
+    num_features = count_image_features(config)
+    lengths = image_lengths(input_ids, config.image_token_index, len(pixel_values))
+    if max(lengths) > num_features:
+        raise ValueError(
+            f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to {num_features} or "
+            "fewer."
+        )
+    return lengths
 
 
 def _prune(tokens: VisualTokens, lengths: list[int], pruner: TokenPruner) -> Tensor:

@@ -13,6 +13,7 @@ from fuzzyroe.routing_state import RoutingState
 from llava.conversation import get_template
 from llava.eval.generation import Generator
 from llava.model.builder import Checkpoint
+from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -51,7 +52,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def checkpoint(tiny_llava: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
     """A tiny dense checkpoint in memory."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return Checkpoint(tiny_llava, tokenizer, processor, "tiny", "tiny", None)
+    model = LlavaLlamaForCausalLM.adopt(tiny_llava, processor)  # as the loader does
+    return Checkpoint(model, tokenizer, processor, "tiny", "tiny", None)
 
 
 @pytest.fixture
