@@ -23,7 +23,7 @@ def stack_images(images: Any) -> tuple[Tensor | None, list[int]]:
         TypeError: If the images are something else, or no floating-point numbers.
         ValueError: If a tensor has another number of dimensions.
     """
-    if images is None or (isinstance(images, Sequence) and len(images) == 0):
+    if images is None or (isinstance(images, Tensor | Sequence) and len(images) == 0):
         return None, []
     items = list(images) if isinstance(images, Tensor | Sequence) else [images]
     wrong = {f"{type(item).__name__}" for item in items if not isinstance(item, Tensor)}
