@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.row_split import RowSplit
-
-if TYPE_CHECKING:
-    from fuzzyroe.routing_state import RoutingState
 
 
 class RoutedCacheLayer(DynamicLayer):

@@ -9,7 +9,7 @@ D, key/value width K, MLP width F, adapter width A, context C (positions that it
     output head   2 D V                         where a logit is asked for, vocabulary V
 
 A prefill of N positions has C = N for each: kernels may leave out what a causal mask hides, the count does not, as in
-torch's ``FlopCounterMode``. Published counts of one model differ by up to 2.8 times, so ratios are compared, not counts.
+torch's ``FlopCounterMode``. Published counts of one model differ by up to 2.8 times, so compare ratios, not counts.
 """
 
 from __future__ import annotations

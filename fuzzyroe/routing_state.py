@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fuzzyroe.layout import Layout
 from fuzzyroe.row_split import RowSplit
-
-if TYPE_CHECKING:
-    from fuzzyroe.routing_tokens import Insertion
-    from fuzzyroe.schedule import Relaxation
+from fuzzyroe.schedule import Relaxation
 
 MODES = ("soft", "hard")
 
@@ -42,7 +40,9 @@ class RoutingState:
         prefix_weights: Layer index -> keep weight of the positions of turn 0, (B,), where a router gives them one of
             their own; elsewhere they take the mean over the turns.
         relaxation: How a router that learns softens its decisions (``schedule.Relaxation``); None as they are.
-        inserted: Positions that a router has added to this pass (``routing_tokens.Insertion``); None for none.
+        inserted: Where the routing tokens of this pass stand; None for none.
+        caller: Where there are any, the state that the pass was called with, which knows the prompt only and gets the
+            results too.
         pixel_values: Images of the batch in the order of its rows, (images, channels, H, W); only features that look at
             pixels read them.
         images_per_row: Images of each row, (B,); needed only where images differ in the number of their positions.
@@ -64,7 +64,8 @@ class RoutingState:
     arrived: dict[int, Tensor] = field(default_factory=dict)
     prefix_weights: dict[int, Tensor] = field(default_factory=dict)
     relaxation: Relaxation | None = None
-    inserted: Insertion | None = None
+    inserted: Layout | None = None
+    caller: RoutingState | None = None
     pixel_values: Tensor | None = None
     images_per_row: Tensor | None = None
     summary: Any = None

@@ -10,7 +10,7 @@ Reference:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fuzzyroe.cache import RoutedCacheLayer
 from fuzzyroe.compat import RoECompat
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.token_layout import Layout, lay_out
+from fuzzyroe.token_layout import lay_out
 
 INITIAL_SPREAD = 0.02
 """Standard deviation that RoE's tokens really start with."""
@@ -41,24 +41,6 @@ class RoutingTokens(nn.Module):
         """Give the tokens of a batch, the image's first, (B, 1 + T, D)."""
         turns = self.text.unsqueeze(0).expand(num_turns, -1)
         return torch.cat([self.image.unsqueeze(0), turns]).unsqueeze(0).expand(num_rows, -1, -1)
-
-
-@dataclass(frozen=True)
-class Insertion:
-    """Routing tokens among the positions of one forward pass.
-
-    Attributes:
-        layout: Where they stand.
-        caller_state: The state that the pass was called with, which knows the prompt only and gets the results.
-    """
-
-    layout: Layout
-    caller_state: RoutingState
-
-    @property
-    def turn_ids(self) -> Tensor:
-        """Turn of each position, routing tokens included, (B, S)."""
-        return self.layout.turn_ids
 
 
 def insert_tokens(
@@ -91,7 +73,7 @@ def insert_tokens(
         "inputs_embeds": _take(together, layout.order),
         "attention_mask": _as_kernel_mask(decoder, layout.attention_mask, embeddings.dtype),
         "position_ids": layout.position_ids,
-        "routing": replace(routing, inserted=Insertion(layout, routing)),
+        "routing": replace(routing, inserted=layout, caller=routing),
     }
 
 
@@ -103,11 +85,11 @@ def take_tokens_out(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], out
     Returns:
         The output without them, or None if there were none.
     """
-    inserted = getattr(kwargs.get("routing"), "inserted", None)
-    if inserted is None:
+    routing = kwargs.get("routing")
+    if routing is None or routing.inserted is None:
         return None
-    inserted.caller_state.keep_weights = kwargs["routing"].keep_weights
-    places = inserted.layout.prompt_places
+    routing.caller.keep_weights = routing.keep_weights
+    places = routing.inserted.prompt_places
     if isinstance(output, tuple):
         return tuple(_without_tokens(value, places) for value in output)
     for name, value in output.items():

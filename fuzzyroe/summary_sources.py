@@ -56,7 +56,7 @@ class TokenSource(nn.Module):
         """
         inputs = insert_tokens(self.tokens, decoder, inputs, routing, self.compat)
         state = inputs["routing"]
-        read = functools.partial(_gather, state.inserted.layout.token_places)
+        read = functools.partial(_gather, state.inserted.token_places)
         state.summary = Summary(read, _first_norms(decoder), _turn_mask(routing))
         return inputs
 

@@ -94,7 +94,7 @@ def test_rows_see_what_they_saw_in_the_published_code() -> None:
     inputs, _, state = training_batch(model)
     recorder = Recorder(model)
     model(**inputs, routing=state, use_cache=False)
-    layout = recorder.states[0].inserted.layout
+    layout = recorder.states[0].inserted
     assert torch.equal(layout.attention_mask[:, 0], golden("prep/attn_allowed"))
     assert torch.equal(layout.position_ids, golden("prep/position_ids").expand(3, -1))
 
@@ -211,7 +211,7 @@ def test_the_states_of_a_prompt_are_the_published_ones(name: str) -> None:
     inputs, state = prompts(model, name)
     recorder = Recorder(model)
     logits = model(**inputs, routing=state, use_cache=True).logits
-    layout = recorder.states[0].inserted.layout
+    layout = recorder.states[0].inserted
     assert torch.equal(layout.position_ids, golden(f"{name}/position_ids"))
     for layer in range(NUM_LAYERS):
         assert_close(recorder.outputs[layer], golden(f"{name}/layer_out")[layer], f"layer {layer}")
