@@ -21,7 +21,8 @@ class SFTCollator:
 
     Returns (from a call):
         ``input_ids``, ``labels``, ``turn_ids``, ``attention_mask`` (B, N) and, if any sample has an image,
-        ``pixel_values`` (images in batch, 3, H, W) in the order of the samples.
+        ``pixel_values`` (images in batch, 3, H, W) in the order of the samples; ``sample_index`` (B,), where samples
+        know theirs, for messages about them.
     """
 
     pad_token_id: int
@@ -39,4 +40,6 @@ class SFTCollator:
         images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
         if images:
             batch["pixel_values"] = torch.cat(images)
+        if all("sample_index" in sample for sample in samples):
+            batch["sample_index"] = torch.tensor([sample["sample_index"] for sample in samples])
         return batch

@@ -60,7 +60,7 @@ class SFTDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: ``input_ids``, ``labels``, ``turn_ids`` (N,) and ``pixel_values`` (images, 3, H, W) or None."""
+        """One sample: ``input_ids``, ``labels``, ``turn_ids`` (N,), ``pixel_values`` (images, 3, H, W) or None."""
         record = self.records[index]
         image = (self.num_image_tokens, self.image_token_id)
         try:
@@ -76,6 +76,7 @@ class SFTDataset(Dataset):
             "labels": tensor(encoded.labels),
             "turn_ids": tensor(encoded.turn_ids),
             "pixel_values": self._pixel_values(record) if record.images else None,
+            "sample_index": index,
         }
 
     def modality_lengths(self) -> list[int]:

@@ -32,6 +32,12 @@ class ModalityLengthSampler(Sampler[int]):
         self.batch_size = batch_size
         self.generator = generator
         self.num_ranks = num_ranks
+        self._seed = None if generator is None else generator.initial_seed()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next order be that of an epoch, whatever was drawn before; a run resumed in it draws the same."""
+        if self._seed is not None and epoch > 0:
+            self.generator.manual_seed(self._seed + epoch)
 
     def __len__(self) -> int:
         return len(self.lengths)

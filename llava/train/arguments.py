@@ -64,6 +64,9 @@ class RoutingArguments:
     max_skip_ratio: float = field(default=0.5, metadata={"help": "Largest budget that is calibrated and trained for."})
     skip_pattern: str = field(default="plan", metadata={"help": "plan (the router decides) or random."})
     dense_ratio: float = field(default=0.0, metadata={"help": "Share of samples that skip nothing, in [0, 1]."})
+    train_hard_skip: bool = field(
+        default=False, metadata={"help": "Leave skipped layers out in training, whole rows by their last turn."}
+    )
     calibration_samples: int = field(default=1024, metadata={"help": "Samples measured at each skip count."})
     order_samples: int = field(default=256, metadata={"help": "Samples that the order of layers is searched on."})
     score_samples: int = field(default=4096, metadata={"help": "Samples that score quantiles are taken from."})
@@ -116,6 +119,13 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_alpha: int = field(default=16, metadata={"help": "Updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the updates, in [0, 1)."})
     report_to: str = field(default="none", metadata={"help": "none, tensorboard or wandb."})
+    resume_from_checkpoint: str = field(
+        default="auto", metadata={"help": "auto (the newest whole one of OUTPUT_DIR.partial), none, or a folder."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Step checkpoints kept, the newest ones."})
+    watchdog_seconds: float = field(
+        default=600.0, metadata={"help": "End a rank that stands still for so long, naming layer and batch; 0 never."}
+    )
     fingerprint: str = field(default="", metadata={"help": "Written to OUTPUT_DIR/fingerprint with the checkpoint."})
     skip_data_check: bool = field(default=False, metadata={"help": "Start without checking records and images."})
     allow_truncation: bool = field(default=False, metadata={"help": "Train even if many records are cut."})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from fuzzyroe.routing_state import RoutingState
 from llava.constants import IGNORE_INDEX
 
 
-def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
+def describe_batch(
+    inputs: dict[str, Any], image_token_id: int, mode: Literal["soft", "hard"] = "soft"
+) -> RoutingState:
     """Where turns, images and questions are; nothing is planned yet.
 
     Without an image the system prompt is read as part of the first question, as ``prompt_routing`` does at inference:
@@ -20,9 +22,10 @@ def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
     Args:
         inputs: Batch with ``input_ids``, ``labels`` and ``turn_ids``, (B, N), and ``pixel_values`` if it has images.
         image_token_id: Token id of image positions.
+        mode: ``"soft"`` computes both branches of every layer, ``"hard"`` one for each row: that of its last turn.
 
     Returns:
-        A soft state. Answers are no part of a question, so they cannot influence a route.
+        A state. Answers are no part of a question, so they cannot influence a route.
     """
     turn_ids = inputs["turn_ids"]
     image_mask = inputs["input_ids"] == image_token_id
@@ -33,7 +36,7 @@ def describe_batch(inputs: dict[str, Any], image_token_id: int) -> RoutingState:
         turn_ids,
         image_mask,
         question_mask,
-        "soft",
+        mode,
         num_turns=max(int(turn_ids.max()), 1),
         pixel_values=inputs.get("pixel_values"),
     )
@@ -46,18 +49,22 @@ class BudgetedRouting:
         image_token_id: Token id of image positions.
         max_skip_ratio: Largest budget.
         dense_ratio: Share of samples that skip nothing, in [0, 1].
+        mode: As in ``describe_batch``.
 
     A call draws budgets uniform in [0, ``max_skip_ratio``] from torch's default generator, which the trainer saves and
     restores, so a resumed run draws the same.
     """
 
-    def __init__(self, image_token_id: int, max_skip_ratio: float, dense_ratio: float = 0.0) -> None:
+    def __init__(
+        self, image_token_id: int, max_skip_ratio: float, dense_ratio: float = 0.0, mode: str = "soft"
+    ) -> None:
         self.image_token_id = image_token_id
+        self.mode = mode
         self.max_skip_ratio = max_skip_ratio
         self.dense_ratio = dense_ratio
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
-        state = describe_batch(inputs, self.image_token_id)
+        state = describe_batch(inputs, self.image_token_id, self.mode)
         num_samples = state.turn_ids.shape[0]
         budgets: Tensor = torch.rand(num_samples) * self.max_skip_ratio
         budgets[torch.rand(num_samples) < self.dense_ratio] = 0.0
@@ -72,18 +79,20 @@ class RandomRouting:
         image_token_id: Token id of image positions.
         num_layers: Layers of the decoder; the first is always kept.
         max_skip_ratio: Largest rate over the layers that may be skipped.
+        mode: As in ``describe_batch``.
 
     Reference:
         RoE (arXiv:2407.14093) warms its adapters up with random skips.
     """
 
-    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float) -> None:
+    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float, mode: str = "soft") -> None:
         self.image_token_id = image_token_id
+        self.mode = mode
         self.num_layers = num_layers
         self.max_skip_ratio = max_skip_ratio
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
-        state = describe_batch(inputs, self.image_token_id)
+        state = describe_batch(inputs, self.image_token_id, self.mode)
         rates = torch.rand(state.turn_ids.shape[0], 1, 1) * self.max_skip_ratio
         keep = (torch.rand(state.turn_ids.shape[0], state.num_turns, self.num_layers) >= rates).float()
         keep[:, :, 0] = 1.0

@@ -173,7 +173,8 @@ class Measurer:
         return describe_batch(moved, self.image_token_id)
 
     def _forward(self, batch: dict[str, Tensor], state: RoutingState) -> Any:
-        inputs = {key: value.to(self.device) for key, value in batch.items() if key not in ("labels", "turn_ids")}
+        names = ("input_ids", "attention_mask", "pixel_values")
+        inputs = {name: batch[name].to(self.device) for name in names if name in batch}
         if "pixel_values" in inputs:
             dtype = next(self._decoder().parameters()).dtype
             inputs["pixel_values"] = inputs["pixel_values"].to(dtype)

@@ -25,6 +25,7 @@ from llava.train.engine import gather_parameters
 from llava.train.lora import save_lora
 from llava.train.param_groups import parameters_by_part
 from llava.train.stages import Stage
+from llava.train.step_checkpoint import SAVING, list_checkpoints
 
 BACKBONE_PARTS = ("vision_tower", "projector", "decoder")
 
@@ -35,11 +36,6 @@ PROJECTOR_FILE = "mm_projector.bin"
 def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: Path, summary: dict[str, Any]) -> None:
     """Write a stage's checkpoint; call on all ranks.
 
-    The folder holds ``config.json``, tokenizer and image processor. A routed model adds a ``fuzzyroe`` block in the
-    configuration, ``routing.safetensors`` and the router's files. Backbone weights are there, under stock names, only
-    if the stage trained any of them as a whole; of a stage with low-rank updates these, in peft's format, and the
-    projector if it trained. A projector trained alone is written under LLaVA's names as well.
-
     Args:
         trainer: Trainer whose model is saved; its ``args.output_dir`` is the folder being written.
         checkpoint: What the stage started from.
@@ -47,7 +43,32 @@ def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: P
         output: Final folder; an earlier one is replaced only when the new one is complete.
         summary: Facts for ``stage.json``.
     """
-    partial, model = Path(trainer.args.output_dir), trainer.model
+    partial = Path(trainer.args.output_dir)
+    write_model(trainer, checkpoint, stage, partial, output)
+    if trainer.args.process_index == 0:
+        if trainer.args.fingerprint:
+            (partial / "fingerprint").write_text(trainer.args.fingerprint + "\n")
+        write_json(partial / "stage.json", summary)
+        replace_folder(partial, output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_model(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path) -> None:
+    """Write what ``load_checkpoint`` reads; call on all ranks.
+
+    The folder holds ``config.json``, tokenizer and image processor. A routed model adds a ``fuzzyroe`` block in the
+    configuration, ``routing.safetensors`` and the router's files. Backbone weights are there, under stock names, only
+    if the stage trained any of them as a whole; of a stage with low-rank updates these, in peft's format, and the
+    projector if it trained. A projector trained alone is written under LLaVA's names as well.
+
+    Args:
+        trainer: Trainer whose model is written.
+        checkpoint: What the stage started from.
+        stage: What was trained.
+        folder: Folder to write to.
+        output: Where it will lie in the end; a local base model is named relative to that.
+    """
+    model = trainer.model
     is_routed = stage.routing != "off"
     has_updates = "lora" in stage.trains
     writes_backbone = not has_updates and (not is_routed or bool(set(stage.trains) & set(BACKBONE_PARTS)))
@@ -57,29 +78,24 @@ def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: P
     updates = gather_parameters(parts["lora"])
     routing = gather_parameters(_routing_parameters(model) if is_routed else {})
     if trainer.args.process_index == 0:
-        partial.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         base = None if writes_backbone else _relative_base(checkpoint.weights_path, output)
         if is_routed:
-            _save_routing(model, routing, stage, base, partial)
+            _save_routing(model, routing, stage, base, folder)
         if stage.trains == ("projector",):
-            _save_projector({name: tensors[name] for name in parts["projector"]}, partial)
+            _save_projector({name: tensors[name] for name in parts["projector"]}, folder)
         if writes_backbone:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            model.save_pretrained(partial, state_dict=tensors, save_original_format=False)  # empties ``tensors``
-            _verify_weights(partial, shapes)
+            model.save_pretrained(folder, state_dict=tensors, save_original_format=False)  # empties ``tensors``
+            _verify_weights(folder, shapes)
         else:
-            model.config.save_pretrained(partial)
+            model.config.save_pretrained(folder)
             if has_updates:
-                save_lora(model, updates, tensors, partial)
+                save_lora(model, updates, tensors, folder)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(partial)
-        checkpoint.tokenizer.save_pretrained(partial)
-        checkpoint.image_processor.save_pretrained(partial)
-        if trainer.args.fingerprint:
-            (partial / "fingerprint").write_text(trainer.args.fingerprint + "\n")
-        write_json(partial / "stage.json", summary)
-        replace_folder(partial, output)
-    trainer.accelerator.wait_for_everyone()
+            model.generation_config.save_pretrained(folder)
+        checkpoint.tokenizer.save_pretrained(folder)
+        checkpoint.image_processor.save_pretrained(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,8 +107,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Put a complete folder into its final place; what stood there is removed only afterwards."""
-    for leftover in partial.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
+    for leftover in (*list_checkpoints(partial), partial / SAVING):
+        shutil.rmtree(leftover, ignore_errors=True)
     old = final.with_name(final.name + ".old")
     if old.exists():
         shutil.rmtree(old)

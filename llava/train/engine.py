@@ -11,6 +11,8 @@ from torch import Tensor, distributed, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
 
+from fuzzyroe.attach import find_decoder_layers
+
 Result = TypeVar("Result")
 
 
@@ -35,6 +37,19 @@ def init_engine_communication() -> None:
     deepspeed = import_deepspeed()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed()
+
+
+def make_leaf_layers(model: nn.Module) -> None:
+    """Have ZeRO-3 gather each decoder layer as a whole, so that ranks may run different parts of it.
+
+    All ranks then gather the same weights whatever they run, and a part that a rank left out counts as gradient zero.
+    Call before the engine exists; without ZeRO-3 the mark has no effect.
+
+    Reference:
+        DeepSpeed's ZeRO leaf modules, made for mixtures of experts.
+    """
+    classes = list({type(layer) for layer in find_decoder_layers(model)})
+    import_deepspeed().utils.set_z3_leaf_modules(model, classes)
 
 
 def prepare_for_forward(trainer: Trainer) -> nn.Module:

@@ -27,14 +27,15 @@ class MovementCheck(TrainerCallback):
     Args:
         model: The model that trains.
         stage: Names the parts that must move; every parameter of every other part must keep its bits.
+        moved: What had moved when a resumed run was saved.
 
     Attributes:
         moved: Part -> whether it moved; complete once training has ended.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage) -> None:
+    def __init__(self, model: nn.Module, stage: Stage, moved: dict[str, bool] | None = None) -> None:
         self.model, self.stage = model, stage
-        self.moved: dict[str, bool] = {}
+        self.moved: dict[str, bool] = {**dict.fromkeys(PARTS, False), **(moved or {})}
         self._before: dict[str, dict[str, int]] = {}
         self._learning_rate = 0.0
         self._num_steps = 0
@@ -44,7 +45,6 @@ class MovementCheck(TrainerCallback):
     ) -> None:
         """Take fingerprints."""
         self._before = {part: self._fingerprints(part) for part in PARTS}
-        self.moved = dict.fromkeys(PARTS, False)
         self._num_steps = 0
 
     def on_pre_optimizer_step(

@@ -28,10 +28,12 @@ from llava.train.arguments import (
     RoutingArguments,
     stage_of,
 )
+from llava.train.hard_skip import check_hard_skip
 from llava.train.lora import import_peft
 from llava.train.roe_preflight import check_roe
 from llava.train.stages import Stage, StageInputError
 from llava.train.start import check_agreement, vision_settings
+from llava.train.step_checkpoint import describe_run, find_resume, partial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,11 @@ def check_inputs(
     config, sources = _check_model(model_args, stage)
     _check_extras(training_args, stage)
     _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, routing_args)
-    _check_output(Path(training_args.output_dir), sources)
+    output = Path(training_args.output_dir)
+    _check_output(output, sources)
     _check_deepspeed(training_args, stage)
+    if routing_args.train_hard_skip:
+        check_hard_skip(stage, training_args)
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
     if training_args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise StageInputError(
@@ -76,6 +81,8 @@ def check_inputs(
     if not training_args.skip_data_check:
         _check_records(model_args, data_args, training_args)
     _check_number(len(RecordFile(data_args.data_path)), stage, routing_args, training_args.world_size)
+    run = describe_run(model_args, data_args, routing_args, training_args)
+    find_resume(training_args.resume_from_checkpoint, partial_folder(output), run)
 
 
 def _check_routing(block: dict | None, stage: Stage, model_path: str, routing_args: RoutingArguments) -> None:

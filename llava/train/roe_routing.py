@@ -98,7 +98,6 @@ class RoEObjective:
         if not parts:
             return {}
         return {
-            "routing/skip_rate": torch.cat([part.skip_rate for part in parts]).mean(),
             "routing/task_loss": torch.cat([part.task for part in parts]).mean(),
             "routing/hinge": torch.cat([part.hinge for part in parts]).mean(),
         }

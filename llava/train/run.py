@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from torch import distributed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.calibrate import calibrate_router
@@ -34,16 +37,22 @@ from llava.train.arguments import (
 )
 from llava.train.batch_routing import BudgetedRouting, RandomRouting
 from llava.train.calibrate import CalibrationSize, Measurer
-from llava.train.callbacks import MetricsFile
-from llava.train.checkpoint import save_stage, write_json
+from llava.train.callbacks import Console, MetricsFile
+from llava.train.checkpoint import save_stage, write_json, write_model
 from llava.train.engine import describe_engine, init_engine_communication, prepare_for_forward
+from llava.train.hard_skip import ZeroMissingGradients, prepare_hard_skip
 from llava.train.lora import add_lora
+from llava.train.loss_guard import LossGuard
 from llava.train.movement import MovementCheck
+from llava.train.observers import Observers, name_of, source_of
 from llava.train.param_groups import freeze_all_but
 from llava.train.roe_routing import RelaxedRouting, RoEObjective
+from llava.train.routing_metrics import RoutingMeter, Throughput
 from llava.train.stages import PARTS, Stage
 from llava.train.start import load_start
+from llava.train.step_checkpoint import StepSaving, describe_run, find_resume, partial_folder, read_facts, step_of
 from llava.train.trainer import LlavaTrainer
+from llava.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +74,12 @@ def run_stage(
     started = time.time()
     stage = stage_of(model_args, routing_args, training_args)
     output = Path(training_args.output_dir)
-    training_args.output_dir = str(output.with_name(output.name + ".partial"))
+    partial = partial_folder(output)
+    training_args.output_dir = str(partial)
     if training_args.deepspeed:
         init_engine_communication()
+    described = describe_run(model_args, data_args, routing_args, training_args)
+    resumed = _begin_folder(partial, described, training_args)
     checkpoint = load_start(model_args, torch_dtype(training_args), training_args.seed)
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
     if stage.routing != "off" and checkpoint.routing is None:
@@ -76,18 +88,25 @@ def run_stage(
         rank, alpha, dropout = training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout
         add_lora(checkpoint.model, rank, alpha, dropout, model_args.model_name_or_path)
     make_text_only_safe(checkpoint.model)
+    if routing_args.train_hard_skip:
+        prepare_hard_skip(checkpoint.model, training_args)
     trained = freeze_all_but(checkpoint.model, stage)
+    movement = MovementCheck(checkpoint.model, stage, read_facts(resumed)["moved"] if resumed else None)
     trainer = _build_trainer(stage, checkpoint, model_args, data_args, routing_args, training_args)
+    trainer.step_saving = StepSaving(
+        described,
+        lambda trainer, folder: write_model(trainer, checkpoint, stage, folder, partial / folder.name),
+        lambda: {"moved": movement.moved},
+    )
     summary: dict[str, Any] = {"stage": stage.name, "purpose": stage.purpose, "samples": len(trainer.train_dataset)}
     if stage.trains:
         if training_args.process_index == 0:
-            Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_json(Path(training_args.output_dir) / "trainable_params.json", trained)
-        movement = MovementCheck(checkpoint.model, stage)
+            write_json(partial / "trainable_params.json", trained)
         trainer.add_callback(movement)
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         summary |= {
             "steps": result.global_step,
+            "resumed_at": step_of(resumed) if resumed else None,
             "global_batch": trainer.get_total_train_batch_size(training_args),
             "training_loss": result.training_loss,
             "training_seconds": time.time() - started,
@@ -102,6 +121,22 @@ def run_stage(
         say(f"{stage.name}: {summary['engine']}, ZeRO {summary['zero_stage']}, world size {summary['world_size']}")
         say(f"{stage.name}: {summary['seconds']:.0f} s in all, written to {output}")
     return summary
+
+
+def _begin_folder(partial: Path, described: dict[str, Any], training_args: LlavaTrainingArguments) -> Path | None:
+    """Find what to resume and remove what an earlier run left if that is nothing; the same answer on all ranks."""
+    found: list[Any] = [None]
+    if training_args.process_index == 0:
+        found = [find_resume(training_args.resume_from_checkpoint, partial, described)]
+        if found[0] is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "fingerprint").write_text(training_args.fingerprint + "\n")
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(found)
+    if found[0] is not None and training_args.process_index == 0:
+        say(f"going on from step {step_of(found[0])}, saved in {found[0]}")
+    return found[0]
 
 
 def torch_dtype(training_args: LlavaTrainingArguments) -> torch.dtype:
@@ -162,30 +197,51 @@ def _build_trainer(
         data_args.image_aspect_ratio,
     )
     rates = learning_rates(routing_args, training_args)
-    routing = None
+    routing, mode = None, "hard" if routing_args.train_hard_skip else "soft"
     if stage.routing == "plan" and routing_args.skip_pattern == "random":
         num_layers = config.text_config.num_hidden_layers
-        routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio)
+        routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio, mode)
     elif stage.routing == "plan":
-        routing = BudgetedRouting(config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
-    callbacks, objective = [MetricsFile(Path(training_args.output_dir) / "metrics.jsonl")], None
+        budgets = (routing_args.max_skip_ratio, routing_args.dense_ratio)
+        routing = BudgetedRouting(config.image_token_index, *budgets, mode)
+    callbacks, objective = [MetricsFile(Path(training_args.output_dir) / "metrics.jsonl"), Console()], None
+    if mode == "hard" and not training_args.deepspeed:
+        callbacks.append(ZeroMissingGradients(checkpoint.model))
     if stage.routing == "relaxed":
         compat, skip_ratio = find_decoder(checkpoint.model).router.compat, routing_args.skip_ratio
         num_layers = config.text_config.num_hidden_layers
         routing = RelaxedRouting(config.image_token_index, num_layers, stage.span, skip_ratio, compat)
         objective = RoEObjective(skip_ratio, compat.damping)
         callbacks.append(routing)
-    return LlavaTrainer(
+    observers = _build_observers(checkpoint, dataset, stage, training_args)
+    trainer = LlavaTrainer(
         stage=stage,
         learning_rates=rates,
         batch_routing=routing,
         objective=objective,
+        observers=observers,
         model=checkpoint.model,
         args=training_args,
         train_dataset=dataset,
         data_collator=SFTCollator(checkpoint.tokenizer.pad_token_id),
-        callbacks=callbacks,
+        callbacks=[*callbacks, *observers.callbacks()],
     )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    return trainer
+
+
+def _build_observers(
+    checkpoint: Checkpoint, dataset: SFTDataset, stage: Stage, training_args: LlavaTrainingArguments
+) -> Observers:
+    name = functools.partial(name_of, dataset)
+    meter = watchdog = None
+    if stage.routing != "off":
+        rules = getattr(find_decoder(checkpoint.model).router, "rules", None)
+        meter = RoutingMeter(functools.partial(source_of, dataset), rules)
+    if training_args.watchdog_seconds > 0:
+        watchdog = Watchdog(checkpoint.model, training_args.watchdog_seconds, name, training_args.process_index)
+    return Observers(LossGuard(name), Throughput(), meter, watchdog)
 
 
 def _calibrate(trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -18,6 +18,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # launchers run this file by its path; imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from llava.train.launcher_watch import watch_launcher
+
+if __name__ == "__main__":  # before the imports that take seconds
+    watch_launcher()
+
 from torch import distributed
 
 from llava.train.arguments import parse_arguments

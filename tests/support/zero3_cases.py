@@ -43,7 +43,7 @@ class PlanFromTokens(BudgetedRouting):
     num_layers = 4
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
-        state = describe_batch(inputs, self.image_token_id)
+        state = describe_batch(inputs, self.image_token_id, self.mode)
         tokens = (inputs["input_ids"] * inputs["attention_mask"]).sum(dim=1)  # (B,), the same however it is padded
         keep = torch.ones(len(tokens), state.num_turns, self.num_layers)
         for row, total in enumerate(tokens.tolist()):

@@ -18,7 +18,8 @@ from llava.mm_utils import process_images
 
 def test_a_sample_has_ids_labels_turns_and_pixels(sft_dataset: SFTDataset) -> None:
     sample = sft_dataset[1]
-    assert set(sample) == {"input_ids", "labels", "turn_ids", "pixel_values"}
+    assert set(sample) == {"input_ids", "labels", "turn_ids", "pixel_values", "sample_index"}
+    assert sample["sample_index"] == 1
     assert sample["input_ids"].shape == sample["labels"].shape == sample["turn_ids"].shape
     assert (sample["input_ids"] == 4).sum() == 16
     assert sample["turn_ids"].unique().tolist() == [0, 1, 2]

@@ -1,0 +1,167 @@
+"""Two ranks forked off a process that has imported everything, so that a stage can be killed and resumed often.
+
+    python tests/support/forked_ranks.py PLAN.json
+
+The plan is a list of cases, each with ``name``, ``flags`` (those of llava/train/train.py, without ``output_dir``) and
+``kills``, how often it is killed. A case runs once undisturbed into ``NAME.whole``. Then it runs into ``NAME``, where
+both ranks are killed -9 again and again: as soon as half of its steps are saved, at random moments, and inside a save;
+whenever it comes through before the last kill, it begins anew. After each kill every step checkpoint must be whole.
+``NAME.kills.json`` says when it was killed and what was there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llava.train import train
+from llava.train.engine import import_deepspeed
+from llava.train.step_checkpoint import SAVING, find_fault, list_checkpoints
+
+NUM_RANKS = 2
+TIMEOUT = 180.0
+
+
+class Ranks:
+    """Both ranks of one run of llava/train/train.py.
+
+    Args:
+        flags: Its command line.
+        log: File that their output is appended to.
+    """
+
+    def __init__(self, flags: list[str], log: Path) -> None:
+        self.log = log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.alive = [self._fork(rank, port, flags) for rank in range(NUM_RANKS)]
+
+    def _fork(self, rank: int, port: int, flags: list[str]) -> int:
+        child = os.fork()
+        if child:
+            return child
+        status = 1
+        try:
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+            sys.argv = ["train.py", *flags]
+            train.main()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> bool:
+        """Whether both have ended well.
+
+        Raises:
+            RuntimeError: If one of them failed.
+        """
+        for child in list(self.alive):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                self.alive.remove(child)
+                if status:
+                    self.kill()
+                    raise RuntimeError(f"a rank ended with status {status}:\n{self.log.read_text()[-5000:]}")
+        return not self.alive
+
+    def kill(self) -> None:
+        """Kill -9 both, and wait until they are gone."""
+        for child in self.alive:
+            os.kill(child, signal.SIGKILL)
+        for child in self.alive:
+            os.waitpid(child, 0)
+        self.alive = []
+
+    def finish(self) -> None:
+        """Wait until both have ended well."""
+        deadline = time.monotonic() + TIMEOUT
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"the ranks took longer than {TIMEOUT} s:\n{self.log.read_text()[-5000:]}")
+            time.sleep(0.01)
+
+
+def run_case(name: str, flags: list[str], kills: int, folder: Path) -> None:
+    """Run one case of a plan, see the module."""
+    generator = random.Random(name)
+    output, log = folder / name, folder / f"{name}.log"
+    partial = output.with_name(f"{name}.partial")
+    started = time.monotonic()
+    Ranks([*flags, "--output_dir", f"{output}.whole"], log).finish()
+    whole_seconds = time.monotonic() - started
+    seen = []
+    while len(seen) < kills:
+        kind = "half" if not seen else ("save", "time")[len(seen) % 2]
+        ranks = Ranks([*flags, "--output_dir", str(output)], log)
+        has_finished = wait(ranks, kind, partial, generator, whole_seconds)
+        ranks.kill()
+        if has_finished:
+            shutil.rmtree(output)
+            continue
+        seen.append(look(kind, partial))
+    started = time.monotonic()
+    Ranks([*flags, "--output_dir", str(output)], log).finish()
+    seconds = {"whole": whole_seconds, "last": time.monotonic() - started}
+    (folder / f"{name}.kills.json").write_text(json.dumps({"kills": seen, "seconds": seconds}))
+
+
+def wait(ranks: Ranks, kind: str, partial: Path, generator: random.Random, whole_seconds: float) -> bool:
+    """Wait for the moment of a kill; True if the run has ended before it."""
+    later = generator.uniform(0, 0.05)
+    deadline = time.monotonic() + (generator.uniform(0.3, 1) * whole_seconds if kind == "time" else TIMEOUT)
+    while time.monotonic() < deadline:
+        if ranks.poll():
+            return True
+        if kind == "half" and (partial / "checkpoint-3").exists():
+            return False
+        if kind == "save" and list(partial.glob(f"{SAVING}/checkpoint-*")):
+            time.sleep(later)
+            return ranks.poll()
+        time.sleep(0.002)
+    return False
+
+
+def look(kind: str, partial: Path) -> dict:
+    """What a kill left behind."""
+    folders = list_checkpoints(partial)
+    return {
+        "kind": kind,
+        "steps": [folder.name for folder in folders],
+        "faults": {folder.name: find_fault(folder) for folder in folders if find_fault(folder)},
+        "unfinished": [path.name for path in partial.glob(f"{SAVING}/checkpoint-*")],
+    }
+
+
+def main() -> None:
+    """Run the cases of a plan, one after the other."""
+    plan = Path(sys.argv[1])
+    import_deepspeed()
+    for case in json.loads(plan.read_text()):
+        run_case(**case, folder=plan.parent)
+        print(case["name"], "done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
