@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
 from llava.conversation import get_template
 from llava.data.image_files import open_rgb
+from llava.data.outlines import estimate_length
 from llava.data.preprocess import encode_conversation
 from llava.data.records import DataError, ImageFileError, Record, RecordError, RecordFile, resolve_image
 from llava.mm_utils import process_images
@@ -79,15 +81,13 @@ class SFTDataset(Dataset):
             "sample_index": index,
         }
 
-    def modality_lengths(self) -> list[int]:
-        """Rough length of every sample in words and image tokens, negative for text-only ones; nothing is tokenized."""
-        return [self.modality_length(index) for index in range(len(self))]
+    def modality_lengths(self) -> np.ndarray:
+        """Rough length of every sample in tokens, negative for text-only ones, int32; nothing is parsed."""
+        return np.fromiter(map(self.modality_length, range(len(self))), dtype=np.int32, count=len(self))
 
     def modality_length(self, index: int) -> int:
         """Rough length of one sample, see ``modality_lengths``."""
-        record = self.records[index]
-        words = sum(len(turn.question.split()) + len(turn.answer.split()) for turn in record.turns)
-        return words + len(record.images) * self.num_image_tokens if record.images else -max(words, 1)
+        return estimate_length(self.records.raw_bytes(index), self.num_image_tokens)
 
     def _pixel_values(self, record: Record) -> Tensor:
         images = []

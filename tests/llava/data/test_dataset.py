@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SFTDataset
+from llava.data.outlines import estimate_length
 from llava.data.records import RecordError
 from llava.mm_utils import process_images
 
@@ -41,9 +42,29 @@ def test_images_are_prepared_as_at_inference(sft_dataset: SFTDataset, record_fol
     assert torch.equal(sft_dataset[1]["pixel_values"], expected)
 
 
-def test_lengths_count_words_and_image_positions_and_are_negative_for_text(sft_dataset: SFTDataset) -> None:
-    # "<image> Which digit is in the middle?" "seven" = 8 words and 16 positions
-    assert sft_dataset.modality_lengths() == [24, 16 + 3 + 1 + 9 + 1, -5, 16 + 11 + 4, -14, 16 + 5 + 1]
+def test_lengths_count_bytes_and_image_positions_and_are_negative_for_text(
+    sft_dataset: SFTDataset, record_folder: Path
+) -> None:
+    sizes = [len(json.dumps(record)) // 4 for record in json.loads((record_folder / "records.json").read_text())]
+    images = [16, 16, 0, 16, 0, 16]
+    assert sft_dataset.modality_lengths().tolist() == [
+        size + image if image else -size for size, image in zip(sizes, images, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b'{"image": "a.jpg"}' + b" " * 82, 25 + 5),
+        (b'{"image" :["a.jpg", "b.jpg"], "v": "<image><image>"}' + b" " * 48, 25 + 10),
+        (b'{"image": ["a.jpg"], "v": "\\u003cimage\\u003e"}' + b" " * 60, 25 + 5),
+        (b'{"image": null}' + b" " * 85, -25),
+        (b'{"v": "say \\"image\\": \\"x\\" <image>"}' + b" " * 65, -25),
+        (b"{}", -1),
+    ],
+)
+def test_a_length_is_estimated_from_bytes(text: bytes, expected: int) -> None:
+    assert estimate_length(text, 5) == expected
 
 
 def test_a_dataset_travels_to_data_loader_workers(sft_dataset: SFTDataset) -> None:
