@@ -6,6 +6,7 @@ import typer
 
 from llava.cli.chat import chat_command
 from llava.cli.check_data import check_data_command
+from llava.cli.convert import convert_command
 from llava.cli.data_stats import data_stats_command
 from llava.cli.doctor import doctor_command
 from llava.cli.errors import FriendlyGroup
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("check-data")(check_data_command)
 app.command("data-stats")(data_stats_command)
+app.command("convert")(convert_command)
 app.add_typer(rules_app, name="rules")
 app.command("explain")(explain_command)
 app.command("estimate")(estimate_command)

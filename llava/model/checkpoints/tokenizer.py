@@ -68,6 +68,7 @@ def _from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
     _add_ends(backend, llama, settings.get("add_bos_token", True), settings.get("add_eos_token", False))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        name_or_path=str(path),
         bos_token=llama.bos_token,
         eos_token=llama.eos_token,
         unk_token=llama.unk_token,
