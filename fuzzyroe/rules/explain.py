@@ -30,6 +30,7 @@ class FiredRule:
         strength: Firing strength in [0, 1]; strengths of all rules sum to one.
         output: What it concludes, in output units.
         origin: ``"expert"`` or ``"interpolated"``, followed by ``", fitted"`` where calibration has moved it.
+        comment: Why its author wrote it; empty if nothing was said.
     """
 
     text: str
@@ -37,6 +38,7 @@ class FiredRule:
     strength: float
     output: float
     origin: str
+    comment: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,4 +145,5 @@ def origin_of(rule_base: FuzzyRuleBase, cell: Sequence[int]) -> str:
 def _fired_rule(rule_base: FuzzyRuleBase, index: int, strength: float) -> FiredRule:
     cell = np.unravel_index(index, rule_base.shape)
     terms, output = rule_base.terms_of(cell), float(rule_base.output_table[cell])
-    return FiredRule(describe_rule(rule_base, terms, output), terms, strength, output, origin_of(rule_base, cell))
+    text, origin, comment = describe_rule(rule_base, terms, output), origin_of(rule_base, cell), rule_base.comments
+    return FiredRule(text, terms, strength, output, origin, comment.get(terms, ""))

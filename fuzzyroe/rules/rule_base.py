@@ -46,6 +46,7 @@ class FuzzyRuleBase:
         provenance: How this rule base came about, plain data.
         prior_table: The complete table before fitting, or None; fitting again starts from it.
         prior_source: Origin of its cells.
+        comments: Why a rule says what it says, in its author's words, by terms.
     """
 
     name: str
@@ -59,10 +60,12 @@ class FuzzyRuleBase:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     prior_table: np.ndarray | None = None
     prior_source: np.ndarray | None = None
+    comments: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "antecedents", tuple(self.antecedents))
         object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
+        object.__setattr__(self, "comments", {terms: " ".join(text.split()) for terms, text in self.comments.items()})
         for key, dtype in _ARRAYS.items():
             if getattr(self, key) is not None:
                 array = np.array(getattr(self, key), dtype=dtype)
@@ -344,7 +347,8 @@ class FuzzyRuleBase:
 
         Returns:
             A rule base in which, for each flipped antecedent, the consequents of its lowest and highest terms are
-            exchanged (and so on inwards) and the declared direction is turned; terms and peaks stay.
+            exchanged (and so on inwards) and the declared direction is turned; terms and peaks stay. Comments, if any
+            antecedent is flipped, are dropped: they argue for what turned out otherwise.
         """
         if len(signs) != len(self.antecedents) or any(sign not in (1, -1) for sign in signs):
             raise ValueError(
@@ -355,7 +359,8 @@ class FuzzyRuleBase:
         variables = [v.turned() if axis in axes else v for axis, v in enumerate(self.antecedents)]
         arrays = {key: np.flip(getattr(self, key), axes) for key in _ARRAYS if getattr(self, key) is not None}
         kept = {key: value for key, value in self.provenance.items() if key != "fit"}  # its examples fired other cells
-        return replace(self, antecedents=tuple(variables), provenance=kept, **arrays)
+        comments = {} if axes else self.comments
+        return replace(self, antecedents=tuple(variables), provenance=kept, comments=comments, **arrays)
 
     def _sparse(self) -> SparseTable:
         """Give the table with the geometry that interpolation needs."""

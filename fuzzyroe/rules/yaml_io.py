@@ -1,9 +1,9 @@
 """The YAML form of a rule base, schema ``fuzzy-rule-base/1``.
 
-A rule is a row ``[term, ..., term, consequent]``, one term per antecedent in their order, or ``any``. A completed or
-fitted rule base adds the origin of each cell, ``[..., consequent, interpolated]``, and for fitted cells what they were
-fitted from, ``[..., consequent, fitted, prior, expert]``. Numbers are written so that they read back as the same
-doubles.
+A rule is a row ``[term, ..., term, consequent]``, one term per antecedent in their order, or ``any``; the comment
+behind it stays with it. A completed or fitted rule base adds the origin of each cell, ``[..., consequent,
+interpolated]``, and for fitted cells what they were fitted from, ``[..., consequent, fitted, prior, expert]``. Numbers
+are written so that they read back as the same doubles.
 """
 
 from __future__ import annotations
@@ -133,25 +133,27 @@ def dump_rule_base(rule_base: FuzzyRuleBase) -> str:
     lines.append(
         f"rules:  # {', '.join(v.name for v in rule_base.antecedents)}, {consequent.name}, then origin and prior"
     )
-    lines += [f"  - {_flow(row)}" for row in _rows(rule_base)]
+    lines += _rows(rule_base)
     if rule_base.provenance:
         provenance = {"provenance": dict(rule_base.provenance)}
         lines.append(yaml.safe_dump(provenance, default_flow_style=None, sort_keys=False, allow_unicode=True).rstrip())
     return "\n".join(lines) + "\n"
 
 
-def _rows(rule_base: FuzzyRuleBase) -> list[list[Any]]:
-    """Give the rows of all cells with a rule; the origin is left out when all are the expert's."""
+def _rows(rule_base: FuzzyRuleBase) -> list[str]:
+    """Write the rows of all cells with a rule; the origin is left out when all are the expert's."""
     rows, all_expert = [], set(rule_base.source.ravel().tolist()) <= {"expert", NO_RULE}
     for cell in rule_base.cells():
         if np.isnan(rule_base.table[cell]):
             continue
-        row: list[Any] = [*rule_base.terms_of(cell), float(rule_base.table[cell])]
+        terms = rule_base.terms_of(cell)
+        row: list[Any] = [*terms, float(rule_base.table[cell])]
         if not all_expert:
             row.append(str(rule_base.source[cell]))
         if rule_base.source[cell] == "fitted":
             row += [float(rule_base.prior_table[cell]), str(rule_base.prior_source[cell])]
-        rows.append(row)
+        comment = rule_base.comments.get(terms)
+        rows.append(f"  - {_flow(row)}" + (f"  # {comment}" if comment else ""))
     return rows
 
 
@@ -248,24 +250,27 @@ def _read_defaults(reader: NodeReader, node: yaml.Node) -> float:
 
 def _read_rules(
     reader: NodeReader, node: yaml.Node, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
-) -> dict[str, np.ndarray]:
-    """Read the rows into the arrays of a rule base."""
+) -> dict[str, Any]:
+    """Read the rows into the arrays of a rule base, with their comments."""
     shape = tuple(len(variable.terms) for variable in antecedents)
     arrays = {"table": np.full(shape, np.nan), "source": np.full(shape, NO_RULE, dtype="U16")}
     arrays |= {f"prior_{key}": array.copy() for key, array in arrays.items()}
+    comments: dict[tuple[str, ...], str] = {}
     first_line: dict[tuple[int, ...], int] = {}
     for row in reader.sequence(node, "rules"):
         cells, value, source, prior, prior_source = _read_row(reader, row, antecedents, consequent)
+        comment = reader.comment_after(row)
         for cell in cells:
+            terms = tuple(variable.terms[k] for variable, k in zip(antecedents, cell, strict=True))
             if cell in first_line:
-                terms = tuple(variable.terms[k] for variable, k in zip(antecedents, cell, strict=True))
                 _refuse_second_rule(reader, row, terms, first_line[cell], arrays["table"][cell], value)
             first_line[cell] = row.start_mark.line + 1
+            if comment:
+                comments[terms] = comment
             arrays["table"][cell], arrays["source"][cell] = value, source
             arrays["prior_table"][cell], arrays["prior_source"][cell] = prior, prior_source
-    if "fitted" not in arrays["source"]:
-        return {key: arrays[key] for key in ("table", "source")}
-    return arrays
+    kept = arrays if "fitted" in arrays["source"] else {key: arrays[key] for key in ("table", "source")}
+    return {**kept, "comments": comments}
 
 
 def _read_row(

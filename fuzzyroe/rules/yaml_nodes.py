@@ -1,6 +1,7 @@
 """Strict reading of YAML nodes: every refusal names the file, the line, what was found and what to do.
 
-``yaml.safe_load`` keeps the last of two equal keys without a word and forgets where a value stood, hence this reader.
+``yaml.safe_load`` keeps the last of two equal keys without a word, forgets where a value stood and drops comments,
+hence this reader.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class NodeReader:
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
+        self._lines: list[str] = []
 
     def parse(self, text: str) -> yaml.Node:
         """Parse a text into its root node.
@@ -30,6 +32,7 @@ class NodeReader:
         Raises:
             ValueError: If the text is no YAML, or holds nothing or several documents.
         """
+        self._lines = text.splitlines()
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
@@ -50,6 +53,12 @@ class NodeReader:
     def where(self, node: yaml.Node) -> str:
         """Give ``file:line`` of a node."""
         return f"{self.origin}:{node.start_mark.line + 1}"
+
+    def comment_after(self, node: yaml.Node) -> str:
+        """Give the comment behind a list or mapping in brackets, on the line where it ends; empty if there is none."""
+        end, is_bracketed = node.end_mark, getattr(node, "flow_style", False)
+        rest = self._lines[end.line][end.column :].strip() if is_bracketed and end.line < len(self._lines) else ""
+        return rest[1:].strip() if rest.startswith("#") else ""
 
     def mapping(
         self, node: yaml.Node, what: str, required: Collection[str] = (), optional: Collection[str] | None = ()

@@ -47,7 +47,10 @@ def _print_explanation(console: Console, explanation: QuestionExplanation) -> No
         for name, value in rules.features.items()
     ]
     console.print(make_table("Features", ("feature", "in words", "scaled", "raw"), features, text_columns=2))
-    fired = [(rule.text, rule.origin, f"{rule.strength:.3f}") for rule in rules.fired]
+    fired = [
+        (rule.text + (f"\n  {rule.comment}" if rule.comment else ""), rule.origin, f"{rule.strength:.3f}")
+        for rule in rules.fired
+    ]
     title = f"\nStrongest of {rules.num_fired} rules that fired"
     console.print(make_table(title, ("rule", "origin", "strength"), fired, text_columns=2))
     num_layers = len(explanation.thresholds)

@@ -70,4 +70,4 @@ def _unused(review: Review) -> Iterator[str]:
         return
     yield f"unused rules: {len(review.idle) or 'none'}"
     for terms, examples in review.idle:
-        yield f"  {', '.join(terms)}: informed by {examples:.2f} examples of the fit; its prior and its neighbours decide"
+        yield f"  {', '.join(terms)}: informed by {examples:.2f} examples of the fit; its prior and neighbours decide"

@@ -32,7 +32,8 @@ def make_rule_base(rules=RULES, **options) -> FuzzyRuleBase:
 
 
 def test_explanation_names_the_rules_that_decide_the_score():
-    explanation = explain_features(make_rule_base(), [0.8, 0.75], max_rules=2)
+    rule_base = make_rule_base(comments={("high", "high"): "crowded and\nlong"})
+    explanation = explain_features(rule_base, [0.8, 0.75], max_rules=2)
     assert explanation.features == {"detail": 0.8, "length": 0.75}
     assert explanation.memberships["length"] == {"low": 0.0, "medium": 0.5, "high": 0.5}
     assert explanation.words["detail"] == "mostly high (0.80), a little low (0.20)"
@@ -43,6 +44,7 @@ def test_explanation_names_the_rules_that_decide_the_score():
         (("high", "high"), 0.4),
     ]
     assert explanation.fired[0].text == "if detail is high and length is medium then effort is 0.70"
+    assert [rule.comment for rule in explanation.fired] == ["", "crowded and long"]
     assert explanation.score == pytest.approx(0.4 * 0.7 + 0.4 * 1.0 + 0.1 * 0.2 + 0.1 * 0.4)
 
 

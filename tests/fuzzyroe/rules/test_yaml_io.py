@@ -120,6 +120,26 @@ def test_random_tables_read_back_bit_for_bit(values, peak, is_fitted):
     assert parse_rule_base(dump_rule_base(rule_base)) == rule_base
 
 
+def test_comments_of_rules_survive_the_file_completion_and_fit():
+    text = TEXT.replace("[low, high, 1]", "[low, high, 1]   # terse: one  thing # and another")
+    text = text.replace("[high, any, 2.0]", "[high, any, 2.0] # much").replace("[low, low, 0.0]", "['low', low, 0.0] #")
+    rule_base = parse_rule_base(text)
+    much = {("high", term): "much" for term in ("low", "mid", "high")}
+    assert rule_base.comments == {("low", "high"): "terse: one thing # and another", **much}
+    assert parse_rule_base(dump_rule_base(rule_base)) == rule_base
+    features = np.random.default_rng(0).random((40, 2))
+    fitted = rule_base.interpolate().fit(features, features.mean(axis=1))
+    assert parse_rule_base(dump_rule_base(fitted)).comments == rule_base.comments
+    assert fitted.reorient([1, 1]).comments == rule_base.comments and fitted.reorient([-1, 1]).comments == {}
+    with pytest.raises(ValueError, match="conflicts"):
+        parse_rule_base(text.replace("[high, any", "[low, any"))
+
+
+def test_a_rule_in_lines_of_its_own_takes_no_comment_from_elsewhere():
+    text = TEXT.replace("  - [low, low, 0.0]\n", "  - - low\n    - low\n    - 0.0\n# a heading\n")
+    assert parse_rule_base(text).comments == {}
+
+
 def test_a_calibrated_and_fitted_rule_base_survives_the_file(complete, tmp_path):
     rng = np.random.default_rng(0)
     features = rng.random((60, 3)).astype(np.float32)
