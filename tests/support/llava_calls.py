@@ -79,13 +79,14 @@ def expand_labels(row: list[int]) -> list[int]:
     return labels
 
 
-def make_call(rows: list[list[int]] = ROWS, side: str = "right") -> Call:
-    """A batch of rows, with an image of its own for every marker of ``ROWS``, whatever rows there are."""
-    generator = torch.Generator().manual_seed(3)
-    all_images = torch.randn(sum(row.count(IMAGE_TOKEN_INDEX) for row in ROWS), 3, 32, 32, generator=generator)
+def make_call(rows: list[list[int]] = ROWS, side: str = "right", images: Tensor | None = None) -> Call:
+    """A batch of some of ``ROWS``, each with its own of the images for all of them; these are random if not given."""
+    if images is None:
+        num_images = sum(row.count(IMAGE_TOKEN_INDEX) for row in ROWS)
+        images = torch.randn(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     used, start = [], 0
     for row in ROWS:
         end = start + row.count(IMAGE_TOKEN_INDEX)
         used += list(range(start, end)) if row in rows else []
         start = end
-    return Call(rows, *pad(rows, side), all_images[used], *pad([expand(row) for row in rows], side))
+    return Call(rows, *pad(rows, side), images[used], *pad([expand(row) for row in rows], side))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LogitsProcessor, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IGNORE_INDEX
-from llava.mm_utils import KeywordsStoppingCriteria
+from llava.mm_utils import KeywordsStoppingCriteria, process_images
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import set_budget
 from llava_calls import IMAGE_TOKEN_ID, ROWS, Call, expand_labels, make_call, pad
@@ -126,9 +128,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_generate_gives_the_new_tokens_of_the_expanded_prompts(models, side: str, options: dict) -> None:
+SIDES = ("left", "right", "right", "left", "right", "right", "left")
+
+
+@pytest.mark.parametrize(("options", "side"), zip(OPTIONS.values(), SIDES, strict=True), ids=OPTIONS)
+def test_generate_gives_the_new_tokens_of_the_expanded_prompts(models, options: dict, side: str) -> None:
     stock, ours = models
     call = make_call(side=side)
     torch.manual_seed(11)
@@ -250,15 +254,25 @@ def test_keywords_stop_an_answer_in_either_convention(models, word_tokenizer) ->
     )
 
 
+@pytest.fixture
+def pictures(image_processor) -> Tensor:
+    """A square image, two more of other shapes, and a wide one, padded to squares as LLaVA-1.5 does."""
+    sizes = ((32, 32), (40, 60), (64, 32), (90, 30))
+    images = [Image.linear_gradient("L").convert("RGB").rotate(40 * n).resize(size) for n, size in enumerate(sizes)]
+    return process_images(images, image_processor, SimpleNamespace(image_aspect_ratio="pad"))
+
+
 @torch.no_grad()
-def test_a_sample_is_answered_alike_alone_and_in_a_mixed_batch(model) -> None:
-    batch = make_call()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sample_is_answered_alike_alone_and_in_a_mixed_batch(model, pictures: Tensor, side: str) -> None:
+    batch = make_call(side=side, images=pictures)
     together = model(batch.input_ids, **batch.llava).logits
     tokens = model.generate(batch.input_ids, **batch.llava, **GREEDY)
     for index, row in enumerate(ROWS):
-        single = make_call([row])
+        single = make_call([row], images=pictures)
         alone = model(single.input_ids, **single.llava).logits[0]
-        assert (together[index, : len(alone)] - alone).abs().max() <= 1e-4
+        found = together[index, : len(alone)] if side == "right" else together[index, -len(alone) :]
+        assert (found - alone).abs().max() <= 1e-4
         assert torch.equal(model.generate(single.input_ids, **single.llava, **GREEDY)[0], tokens[index])
 
 
