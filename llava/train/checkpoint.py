@@ -59,7 +59,7 @@ def write_model(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, folder: 
     The folder holds ``config.json``, tokenizer and image processor. A routed model adds a ``fuzzyroe`` block in the
     configuration, ``routing.safetensors`` and the router's files. Backbone weights are there, under stock names, only
     if the stage trained any of them as a whole; of a stage with low-rank updates these, in peft's format, and the
-    projector if it trained. A projector trained alone is written under LLaVA's names as well.
+    projector. A projector trained alone is written under LLaVA's names as well.
 
     Args:
         trainer: Trainer whose model is written.
@@ -73,7 +73,8 @@ def write_model(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, folder: 
     has_updates = "lora" in stage.trains
     writes_backbone = not has_updates and (not is_routed or bool(set(stage.trains) & set(BACKBONE_PARTS)))
     parts = parameters_by_part(model)
-    written = BACKBONE_PARTS if writes_backbone else [part for part in BACKBONE_PARTS if part in stage.trains]
+    kept = {*stage.trains, "projector"} if has_updates else set(stage.trains)  # the base may have another, or none
+    written = [part for part in BACKBONE_PARTS if writes_backbone or part in kept]
     tensors = gather_parameters({name: p for part in written for name, p in parts[part].items()})
     updates = gather_parameters(parts["lora"])
     routing = gather_parameters(_routing_parameters(model) if is_routed else {})
@@ -91,7 +92,7 @@ def write_model(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, folder: 
         else:
             model.config.save_pretrained(folder)
             if has_updates:
-                save_lora(model, updates, tensors, folder)
+                save_lora(model, updates, tensors, folder, base)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         checkpoint.tokenizer.save_pretrained(folder)

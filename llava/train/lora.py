@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 OTHER_WEIGHTS_FILE = "non_lora_trainables.safetensors"
-"""What trained besides the updates, such as the projector, under stock names; LLaVA's file of the same purpose."""
+"""What else is not in the base, such as a trained projector, under stock names; LLaVA's file of the same purpose."""
 
 _LINEAR = r"self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj)"
 TARGETS = rf"^model\.language_model\.layers\.\d+\.({_LINEAR})$"
@@ -19,7 +20,7 @@ TARGETS = rf"^model\.language_model\.layers\.\d+\.({_LINEAR})$"
 _ADAPTER, _PREFIX = "default", "base_model.model."
 
 
-def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, base_model: str) -> None:
+def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
     """Put low-rank updates into a LLaVA model; before the first step they change nothing.
 
     Args:
@@ -27,7 +28,6 @@ def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, base_model
         rank: Rank of the updates.
         alpha: Updates are scaled by ``alpha / rank``.
         dropout: Dropout before the updates, in [0, 1).
-        base_model: Folder or hub id of the model, to be saved with the updates.
 
     Raises:
         ImportError: If peft is not installed.
@@ -43,7 +43,6 @@ def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, base_model
         target_modules=TARGETS,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
     )
     peft.inject_adapter_in_model(config, model, _ADAPTER)
 
@@ -64,16 +63,21 @@ def import_peft() -> Any:
     return peft
 
 
-def save_lora(model: nn.Module, updates: dict[str, Tensor], others: dict[str, Tensor], folder: Path) -> None:
+def save_lora(
+    model: nn.Module, updates: dict[str, Tensor], others: dict[str, Tensor], folder: Path, base_model: str
+) -> None:
     """Write updates as peft does, and what else trained beside them.
 
     Args:
         model: Model with updates.
         updates: Whole tensors of the updates, under their names in the model.
-        others: Whole tensors of the other parameters that trained, under their names in the model.
+        others: Whole tensors of other parameters that are not in the base, under their names in the model.
         folder: Folder to write to.
+        base_model: What the updates belong to: a hub id, or a folder relative to where the updates will lie.
     """
-    model.peft_config[_ADAPTER].save_pretrained(folder)
+    config = copy.deepcopy(model.peft_config[_ADAPTER])
+    config.base_model_name_or_path = base_model
+    config.save_pretrained(folder)
     renamed = {_PREFIX + name.replace(f".{_ADAPTER}.", "."): tensor for name, tensor in updates.items()}
     save_file(renamed, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if others:

@@ -86,7 +86,7 @@ def run_stage(
         _attach_new_router(checkpoint, stage, routing_args)
     if "lora" in stage.trains:
         rank, alpha, dropout = training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout
-        add_lora(checkpoint.model, rank, alpha, dropout, model_args.model_name_or_path)
+        add_lora(checkpoint.model, rank, alpha, dropout)
     make_text_only_safe(checkpoint.model)
     if routing_args.train_hard_skip:
         prepare_hard_skip(checkpoint.model, training_args)

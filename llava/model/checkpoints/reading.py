@@ -137,8 +137,9 @@ def _read_routing(chain: list[CheckpointLayout], added: dict[str, Tensor]) -> St
 
 def _find_tower(chain: list[CheckpointLayout]) -> str | None:
     """The vision tower that a checkpoint names which does not hold it."""
-    named = [layout for layout in chain if layout.config.get("mm_vision_tower")]
-    return locate_tower(named[0].config["mm_vision_tower"], named[0].path) if named else None
+    named = [(layout.config.get("mm_vision_tower"), layout.path) for layout in chain]
+    found = [locate_tower(name, path) for name, path in named if name]
+    return next((tower for tower in found if Path(tower).is_dir()), found[0] if found else None)
 
 
 def _read_image_processor(chain: list[CheckpointLayout]) -> CLIPImageProcessorPil:
