@@ -185,6 +185,7 @@ def _build_trainer(
 ) -> LlavaTrainer:
     config = checkpoint.model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio  # saved, so that evaluation prepares images alike
+    config.conv_template = model_args.version  # saved, so that a chat goes on as training began
     dataset = SFTDataset(
         data_args.data_path,
         data_args.image_folder,
