@@ -17,6 +17,7 @@ from llava.data.sampler import ModalityLengthSampler
 from llava.train.observers import Observers
 from llava.train.param_groups import build_param_groups
 from llava.train.roe_routing import RoEObjective
+from llava.train.routing_metrics import gather_objects
 from llava.train.stages import Stage
 from llava.train.step_checkpoint import SAVING, StepSaving, publish, rotate
 
@@ -98,7 +99,8 @@ class LlavaTrainer(Trainer):
         """Add what the observers saw and the means of the objective's parts over all ranks; called on all of them."""
         seen = {} if self.observers is None else self.observers.take()
         parts = {} if self.objective is None else self.objective.take_means()
-        means = {name: float(self._nested_gather(mean).mean()) for name, mean in parts.items()}
+        everyone = gather_objects({name: float(mean) for name, mean in parts.items()})
+        means = {name: sum(part[name] for part in everyone) / len(everyone) for name in parts}
         super().log({**logs, **seen, **means}, *args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -4,9 +4,10 @@
     python scripts/bench/train_step.py --json train_step.json --check      about 6 minutes on two cores
     python scripts/bench/train_step.py --quick --check                     under a minute
 
-Starts two CPU ranks under DeepSpeed ZeRO-3. All three models live in one launch and take their steps in turns; each is
-trained whole. Plans are nested and differ between samples and ranks. Ratios are medians over pairs of neighbouring
-steps; wall time of the slower rank, as that is what a step takes.
+Starts two CPU ranks under DeepSpeed ZeRO-3, with the trainer and the configuration of the stages. All three models live
+in one launch and take their steps in turns; dense is full training, the routed ones are the finetune stage. Plans are
+nested and differ between samples and ranks. Ratios are medians over pairs of neighbouring steps; wall time of the
+slower rank, as that is what a step takes.
 
 Bars: soft <= 1.15 of dense; hard at 30 % skip <= 0.85 of dense.
 """
@@ -20,17 +21,26 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 MODES = ("dense", "soft", "hard")
 BARS = {"soft": 1.15, "hard": 0.85}
 SKIP_RATE = 0.3
 ADAPTER_SHARE = 8
 """Hidden size over adapter width: less than the 4 of LLaVA-1.5-7B with RoE's adapters, which cost 3 % of a layer."""
+
+ALLOCATION = {
+    "MALLOC_MMAP_THRESHOLD_": 2**30,
+    "MALLOC_TRIM_THRESHOLD_": 2**34,
+    "MALLOC_TOP_PAD_": 2**26,
+}
+"""As scripts/v1_5/stage.sh has it: glibc otherwise gives large activations back and has their pages cleared again."""
 
 
 @dataclass(frozen=True)
@@ -77,47 +87,77 @@ def main() -> None:
 
 
 def launch(shape: Shape) -> dict:
-    """Run this file on two ranks and give what rank 0 found."""
+    """Write a random checkpoint, run this file on two ranks and give what rank 0 found."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(port), __file__]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "BENCH_SHAPE": json.dumps(asdict(shape)),
-    }
-    # DeepSpeed builds an operator on first use and calls ninja, which lies beside Python
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(shape, folder)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--master_port", str(port), __file__]
+        environment = {
+            **os.environ,
+            **{name: str(value) for name, value in ALLOCATION.items()},
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "BENCH_SHAPE": json.dumps(asdict(shape)),
+            "BENCH_FOLDER": folder,
+        }
+        # DeepSpeed builds an operator on first use and calls ninja, which lies beside Python
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     lines = [line for line in finished.stdout.splitlines() if line.startswith('{"shape"')]
     if finished.returncode or not lines:
-        sys.exit(f"the ranks failed:\n{finished.stderr[-3000:]}")
+        sys.exit(f"the ranks failed:\n{finished.stderr[-8000:]}")
     return json.loads(lines[-1])
 
 
-def run_rank(shape: Shape) -> None:
+def write_checkpoint(shape: Shape, folder: str) -> None:
+    """A LLaVA checkpoint with random weights, around the tokenizer of the playground's base model."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+    from playground.digits.base_model import build_config
+
+    base = ROOT / "playground" / "digits" / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = build_config(tokenizer, shape.width, shape.layers)
+    config.text_config.intermediate_size = shape.width * 11 // 4
+    config.text_config.num_attention_heads = config.text_config.num_key_value_heads = shape.width // 64
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(base).save_pretrained(folder)
+
+
+def run_rank(shape: Shape, folder: str) -> None:
     """Time all modes; what every rank runs."""
     import torch
     from torch import distributed
 
-    from llava.train.engine import import_deepspeed
+    from llava.train.arguments import LlavaTrainingArguments
+    from llava.train.engine import init_engine_communication
 
-    import_deepspeed().init_distributed()
+    args = LlavaTrainingArguments(
+        output_dir=f"{folder}/output",
+        deepspeed=str(ROOT / "scripts" / "zero3.json"),
+        use_cpu=True,
+        max_steps=len(MODES) * (shape.steps + 1),
+        per_device_train_batch_size=shape.samples,
+    )
+    init_engine_communication()
     rank = distributed.get_rank()
-    engines = {mode: build_engine(shape, mode) for mode in MODES}
-    generator = torch.Generator().manual_seed(rank)
-    ids = torch.randint(3, 1000, (shape.samples, shape.positions), generator=generator)
-    keep = nested_plans(shape, rank)
+    batch, keep = random_batch(shape, rank), nested_plans(shape, rank)
+    trainers = {mode: build_trainer(args, folder, shape, mode, batch, keep) for mode in MODES}
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for step in range(shape.steps + 1):
-        for mode, engine in engines.items():
+        for mode, (trainer, engine) in trainers.items():
             distributed.barrier()
             started = time.perf_counter()
-            engine.backward(engine(input_ids=ids, labels=ids, use_cache=False, **routing(mode, ids, keep)).loss)
-            engine.step()
+            trainer.training_step(engine, dict(batch))
+            trainer.optimizer.step()
+            engine.zero_grad()
             elapsed = torch.tensor(time.perf_counter() - started)
             distributed.all_reduce(elapsed, distributed.ReduceOp.MAX)
             if step:  # the first step allocates
@@ -128,36 +168,66 @@ def run_rank(shape: Shape) -> None:
         print(json.dumps(summarise(shape, seconds, float(skip) / 2)), flush=True)
 
 
-def build_engine(shape: Shape, mode: str):
-    """A ZeRO-3 engine that trains all of a random decoder; routed modes carry adapters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep):
+    """The trainer of a stage with its engine, made as ``llava.train.run`` makes them; routed modes carry adapters."""
+    from accelerate.state import AcceleratorState
 
-    from fuzzyroe.attach import attach, find_decoder_layers
-    from llava.train.engine import import_deepspeed
+    from fuzzyroe.routers import FuzzyRouter
+    from fuzzyroe.rules import load_rule_base
+    from llava.model.builder import load_checkpoint
+    from llava.model.routing import attach_routing
+    from llava.model.text_only import make_text_only_safe
+    from llava.train.hard_skip import prepare_hard_skip
+    from llava.train.param_groups import freeze_all_but
+    from llava.train.stages import PARTS, STAGES
+    from llava.train.trainer import LlavaTrainer
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=shape.width,
-        intermediate_size=shape.width * 11 // 4,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.width // 64,
-    )
-    model = LlamaForCausalLM(config).train()
+    stage = STAGES["dense" if mode == "dense" else "finetune"]
+    model = load_checkpoint(folder).model
     if mode != "dense":
-        attach(model, shape.width // ADAPTER_SHARE, "xavier")
-    deepspeed = import_deepspeed()
+        attach_routing(model, FuzzyRouter(load_rule_base("default"), shape.layers), shape.width // ADAPTER_SHARE)
+    make_text_only_safe(model)
     if mode == "hard":
-        deepspeed.utils.set_z3_leaf_modules(model, [type(find_decoder_layers(model)[0])])
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 100_000}
-    settings = {
-        "train_micro_batch_size_per_gpu": shape.samples,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        prepare_hard_skip(model, args)
+    freeze_all_but(model, stage)
+    AcceleratorState._reset_state()  # it otherwise refuses a second trainer with DeepSpeed in one process
+    trainer = LlavaTrainer(
+        stage=stage,
+        learning_rates=dict.fromkeys(PARTS, 1e-4),
+        batch_routing=None if mode == "dense" else ForcedPlans(mode, model.config.image_token_index, keep),
+        model=model,
+        args=args,
+        train_dataset=[{}] * 1024,  # steps are taken by hand, on one batch
+    )
+    return trainer, trainer._prepare_for_training(args.max_steps, trainer.get_train_dataloader(), None)[0]
+
+
+@dataclass(frozen=True)
+class ForcedPlans:
+    """Routing states whose plans are given: ``keep``, (B, L)."""
+
+    mode: str
+    image_token_id: int
+    keep: object
+
+    def __call__(self, inputs: dict):
+        from llava.train.batch_routing import describe_batch
+
+        state = describe_batch(inputs, self.image_token_id, self.mode)
+        state.keep_weights = self.keep.unsqueeze(1).expand(-1, state.num_turns, -1)
+        return state
+
+
+def random_batch(shape: Shape, rank: int) -> dict:
+    """Text-only samples of one turn each, the second half of it learned."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(8, 40, (shape.samples, shape.positions), generator=generator)
+    labels = ids.clone()
+    labels[:, : shape.positions // 2] = -100
+    ones = torch.ones_like(ids)
+    return {"input_ids": ids, "labels": labels, "turn_ids": ones, "attention_mask": ones}
 
 
 def nested_plans(shape: Shape, rank: int):
@@ -174,15 +244,6 @@ def nested_plans(shape: Shape, rank: int):
     for row, rate in enumerate(rates * (shape.samples // len(rates))):
         keep[row, order[: round(rate * shape.layers)]] = 0
     return keep
-
-
-def routing(mode: str, ids, keep) -> dict:
-    """The routing keyword of one step."""
-    import torch
-
-    from fuzzyroe.routing_state import RoutingState
-
-    return {} if mode == "dense" else {"routing": RoutingState.forced(keep, torch.ones_like(ids), mode)}
 
 
 def summarise(shape: Shape, seconds: dict[str, list[float]], skip_rate: float) -> dict:
@@ -217,6 +278,6 @@ def describe(result: dict) -> str:
 
 if __name__ == "__main__":
     if "BENCH_SHAPE" in os.environ:
-        run_rank(Shape(**json.loads(os.environ["BENCH_SHAPE"])))
+        run_rank(Shape(**json.loads(os.environ["BENCH_SHAPE"])), os.environ["BENCH_FOLDER"])
     else:
         main()

@@ -1,0 +1,114 @@
+"""Stages killed -9 on two ranks under DeepSpeed ZeRO-3, at any moment, again and again: they go on as if they had not.
+
+One launch for all stages: the ranks are forked off a process that has imported everything.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from launching import ROOT, Launch
+from llava.model.builder import load_checkpoint
+from llava.train.stages import STAGES
+from tiny_training import Tiny
+
+pytestmark = pytest.mark.slow
+
+KILLS = 8
+STEPS = 6
+STARTS = {
+    "finetune": "adapter",
+    "adapter": "router",
+    "roe_router": "roe_adapter",
+    "roe_finetune": "roe_router",
+    "hard": "adapter",
+}
+"""Case -> the case whose output it starts from; all others start from the dense checkpoint."""
+
+CASES = {
+    **{name: {"stage": name} for name in ("pretrain", "dense", "scratch", "router", "adapter", "finetune")},
+    **{name: {"stage": name, "roe_lr": 1e-3} for name in ("roe_adapter", "roe_router", "roe_finetune")},
+    "hard": {"stage": "finetune", "train_hard_skip": True, "gradient_checkpointing": True},
+}
+"""All of ``STAGES``, and one of them with layers left out."""
+
+
+def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
+    """Cases for tests/support/forked_ranks.py."""
+    cases = []
+    for name, options in CASES.items():
+        more = {
+            "deepspeed": ROOT / "scripts" / "zero3.json",
+            "max_steps": STEPS,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "skip_data_check": True,
+            "calibration_samples": 16,
+            "score_samples": 16,
+            **options,
+        }
+        if options["stage"] not in ("router", "roe_adapter"):
+            more["adapter_hidden_dim"] = None
+        stage = more.pop("stage")
+        model = folder / f"{STARTS[name]}.whole" if name in STARTS else tiny.base
+        cases.append({"name": name, "flags": without_output(tiny.flags(stage, model, folder, **more)), "kills": KILLS})
+    return cases
+
+
+def without_output(flags: list[str]) -> list[str]:
+    """Flags without the output folder, and without those that are None."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if pair[0] != "--output_dir" and pair[1] != "None" for word in pair]
+
+
+@pytest.fixture(scope="module")
+def killed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which every case has run twice, once undisturbed and once killed again and again."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "plan.json").write_text(json.dumps(build_plan(tiny, folder)))
+    program = ROOT / "tests" / "support" / "forked_ranks.py"
+    code, output = Launch([sys.executable, program, folder / "plan.json"]).finish(2400)
+    assert code == 0, output[-6000:]
+    return folder
+
+
+def read_losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of every logging step, in the order of the file."""
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_every_stage_is_killed() -> None:
+    assert {case["stage"] for case in CASES.values()} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_killed_at_any_moment_takes_the_steps_of_an_undisturbed_one(killed: Path, name: str) -> None:
+    whole, resumed = read_losses(killed / f"{name}.whole"), read_losses(killed / name)
+    steps = list(range(1, STEPS + 1)) if STAGES[CASES[name]["stage"]].trains else []
+    assert [step for step, _ in resumed] == [step for step, _ in whole] == steps
+    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in whole], abs=1e-6)
+    kills = json.loads((killed / f"{name}.kills.json").read_text())["kills"]
+    assert len(kills) == KILLS and all(not kill["faults"] for kill in kills), kills
+    if steps:
+        assert json.loads((killed / name / "stage.json").read_text())["resumed_at"], "it went on from a step"
+        assert any(kill["unfinished"] for kill in kills), "no kill fell into a save"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_killed_run_writes_in_the_end_is_what_an_undisturbed_one_writes(killed: Path, name: str) -> None:
+    files = sorted(path.name for path in (killed / f"{name}.whole").iterdir())
+    assert sorted(path.name for path in (killed / name).iterdir()) == files
+    for file in (killed / name).glob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(killed / f"{name}.whole" / file.name)
+        assert ours.keys() == theirs.keys()
+        for tensor_name, tensor in ours.items():
+            assert (tensor.double() - theirs[tensor_name].double()).abs().max() <= 1e-6, tensor_name
+    load_checkpoint(killed / name)
+    assert not list(killed.glob("*.partial")) and not list(killed.glob("*.old"))
