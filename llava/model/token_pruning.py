@@ -205,8 +205,11 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
 
 @functools.cache
 def _pruning_class(base: type[LlavaModel]) -> type[LlavaModel]:
-    """Give the pruning subclass of an inner model's class, the same one each time."""
-    return type(f"Pruning{base.__name__}", (PrunesTokens, base), {"base_class": base, "__module__": base.__module__})
+    """Give the pruning subclass of an inner model's class, the same one each time.
+
+    It has the name of its base: transformers looks up by name how weights are called in a saved checkpoint.
+    """
+    return type(base.__name__, (PrunesTokens, base), {"base_class": base, "__module__": base.__module__})
 
 
 def _lengths(config: Any, input_ids: Tensor, pixel_values: Tensor) -> list[int]:

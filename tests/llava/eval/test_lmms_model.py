@@ -97,6 +97,51 @@ def test_the_shares_of_a_batch_follow_the_prompt_tokens(build, tmp_path: Path) -
     assert len(per_token) == 1
 
 
+@pytest.mark.parametrize("schedule", ["plan", "arrival"])
+def test_answers_and_log_do_not_depend_on_the_schedule(build, tmp_path: Path, schedule) -> None:
+    expected = build(batch_size=1).generate_until(make_requests())
+    path = tmp_path / "log.jsonl"
+    assert build(batch_size=2, schedule=schedule, routing_log=str(path)).generate_until(make_requests()) == expected
+    records = {record.doc_id: record for record in read_routing_log(path)}
+    assert sorted(records) == list(range(5))
+    assert [records[index].complexity for index in range(5)] == list(range(5))
+    assert {record.batch_size for record in records.values()} == {1, 2}
+
+
+def test_images_take_as_many_positions_as_visual_tokens_says(build, tmp_path: Path) -> None:
+    lengths = {}
+    for number in (16, 3):
+        path = tmp_path / f"{number}.jsonl"
+        build(batch_size=2, visual_tokens=number, routing_log=str(path)).generate_until(make_requests())
+        lengths[number] = {record.doc_id: record.num_prompt_tokens for record in read_routing_log(path)}
+    assert all(lengths[16][i] - lengths[3][i] == (13 if HAS_IMAGE[i] else 0) for i in range(5))
+
+
+def test_the_score_may_choose_the_number_of_visual_tokens(build, routed: Checkpoint, tmp_path: Path) -> None:
+    router = routed.model.get_decoder().router
+    # by length of the question, whose plans the tests' router makes too
+    type(router).percentiles = staticmethod(lambda scores: scores)
+    plan = type(router).plan
+
+    def scored(self, states, routing) -> None:
+        plan(self, states, routing)
+        routing.scores = (routing.question_mask.sum(dim=1, keepdim=True) > 6).float()
+
+    type(router).plan = scored
+    try:
+        path = tmp_path / "log.jsonl"
+        model = build(batch_size=2, visual_tokens="2/9", routing_log=str(path))
+        answers = model.generate_until(make_requests())
+        found = {record.doc_id: record.num_prompt_tokens for record in read_routing_log(path)}
+        assert build(batch_size=1, visual_tokens="2/9").generate_until(make_requests()) == answers
+    finally:
+        type(router).plan = plan
+        del type(router).percentiles
+    text = {index: len(routed.tokenizer(TEXTS[index]).input_ids) for index in range(5)}
+    taken = {index: found[index] - text[index] for index in range(5) if HAS_IMAGE[index]}
+    assert len(set(taken.values())) == 2 and max(taken.values()) - min(taken.values()) == 7
+
+
 def test_off_is_the_dense_model(build, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     build(skip_rate="off", routing_log=str(path)).generate_until(make_requests())
@@ -138,6 +183,10 @@ def test_unknown_arguments_are_refused_before_anything_is_loaded() -> None:
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
         ({"dtype": "int8"}, ValueError, "dtype is 'int8'"),
         ({"conv_template": "v9"}, KeyError, "Conversation template 'v9' is unknown"),
+        ({"schedule": "random"}, ValueError, "schedule is 'random'; use one of plan, arrival"),
+        ({"visual_tokens": "few"}, ValueError, "visual_tokens is 'few'"),
+        ({"visual_tokens": "4/0"}, ValueError, "visual_tokens is '4/0'"),
+        ({"visual_tokens": 17}, ValueError, "num_kept is 17"),
     ],
 )
 def test_values_that_are_not_allowed_are_refused(build, arguments: dict, error: type, match: str) -> None:
