@@ -26,13 +26,22 @@ def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int) -> Che
         model_args: Which model; has passed ``check_inputs``.
         dtype: Data type of the weights.
         seed: Seed of a new projector.
+
+    Raises:
+        ValueError: If its routing is that of RoE's own code.
     """
     name, attention = model_args.model_name_or_path, model_args.attn_implementation
-    if is_language_model(read_config_dict(name)):
+    config = read_config_dict(name)
+    if is_language_model(config):
         set_seed(seed)
         checkpoint = build_checkpoint(compose(name, vision_settings(model_args)), name, dtype, attention)
     else:
         checkpoint = load_checkpoint(name, dtype, attention)
+        if checkpoint.routing is not None and not config.get("fuzzyroe"):
+            raise ValueError(
+                f"{name} was trained by RoE's own code; its router is imported, but a stage starts from config.json, "
+                f"which says nothing of it. Convert it first: fuzzyroe convert {name} OUTPUT."
+            )
     if model_args.pretrain_mm_mlp_adapter is not None:
         named = {TO_RELEASED.rename(name): p for name, p in checkpoint.model.named_parameters()}
         tensors = read_projector(model_args.pretrain_mm_mlp_adapter)

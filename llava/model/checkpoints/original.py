@@ -69,6 +69,7 @@ KEPT_KEYS = (
     "fuzzyroe",
     "num_visual_tokens",
     "token_pruner",
+    "conv_template",
 )
 """Keys that keep their names, besides those that start with ``mm_``."""
 
