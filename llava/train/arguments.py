@@ -8,6 +8,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fuzzyroe.compat import PRESETS
 from fuzzyroe.summary_sources import SOURCES
+from llava.data.workers import preload_fork_server
 from llava.train.llava_flags import LlavaFlags
 from llava.train.stages import STAGES, Stage, choose_stage
 
@@ -143,6 +144,8 @@ class LlavaTrainingArguments(TrainingArguments):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout} lies outside [0, 1); 0.05 is LLaVA's.")
         super().__post_init__()
+        if self.dataloader_multiprocessing_context == "forkserver":
+            preload_fork_server()
 
 
 def parse_arguments(
