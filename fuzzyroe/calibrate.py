@@ -33,6 +33,8 @@ class Measurements:
         losses: Loss of each when the first k layers of the order are skipped, (n, K_max + 1).
         layer_order: Layers, first to be skipped first.
         score_features: Raw features of more examples, whose losses are not needed, (m, K).
+        layer_losses: Loss of each when one layer alone is skipped, (n, L), or None; of the first layer, which is never
+            skipped, the dense loss.
     """
 
     feature_names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Measurements:
     losses: np.ndarray
     layer_order: list[int]
     score_features: np.ndarray
+    layer_losses: np.ndarray | None = None
 
     def columns(self, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Labelled and unlabelled raw features of some names, (n, len(names)) and (m, len(names))."""
@@ -58,6 +61,68 @@ def suffering(losses: np.ndarray) -> np.ndarray:
     """
     increase = losses[:, 1:] - losses[:, :1]
     return increase[:, increase.shape[1] // 2 :].mean(axis=1).clip(*TARGET_RANGE)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What fits of consequents start from.
+
+    Attributes:
+        prior: The expert's rules, completed, turned where the data contradict them, with knots at quantiles.
+        targets: How much each labelled example suffers, (n,).
+        low, high: Raw feature values that map to 0 and 1, (K,).
+        labelled, unlabelled: Raw features, (n, K) and (m, K).
+        correlations: Rank correlation of each feature with the targets, (K,).
+        flips: -1 for features whose declared direction was turned, else 1, (K,).
+    """
+
+    prior: FuzzyRuleBase
+    targets: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    correlations: list[float]
+    flips: list[int]
+
+    @property
+    def scaled(self) -> np.ndarray:
+        """Features of the labelled examples in [0, 1], (n, K)."""
+        return scale(self.labelled, self.low, self.high)
+
+    def with_ranges(self, rule_base: FuzzyRuleBase) -> FuzzyRuleBase:
+        """Note the ranges of the raw features in the provenance of a rule base."""
+        names = (variable.name for variable in rule_base.antecedents)
+        ranges = {name: [float(self.low[j]), float(self.high[j])] for j, name in enumerate(names)}
+        return replace(rule_base, provenance={**rule_base.provenance, "feature_range": ranges})
+
+
+def prepare(rule_base: FuzzyRuleBase, measured: Measurements) -> Prepared:
+    """Scale features, turn rules that the data contradict, place the knots."""
+    names = tuple(variable.name for variable in rule_base.antecedents)
+    labelled, unlabelled = measured.columns(names)
+    targets = suffering(measured.losses)
+    low, high = feature_range(unlabelled)
+    correlations = [rank_correlation(column, targets) for column in scale(labelled, low, high).T]
+    prior = rule_base.unfitted()
+    prior = prior if prior.is_complete else prior.interpolate()
+    # A constant feature contradicts nothing, and a direction that the rules leave open cannot be contradicted.
+    flips = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
+    prior = prior.reorient(flips).with_quantile_knots(scale(unlabelled, low, high))
+    return Prepared(prior, targets, low, high, labelled, unlabelled, correlations, flips)
+
+
+def set_scales(router: FuzzyRouter, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """Set a router's feature ranges and score quantiles; give the scores of unlabelled and labelled examples.
+
+    With a score per layer, (m, L), quantiles are those over examples and layers that have a budget.
+    """
+    router.feature_low.copy_(torch.as_tensor(prepared.low))
+    router.feature_high.copy_(torch.as_tensor(prepared.high))
+    scores_all, scores = _scores(router, prepared.unlabelled), _scores(router, prepared.labelled)
+    pooled = scores_all if scores_all.ndim == 1 else scores_all[:, router.budget_thresholds[-1].numpy() > 0]
+    router.score_quantiles.copy_(torch.as_tensor(np.quantile(pooled, np.linspace(0, 1, NUM_QUANTILES))))
+    return scores_all, scores
 
 
 def calibrate_router(
@@ -83,29 +148,12 @@ def calibrate_router(
     Raises:
         ValueError: If there are too few examples for ``num_bins``, or the skip rate is out of range.
     """
-    names = tuple(variable.name for variable in rule_base.antecedents)
-    labelled, unlabelled = measured.columns(names)
-    targets = suffering(measured.losses)
-    low, high = feature_range(unlabelled)
-    scaled, scaled_all = scale(labelled, low, high), scale(unlabelled, low, high)
-
-    correlations = [rank_correlation(column, targets) for column in scaled.T]
-    prior = rule_base.unfitted()
-    prior = prior if prior.is_complete else prior.interpolate()
-    # A constant feature contradicts nothing, and a direction that the rules leave open cannot be contradicted.
-    flips = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
-    prior = prior.reorient(flips).with_quantile_knots(scaled_all)
+    prepared = prepare(rule_base, measured)
+    targets, prior, scaled, flips = prepared.targets, prepared.prior, prepared.scaled, prepared.flips
     spread = max(float(targets.std()), 1e-9)
     fitted = prior.fit(scaled, 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread)
-    ranges = {name: [float(low[j]), float(high[j])] for j, name in enumerate(names)}
-    fitted = replace(fitted, provenance={**fitted.provenance, "feature_range": ranges})
-
-    router = FuzzyRouter(fitted, num_layers)
-    router.feature_low.copy_(torch.as_tensor(low))
-    router.feature_high.copy_(torch.as_tensor(high))
-    scores_all, scores = _scores(router, unlabelled), _scores(router, labelled)
-    quantiles = np.quantile(scores_all, np.linspace(0, 1, NUM_QUANTILES))
-    router.score_quantiles.copy_(torch.as_tensor(quantiles))
+    router = FuzzyRouter(prepared.with_ranges(fitted), num_layers)
+    scores_all, scores = set_scales(router, prepared)
     # The labelled examples are binned by their own ranks, so that every bin of the allocation has its share of them.
     ranks = (np.argsort(np.argsort(scores, kind="stable"), kind="stable") + 0.5) / len(scores)
     table = allocate(measured.losses, ranks, measured.layer_order, num_layers, num_bins)
@@ -114,8 +162,8 @@ def calibrate_router(
     report = {
         "examples": len(targets),
         "score_examples": len(scores_all),
-        "feature_correlation": dict(zip(names, correlations, strict=True)),
-        "flipped_features": [name for name, flip in zip(names, flips, strict=True) if flip < 0],
+        "feature_correlation": dict(zip(router.antecedents, prepared.correlations, strict=True)),
+        "flipped_features": [name for name, flip in zip(router.antecedents, flips, strict=True) if flip < 0],
         "score_correlation": rank_correlation(scores, targets),
         "mean_loss_by_skips": measured.losses.mean(axis=0).tolist(),
         "layer_order": list(measured.layer_order),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routers.fuzzy import FuzzyRouter
+from fuzzyroe.routers.fuzzy_per_layer import PerLayerFuzzyRouter
 from fuzzyroe.routers.linear import LinearRouter
 from fuzzyroe.routers.none import KeepAllRouter
 from fuzzyroe.routers.oracle import OracleRouter
@@ -12,6 +13,7 @@ from fuzzyroe.routers.static import StaticRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "fuzzy": FuzzyRouter,
+    "fuzzy_per_layer": PerLayerFuzzyRouter,
     "random": RandomRouter,
     "static": StaticRouter,
     "oracle": OracleRouter,
@@ -50,6 +52,7 @@ __all__ = [
     "KeepAllRouter",
     "LinearRouter",
     "OracleRouter",
+    "PerLayerFuzzyRouter",
     "RandomRouter",
     "Router",
     "StaticRouter",

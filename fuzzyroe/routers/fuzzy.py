@@ -89,9 +89,13 @@ class FuzzyRouter(Router):
         return ((raw_features - self.feature_low) / (self.feature_high - self.feature_low)).clamp(0, 1)
 
     def percentiles(self, scores: Tensor) -> Tensor:
-        """Share of calibration examples whose score is no higher, in [0, 1], same shape."""
-        above_lowest = self.score_quantiles[1:]
-        return torch.searchsorted(above_lowest, scores.contiguous(), right=True) / len(above_lowest)
+        """Share of calibration examples with a lower score and half of those with an equal one, in [0, 1], same shape.
+
+        Rules that say the same tie many examples. Counted in whole, ties shifted mean skip rates by up to 0.9 points.
+        """
+        above_lowest, scores = self.score_quantiles[1:], scores.contiguous()
+        lower = torch.searchsorted(above_lowest, scores)
+        return (lower + torch.searchsorted(above_lowest, scores, right=True)) / (2 * len(above_lowest))
 
     def thresholds(self, skip_rate: Tensor | float | None = None) -> Tensor:
         """Thresholds of all layers for one budget or several, (L,) or (B, L)."""

@@ -97,7 +97,7 @@ def explain_question(
 
 def _find_router(checkpoint: Checkpoint) -> FuzzyRouter:
     router = getattr(find_decoder(checkpoint.model), "router", None)
-    if not isinstance(router, FuzzyRouter):
+    if type(router) is not FuzzyRouter:  # one score per layer has no percentile of its own
         found = "is dense" if router is None else f"is routed by a {type(router).__name__}"
         raise ValueError(
             f"{checkpoint.path} {found}; only fuzzy rules can be explained. Pass the output folder of a router, "

@@ -71,6 +71,9 @@ class RoutingArguments:
     calibration_samples: int = field(default=1024, metadata={"help": "Samples measured at each skip count."})
     order_samples: int = field(default=256, metadata={"help": "Samples that the order of layers is searched on."})
     score_samples: int = field(default=4096, metadata={"help": "Samples that score quantiles are taken from."})
+    per_layer_tables: bool = field(
+        default=False, metadata={"help": "Fit a table of consequents per layer; needs a pass more for each layer."}
+    )
     calibration_batch_size: int = field(default=32, metadata={"help": "Samples per device in calibration passes."})
     routing_summary: str | None = field(
         default=None, metadata={"help": f"What linear routers look at: {' or '.join(SOURCES)}; default tokens."}

@@ -35,6 +35,7 @@ class CalibrationSize:
         score_samples: Samples whose features are measured.
         batch_size: Samples per rank and pass.
         max_skip_ratio: Share of the layers that are skipped at most, rounded up to whole layers.
+        single_layers: Whether the loss without each single layer is measured too, L - 1 more passes.
     """
 
     order_samples: int
@@ -42,6 +43,7 @@ class CalibrationSize:
     score_samples: int
     batch_size: int
     max_skip_ratio: float
+    single_layers: bool = False
 
 
 @dataclass
@@ -104,6 +106,10 @@ class Measurer:
         columns = [self._losses(batches, layer_order[:count]) for count in range(max_skips + 1)]
         losses = torch.stack(columns, dim=1)
         self.progress(f"loss by skipped layers: {[round(float(column.mean()), 3) for column in columns]}")
+        layer_losses = None
+        if self.size.single_layers:
+            singles = [self._losses(batches, [layer]) for layer in candidates]
+            layer_losses = torch.stack([columns[0], *singles], dim=1).double().numpy()
         features = self._features(batches)
         score_features = self._features(self._batches(self.size.score_samples))
         self.cost.samples = len(self.samples)
@@ -113,6 +119,7 @@ class Measurer:
             losses.double().numpy(),
             layer_order,
             score_features.double().numpy(),
+            layer_losses,
         )
 
     def _batches(self, num_samples: int) -> Iterator[dict[str, Tensor]]:

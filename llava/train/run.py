@@ -15,8 +15,9 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.calibrate import calibrate_router
+from fuzzyroe.calibrate_layers import calibrate_layers
 from fuzzyroe.compat import PRESETS
-from fuzzyroe.routers import FuzzyRouter, LinearRouter
+from fuzzyroe.routers import FuzzyRouter, LinearRouter, PerLayerFuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.data.collator import SFTCollator
 from llava.data.dataset import SFTDataset
@@ -250,6 +251,7 @@ def _calibrate(trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint
     started = time.time()
     engine, decoder = prepare_for_forward(trainer), find_decoder(checkpoint.model)
     num_layers = checkpoint.model.config.text_config.num_hidden_layers
+    per_layer = routing_args.per_layer_tables or isinstance(decoder.router, PerLayerFuzzyRouter)
     measurer = Measurer(
         engine,
         trainer.train_dataset,
@@ -262,6 +264,7 @@ def _calibrate(trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint
             routing_args.score_samples,
             routing_args.calibration_batch_size,
             routing_args.max_skip_ratio,
+            per_layer,
         ),
         trainer.args.device,
         trainer.args.seed,
@@ -269,7 +272,8 @@ def _calibrate(trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint
     )
     measured = measurer.measure()
     seconds_measuring = time.time() - started
-    router, report = calibrate_router(decoder.router.rule_base, measured, num_layers, routing_args.skip_ratio)
+    fit = calibrate_layers if per_layer else calibrate_router
+    router, report = fit(decoder.router.rule_base, measured, num_layers, routing_args.skip_ratio)
     decoder.router = router.to(trainer.args.device)
     return {
         **report,

@@ -20,6 +20,7 @@ from fuzzyroe.routers import (
     FuzzyRouter,
     KeepAllRouter,
     OracleRouter,
+    PerLayerFuzzyRouter,
     RandomRouter,
     Router,
     StaticRouter,
@@ -41,7 +42,8 @@ def prompts() -> tuple[torch.Tensor, RoutingState]:
     mask = torch.arange(14) < 5 + lengths
     image = (torch.arange(14) < 5).expand(NUM_PROMPTS, -1)
     spread = torch.rand(NUM_PROMPTS, 1, 1, generator=generator)
-    states = torch.randn(NUM_PROMPTS, 14, HIDDEN, generator=generator) * spread + torch.randn(HIDDEN)
+    states = torch.randn(NUM_PROMPTS, 14, HIDDEN, generator=generator) * spread
+    states = states + torch.randn(HIDDEN, generator=generator)
     return states, RoutingState.for_prompt(mask.long(), image)
 
 
@@ -58,6 +60,22 @@ def make_fuzzy(states: torch.Tensor, routing: RoutingState) -> FuzzyRouter:
     return router
 
 
+def make_per_layer(states: torch.Tensor, routing: RoutingState) -> PerLayerFuzzyRouter:
+    router = PerLayerFuzzyRouter(load_rule_base("default").interpolate(), NUM_LAYERS)
+    table = torch.rand(router.rules.consequents.shape, generator=torch.Generator().manual_seed(2))
+    router.rules.consequents.copy_(table)
+    router.budget_rates.fill_((NUM_LAYERS - 1) / NUM_LAYERS)
+    router.budget_thresholds[:, 1:] = 1.0
+    router.plan(states, routing)
+    raw = routing.features[:, 0]
+    router.feature_low.copy_(raw.amin(dim=0))
+    router.feature_high.copy_(raw.amax(dim=0))
+    router.plan(states, routing)
+    pooled = router.rules(routing.features)[..., 1:].flatten()
+    router.score_quantiles.copy_(pooled.quantile(torch.linspace(0, 1, len(router.score_quantiles))))
+    return router
+
+
 def make_oracle(states: torch.Tensor, routing: RoutingState) -> OracleRouter:
     generator = torch.Generator().manual_seed(1)
     places = torch.rand(NUM_PROMPTS, 1, NUM_LAYERS - 1, generator=generator).argsort(dim=-1)
@@ -69,6 +87,7 @@ def make_oracle(states: torch.Tensor, routing: RoutingState) -> OracleRouter:
 
 MAKERS: dict[str, Callable[[torch.Tensor, RoutingState], Router]] = {
     "fuzzy": make_fuzzy,
+    "fuzzy_per_layer": make_per_layer,
     "random": lambda states, routing: RandomRouter(NUM_LAYERS, seed=5),
     "static": lambda states, routing: StaticRouter(NUM_LAYERS, [2, 3, 1], criterion="block influence"),
     "oracle": make_oracle,
@@ -250,7 +269,7 @@ def test_a_router_is_replaced_only_in_an_attached_model(tiny_llama, padded_promp
 
 
 def test_an_unknown_router_is_named_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="Router 'lucky' is unknown; use one of fuzzy, random, static, oracle, none"):
+    with pytest.raises(KeyError, match="Router 'lucky' is unknown; use one of fuzzy, fuzzy_per_layer, random, static"):
         get_router_class("lucky")
     with pytest.raises(KeyError, match="Router is none of the routers"):
         get_router_name(Router())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach, find_decoder_layers
 from fuzzyroe.calibrate import calibrate_router
+from fuzzyroe.calibrate_layers import calibrate_layers
 from fuzzyroe.features import FEATURES
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
@@ -150,6 +153,20 @@ def test_measurements_calibrate_a_router(routed, sft_dataset) -> None:
     measured = make_measurer(routed, sft_dataset).measure()
     router, report = calibrate_router(load_rule_base("default"), measured, 4, 0.3)
     assert report["examples"] == NUM_TURNS and router.skip_rate == pytest.approx(0.3)
+
+
+def test_single_layers_are_measured_on_request_and_calibrate_tables_of_their_own(routed, sft_dataset) -> None:
+    plain = make_measurer(routed, sft_dataset)
+    assert plain.measure().layer_losses is None
+    measurer = make_measurer(routed, sft_dataset, replace(SIZE, single_layers=True))
+    measured = measurer.measure()
+    assert measurer.cost.passes == plain.cost.passes + 3 * 6
+    batches = list(measurer._batches(6))
+    with torch.no_grad():
+        expected = [measurer._losses(batches, skipped) for skipped in ([], [1], [2], [3])]
+    np.testing.assert_allclose(measured.layer_losses, torch.stack(expected, dim=1).numpy(), atol=1e-6)
+    router, _ = calibrate_layers(load_rule_base("default"), measured, 4, 0.3)
+    assert router.skip_rate == pytest.approx(0.3)
 
 
 def test_measuring_leaves_the_model_as_it_was(routed, sft_dataset) -> None:
