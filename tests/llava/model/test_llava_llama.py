@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LogitsProcessor, StoppingCriteria, TextStreamer
@@ -303,6 +304,15 @@ def test_a_skip_rate_holds_for_one_call_and_for_each_row(tiny_llava) -> None:
         assert not torch.equal(
             ours(call.input_ids, skip_rate=0.6, **call.llava).logits, ours(call.input_ids, **call.llava).logits
         )
+
+
+def test_a_model_that_accelerate_has_placed_is_called_alike(stock) -> None:
+    placed = copy.deepcopy(stock)
+    add_hook_to_module(placed, AlignDevicesHook(io_same_device=True))  # as a device_map over several devices does
+    ours, call = LlavaLlamaForCausalLM.adopt(placed), make_call()
+    with torch.no_grad():
+        assert torch.equal(ours(call.input_ids, **call.llava).logits, stock(**call.stock).logits)
+    assert torch.equal(ours.generate(call.input_ids, **call.llava, **GREEDY), answers(stock, call, **GREEDY))
 
 
 def test_it_is_saved_as_transformers_own(model, tmp_path: Path) -> None:
