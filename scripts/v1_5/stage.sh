@@ -19,6 +19,7 @@
 #   NUM_WORKERS           processes per rank that read data (default: 4)
 #   REPORT_TO             none, tensorboard or wandb (default: none)
 #   SKIP_DATA_CHECK=1     start without looking at records and images
+#   DECODE=1              decode every image in that look as well; finds damage in the middle of a file, takes longer
 #   NUM_GPUS, DRY_RUN     see scripts/v1_5/common.sh; on a machine without a GPU two CPU processes are started
 set -euo pipefail
 
@@ -97,6 +98,7 @@ check_data() { # flags...: look at records, images and lengths as this training 
     --model "$(value_of model_name_or_path "$@")"
     ${tower:+--vision-tower "$tower"}
     ${length:+--model-max-length "$length"}
+    ${DECODE:+--decode}
   )
   if [[ "$(value_of allow_truncation "$@")" == [Tt]rue ]]; then words+=(--allow-truncation); fi
   "$PYTHON" -c "from llava.cli import main; main()" check-data "${words[@]}"
