@@ -116,5 +116,5 @@ say "4/4 report"
 stages=()
 for stage in "${STAGES[@]}"; do stages+=(--stages "$OUTPUT/$stage"); done
 fuzzyroe report "${runs[@]/%//evaluation.json}" "${stages[@]}" --output "$OUTPUT/report"
-"$PYTHON" scripts/bench/prefill.py --quick --model "$OUTPUT/finetune" --data "$DATA" --json "$OUTPUT/report/prefill.json"
+"$PYTHON" scripts/bench/inference.py --quick --model "$OUTPUT/finetune" --data "$DATA" --json "$OUTPUT/report/prefill.json"
 say "done in $((SECONDS - started)) s; open $OUTPUT/report/report.html"

@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -96,22 +97,22 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(report.conditions(arguments.device))
-    cells: list[grid.Cell] = []
+    result: dict[str, Any] = {"conditions": report.conditions(arguments.device)}
+    print(result["conditions"])
     if arguments.model:
-        lines = checkpoint.prefill_lines(
-            arguments.model, arguments.data, arguments.template, arguments.skip_rate, arguments.quick
-        )
+        asked = (arguments.model, arguments.data, arguments.template, arguments.skip_rate, arguments.quick)
+        result["checkpoint"] = checkpoint.measure_checkpoint(*asked)
+        print(result["checkpoint"])
+        lines = [result["checkpoint"].line()]
     else:
-        lines = measure_lines(arguments)
-    lines = [_shown(line) for line in lines]
+        lines = [_shown(line) for line in measure_lines(arguments)]
+    result["lines"] = lines
     if not (arguments.quick or arguments.model):
-        cells = measure_cells(arguments)
-        print(report.table(cells))
+        result["cells"] = measure_cells(arguments)
+        print(report.table(result["cells"]))
     if arguments.plot:
         report.plot(lines, arguments.plot)
     if arguments.json:
-        result = {"conditions": report.conditions(arguments.device), "lines": lines, "cells": cells}
         result["cpu_seconds"] = round(cpu_seconds())
         arguments.json.write_text(json.dumps(result, indent=1, default=report.as_json) + "\n", encoding="utf-8")
     missed = [line for line in lines if not line.is_met]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +18,46 @@ from llava.model.routing import detach_routing, set_budget
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.prompts import load_prompts
 from scripts.bench.speed.shapes import shorten
-from scripts.bench.speed.timing import Clock
+from scripts.bench.speed.timing import Clock, Spread
 
 
-def prefill_lines(model: str, data: Path, template: str, skip_rate: float, quick: bool) -> list[Line]:
+@dataclass(frozen=True)
+class CheckpointPrefill:
+    """What was measured.
+
+    Attributes:
+        layers: Decoder layers.
+        achieved_skip: Skipped share of them, mean over prompts.
+        asked_skip: The mean skip rate that was asked for.
+        prompts: Prompts of each turn.
+        dense, routed: Milliseconds of a prompt.
+        ratio, ideal_ratio: Routed over dense, and ideal over dense.
+    """
+
+    layers: int
+    achieved_skip: float
+    asked_skip: float
+    prompts: int
+    dense: Spread
+    routed: Spread
+    ratio: Spread
+    ideal_ratio: Spread
+
+    def __str__(self) -> str:
+        return (
+            f"prefill, batch 1, {self.layers} layers, skip {self.achieved_skip:.3f} (asked {self.asked_skip:g}): "
+            f"dense {self.dense.median:.2f} ms, routed {self.routed.median:.2f} ms, ratio {self.ratio.median:.3f} "
+            f"({self.ratio.lower:.3f} to {self.ratio.upper:.3f}), ideal {self.ideal_ratio.median:.3f}; medians over "
+            f"{self.ratio.count} turns of {self.prompts} prompts"
+        )
+
+    def line(self) -> Line:
+        """The bar: routed is faster than dense."""
+        what = f"prefill, batch 1, {self.layers} layers, skip {self.achieved_skip:.3f}: routed of dense"
+        return Line(what, self.ratio.median, at_most=1.0, spread=self.ratio)
+
+
+def measure_checkpoint(model: str, data: Path, template: str, skip_rate: float, quick: bool) -> CheckpointPrefill:
     """Dense, routed and ideal prefill over questions about images; vision tower and projector are part of all.
 
     The ideal is the dense time less what the skipped layers take, by a copy of fewer layers, plus their adapters.
@@ -28,11 +65,14 @@ def prefill_lines(model: str, data: Path, template: str, skip_rate: float, quick
     checkpoint = load_checkpoint(model)
     generator = Generator(checkpoint, get_template(template))
     prompts = load_prompts(generator, data, 40 if quick else 100, with_image=True)
-    return _measure(checkpoint.model.eval(), prompts, skip_rate, 10 if quick else 20)
+    return measure_prompts(checkpoint.model.eval(), prompts, skip_rate, 10 if quick else 20)
 
 
 @torch.inference_mode()
-def _measure(model: nn.Module, prompts: list[dict[str, Tensor]], skip_rate: float, repeats: int) -> list[Line]:
+def measure_prompts(
+    model: nn.Module, prompts: list[dict[str, Tensor]], skip_rate: float, repeats: int
+) -> CheckpointPrefill:
+    """The same, for a loaded model and prompts of batch 1."""
     layers, clock = find_decoder_layers(model), Clock("cpu")
     removed = max(1, round(skip_rate * len(layers)))
     short = shorten(model, len(layers) - removed, detach_routing)
@@ -51,27 +91,16 @@ def _measure(model: nn.Module, prompts: list[dict[str, Tensor]], skip_rate: floa
     )
     per_layer = [(whole - short) / removed for whole, short in zip(times["dense"], times["short"], strict=True)]
     gain = [skipped * (layer - len(prompts) * adapter) for layer in per_layer]
-    what = f"{len(layers)} layers, skip {skipped / len(layers):.3f} (asked {skip_rate:g})"
-    return [
-        Line.of(
-            f"prefill, batch 1, {what}: routed of dense",
-            [mine / whole for mine, whole in zip(times["routed"], times["dense"], strict=True)],
-            at_most=1.0,
-        ),
-        Line.of(
-            f"prefill, batch 1, {what}: ideal of dense",
-            [1 - saved / whole for saved, whole in zip(gain, times["dense"], strict=True)],
-        ),
-        *[
-            Line.of(
-                f"prefill, batch 1, {what}: {name}",
-                [1e3 * seconds / len(prompts) for seconds in times[name]],
-                unit=" ms",
-                note=f"mean of {len(prompts)} prompts",
-            )
-            for name in ("dense", "routed")
-        ],
-    ]
+    return CheckpointPrefill(
+        layers=len(layers),
+        achieved_skip=skipped / len(layers),
+        asked_skip=skip_rate,
+        prompts=len(prompts),
+        dense=Spread.of([1e3 * seconds / len(prompts) for seconds in times["dense"]]),
+        routed=Spread.of([1e3 * seconds / len(prompts) for seconds in times["routed"]]),
+        ratio=Spread.of([mine / whole for mine, whole in zip(times["routed"], times["dense"], strict=True)]),
+        ideal_ratio=Spread.of([1 - saved / whole for saved, whole in zip(gain, times["dense"], strict=True)]),
+    )
 
 
 def _prefill(model: nn.Module, prompt: dict[str, Tensor]) -> None:
