@@ -175,6 +175,18 @@ def test_the_published_base_is_the_raw_one_on_the_unit_interval_and_the_default_
     np.testing.assert_allclose(default, raw / 1.5, atol=1e-3)
 
 
+def test_the_digits_base_is_a_fit_of_the_default_one_and_says_how_it_came_about():
+    digits, default = load_rule_base("digits"), load_rule_base("default").interpolate()
+    np.testing.assert_allclose(digits.unfitted().table, default.table, atol=1e-9)
+    assert digits.comments == default.comments and set(digits.source.ravel()) == {"fitted"}
+    names = [variable.name for variable in default.antecedents]
+    assert list(digits.provenance["feature_range"]) == [variable.name for variable in digits.antecedents] == names
+    assert digits.provenance["knots"]["examples"] >= 4000
+    fit = digits.provenance["fit"]
+    assert len(fit["effective_examples"]) == 27 and 0 < sum(fit["effective_examples"]) < fit["examples"]
+    assert digits.provenance["calibrated_by"]["command"] == "bash scripts/quickstart.sh"
+
+
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(KeyError, match="known: .*default.*published"):
         load_rule_base("fancy")
