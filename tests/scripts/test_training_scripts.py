@@ -153,6 +153,33 @@ def test_roes_stages_are_parts_of_one_run(tmp_path: Path) -> None:
     assert models == ["llava-hf/llava-1.5-7b-hf", "checkpoints/roe-7b-adapter", "checkpoints/roe-7b-router"]
 
 
+def test_no_script_launches_training_but_through_the_check() -> None:
+    launching = [path.name for path in FOLDER.glob("*.sh") if "run deepspeed" in path.read_text()]
+    assert launching == ["stage.sh"]
+    stage = (FOLDER / "stage.sh").read_text()
+    assert stage.index('[[ -n "${SKIP_DATA_CHECK:-}" ]] || check_data "${flags[@]}"') < stage.index("run deepspeed")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], ["--model-max-length", "2048"]),
+        (["--model_max_length", "256", "--model_max_length=128"], ["--model-max-length", "128"]),
+        (["--vision_tower", "a clip"], ["--vision-tower", "a clip", "--model-max-length", "2048"]),
+        (["--allow_truncation", "True"], ["--model-max-length", "2048", "--allow-truncation"]),
+    ],
+)
+def test_the_check_before_a_stage_measures_what_the_stage_will_read(more: list[str], expected: list[str]) -> None:
+    text = (FOLDER / "stage.sh").read_text()
+    functions = text[text.index("value_of() {") : text.index("choose_port() {")]
+    flags = ["--stage", "dense", "--model_name_or_path", "m", "--data_path", "d.json", "--image_folder", "i"]
+    flags += ["--version", "v1", "--model_max_length", "2048", *more]
+    program = f"""echo_words() {{ printf '%s\\n' "${{@:3}}"; }}; PYTHON=echo_words; {functions} check_data "$@" """
+    done = subprocess.run(["bash", "-euc", program, "bash", *flags], capture_output=True, text=True, check=True)
+    start = ["check-data", "d.json", "--image-folder", "i", "--version", "v1", "--model", "m"]
+    assert done.stdout.splitlines() == [*start, *expected]
+
+
 def test_a_driver_trains_the_method_it_is_told() -> None:
     assert dry_run("train_all", METHOD="roe") == dry_run("finetune_roe")
     assert dry_run("train_all") == dry_run("finetune_fuzzyroe")
