@@ -18,7 +18,7 @@ from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing, set_budget
 from llava.model.token_pruning import resume_token_pruning, set_token_pruning
 
-WHOLE_MODULES = ["vision_tower", "multi_modal_projector", "lm_head", "router", "adapter"]
+WHOLE_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """Parts that stay in the data type of the model where the others are quantized."""
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fuzzyroe.attach import find_decoder, is_attached
 from fuzzyroe.budget import allocate
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
-from llava.model.builder import Checkpoint, load_checkpoint, load_pretrained_model
+from llava.model.builder import WHOLE_MODULES, Checkpoint, load_checkpoint, load_pretrained_model
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.model.routing import attach_routing, set_budget
 from llava.train.arguments import LlavaTrainingArguments
@@ -141,6 +142,13 @@ def test_quantization_without_bitsandbytes_is_refused_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     with pytest.raises(ImportError, match=f"{option} was given but bitsandbytes is not installed; pip install"):
         load_pretrained_model("nowhere", **{option: True})
+
+
+def test_what_is_quantized_is_the_decoder_and_nothing_else(tiny_llava: LlavaForConditionalGeneration) -> None:
+    names = [name for name, module in tiny_llava.named_modules() if isinstance(module, torch.nn.Linear)]
+    quantized = {name for name in names if should_convert_module(name, WHOLE_MODULES)}
+    assert quantized == {name for name in names if name.startswith("model.language_model.layers.")}
+    assert len(quantized) == 4 * 7 < len(names)
 
 
 def test_two_quantizations_are_refused() -> None:
