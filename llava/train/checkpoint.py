@@ -24,6 +24,7 @@ from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.train.engine import gather_parameters
 from llava.train.lora import save_lora
 from llava.train.param_groups import parameters_by_part
+from llava.train.stage_report import write_report
 from llava.train.stages import Stage
 from llava.train.step_checkpoint import SAVING, list_checkpoints
 
@@ -49,6 +50,7 @@ def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: P
         if trainer.args.fingerprint:
             (partial / "fingerprint").write_text(trainer.args.fingerprint + "\n")
         write_json(partial / "stage.json", summary)
+        write_report(partial)
         replace_folder(partial, output)
     trainer.accelerator.wait_for_everyone()
 

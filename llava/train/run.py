@@ -47,6 +47,7 @@ from llava.train.loss_guard import LossGuard
 from llava.train.movement import MovementCheck
 from llava.train.observers import Observers, name_of, source_of
 from llava.train.param_groups import freeze_all_but
+from llava.train.rehearsal import rehearse_save
 from llava.train.roe_routing import RelaxedRouting, RoEObjective
 from llava.train.routing_metrics import RoutingMeter, Throughput
 from llava.train.stages import PARTS, Stage
@@ -103,6 +104,7 @@ def run_stage(
     if stage.trains:
         if training_args.process_index == 0:
             write_json(partial / "trainable_params.json", trained)
+        rehearse_save(trainer, checkpoint, partial)
         trainer.add_callback(movement)
         result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         summary |= {

@@ -199,6 +199,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
         args=args,
         train_dataset=[{}] * 1024,  # steps are taken by hand, on one batch
     )
+    trainer.current_gradient_accumulation_steps = 1  # set by the loop that is run by hand here
     return trainer, trainer._prepare_for_training(args.max_steps, trainer.get_train_dataloader(), None)[0]
 
 

@@ -75,7 +75,8 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     )
     arguments = parser.parse_args_into_dataclasses(flags)
     folder = Path(arguments[-1].output_dir).parent
-    seen: dict[str, list] = {"has_images": [], "plans": []}
+    seen: dict[str, list] = {"has_images": [], "plans": [], "rows_run": []}
+    states = []
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     compute_loss, save_stage = LlavaTrainer.compute_loss, run.save_stage
 
@@ -92,6 +93,7 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     class Recording(PlanFromTokens if forced_plans else BudgetedRouting):
         def __call__(self, inputs: dict[str, Any]) -> Any:
             state = super().__call__(inputs)
+            states.append(state)
             if state.keep_weights is not None:
                 seen["plans"].append(state.keep_weights[:, 0].tolist())
             return state
@@ -113,6 +115,7 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     finally:
         for patch in patches:
             patch.stop()
+    seen["rows_run"] = [[state.counts[layer] for layer in sorted(state.counts)] for state in states]
     (folder / f"{name}.rank{rank}.json").write_text(json.dumps(seen))
 
 

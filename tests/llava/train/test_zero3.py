@@ -1,4 +1,4 @@
-"""Training on two ranks under DeepSpeed ZeRO-3: every stage, from two launches."""
+"""Training on two ranks under DeepSpeed ZeRO-3: stages and hard skipping, from two launches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,17 @@ from llava.train.stages import PARTS
 from tiny_training import Tiny
 
 ZERO3 = ROOT / "scripts" / "zero3.json"
-STAGES = ("router", "adapter", "finetune", "forced")
+STAGES = ("router", "adapter", "finetune", "forced", "hard", "hard_frozen")
+
+GRADIENT = {"optim": "sgd", "roe_lr": 1.0, "backbone_lr": 1.0, "max_steps": 1, "max_grad_norm": 0}
+"""Flags under which a run's only step subtracts the gradient from the weights."""
+
+HARD = {
+    "hard": ("finetune", {"per_device_train_batch_size": 2}),
+    "hard_frozen": ("adapter", {"per_device_train_batch_size": 1, "gradient_checkpointing": True}),
+}
+"""Case -> stage and flags of training that leaves layers out; the second has a frozen backbone and, in the order of the
+file, a text-only sample on one rank beside an image on the other."""
 
 
 def launch_two_ranks(program: Path, *arguments: object) -> Launch:
@@ -62,6 +72,10 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "forced_plans": True,
         },
     ]
+    for name, (stage, more) in HARD.items():
+        more = {"deepspeed": ZERO3, "train_hard_skip": True, **GRADIENT, **more}
+        flags = tiny.flags(stage, folder / "adapter", folder / name, **more)
+        cases.append({"name": name, "flags": flags, "forced_plans": True, "in_order": True})
     (folder / "plan.json").write_text(json.dumps(cases))
     code, output = launch_two_ranks(ROOT / "tests" / "support" / "zero3_cases.py", folder / "plan.json").finish(400)
     assert code == 0, output[-6000:]
@@ -90,7 +104,7 @@ def load_base(tiny: Tiny) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_ran_on_a_zero3_engine_of_two_ranks(trained: Path, name: str) -> None:
+def test_every_case_ran_on_a_zero3_engine_of_two_ranks(trained: Path, name: str) -> None:
     summary = read_summary(trained / name)
     assert (summary["engine"], summary["zero_stage"], summary["world_size"]) == ("DeepSpeedEngine", 3, 2)
     assert not list(trained.glob("*.partial")) and not list(trained.glob("*.old"))
@@ -184,12 +198,36 @@ def test_disagreeing_plans_on_two_ranks_train_as_one_process_does(tiny: Tiny, tr
         torch.testing.assert_close(tensor, alone[name], atol=1e-4, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("name", HARD)
+def test_ranks_that_leave_out_different_layers_find_the_gradients_of_one_process(
+    tiny: Tiny, trained: Path, tmp_path: Path, name: str
+) -> None:
+    stage, more = HARD[name]
+    num_rows = more["per_device_train_batch_size"]
+    plans, rows_run = (read_seen(trained, name, key) for key in ("plans", "rows_run"))
+    assert all(one != other for one, other in zip(*plans, strict=True)), "ranks disagree"
+    assert all(min(rows) < num_rows for rank in rows_run for rows in rank), "rows were left out"
+    if name == "hard_frozen":
+        assert read_seen(trained, name, "has_images") == [[False], [True]]
+    more = {**more, **GRADIENT, "train_hard_skip": True, "per_device_train_batch_size": 2 * num_rows}
+    flags = tiny.flags(stage, trained / "adapter", tmp_path / name, **more)
+    zero3_cases.run_case(name, flags, forced_plans=True, in_order=True)
+    zero3_cases.reset()
+    assert read_losses(trained / name) == pytest.approx(read_losses(tmp_path / name), abs=1e-5)
+    both, alone = (load_file(folder / f"{name}.gathered.safetensors") for folder in (trained, tmp_path))
+    start = load_file(trained / "adapter.gathered.safetensors")
+    for parameter_name, tensor in both.items():
+        torch.testing.assert_close(tensor, alone[parameter_name], atol=1e-5, rtol=0, msg=parameter_name)
+    changed = {key for key, tensor in both.items() if not torch.equal(tensor, start[key])}
+    assert changed and (stage == "finetune" or all(".adapter." in key for key in changed))
+
+
 def test_bad_input_ends_both_ranks_with_code_2_and_one_message(tiny: Tiny, tmp_path: Path) -> None:
     records = json.loads(tiny.data.read_text())
     records[3]["image"] = "single/missing.png"
     (tmp_path / "data.json").write_text(json.dumps(records))
     flags = tiny.flags("router", tiny.base, tmp_path / "output", deepspeed=ZERO3, data_path=tmp_path / "data.json")
-    code, output = launch_two_ranks(ROOT / "llava" / "train" / "train.py", *flags).finish(240)
+    code, output = launch_two_ranks(ROOT / "llava" / "train" / "train.py", *flags).finish(420)
     assert code == 2, output[-6000:]
     assert output.count("error: ") == 1 and "record 3" in output and "single/missing.png" in output
     assert "Traceback" not in output and "Loading weights" not in output
