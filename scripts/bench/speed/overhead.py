@@ -117,7 +117,7 @@ def forward_overhead(bench: Bench, length: int) -> list[Line]:
     small = Bench(Shape("tiny", 64, bench.shape.layers, 4, 4, 128, 100), KeepAllRouter(bench.shape.layers))
     step = _step_difference(small, 64, 20)
     whole = statistics.median(_step_seconds(bench, length)) / bench.shape.layers
-    bar = 1.0 if bench.shape.width >= 1024 else None
+    bar = 1.0 if bench.shape.width >= 1024 and not bench.clock.is_cuda else None
     return [
         Line.of("routed forward in decoding, per layer", [1e6 * seconds for seconds in step], unit=" us"),
         Line("  of a dense layer", 100 * max(statistics.median(step), 0.0) / whole, at_most=bar, unit=" %"),

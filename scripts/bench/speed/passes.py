@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fuzzyroe.attach import find_decoder, find_decoder_layers, set_router
+from fuzzyroe.attach import find_decoder_layers, set_router
 from fuzzyroe.cache import RoutedCacheLayer
 from fuzzyroe.routers import Router
 from fuzzyroe.routing_state import RoutingState
@@ -126,11 +126,6 @@ def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of the keys and values that a cache stores."""
     stored = [layer for layer in cache.layers if layer.keys is not None]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
-
-
-def routed_decoder(bench: Bench) -> nn.Module:
-    """The module that holds the routed layers."""
-    return find_decoder(bench.routed)
 
 
 @functools.cache
