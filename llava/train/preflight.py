@@ -34,6 +34,7 @@ from llava.train.roe_preflight import check_roe
 from llava.train.stages import Stage, StageInputError
 from llava.train.start import check_agreement, vision_settings
 from llava.train.step_checkpoint import describe_run, find_resume, partial_folder
+from llava.train.unused_flags import check_unused
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def check_inputs(
     get_template(model_args.version)
     config, sources = _check_model(model_args, stage)
     _check_extras(training_args, stage)
+    check_unused(stage, routing_args, training_args)
     _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, routing_args)
     output = Path(training_args.output_dir)
     _check_output(output, sources)

@@ -10,6 +10,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.train.stages import STAGES
+from llava.train.unused_flags import is_used
 from playground.digits.base_model import IMAGE_SIZE, build_config
 from playground.digits.generate import Settings, generate
 from playground.digits.questions import IMAGE_QUESTIONS
@@ -33,7 +35,7 @@ class Tiny:
     images: Path
 
     def flags(self, stage: str, model: Path, output: Path, **more: object) -> list[str]:
-        """Flags of llava/train/train.py for a short run on the CPU."""
+        """Flags of llava/train/train.py for a short run on the CPU; of the usual ones those that act in the stage."""
         values = {
             "stage": stage,
             "model_name_or_path": model,
@@ -58,8 +60,10 @@ class Tiny:
             "save_strategy": "no",
             "seed": 0,
             "disable_tqdm": True,
-            **more,
         }
+        if stage in STAGES:
+            values = {name: value for name, value in values.items() if is_used(name, STAGES[stage])}
+        values |= more
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 

@@ -36,6 +36,19 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
     ),
     "unknown rule base": ({"rule_base": "sharp"}, r"(?i)rule base.*sharp.*published"),
     "unknown skip pattern": ({"skip_pattern": "odd"}, r"--skip_pattern odd is unknown; use plan or random"),
+    "a skip ratio without skips": ({"stage": "dense", "skip_ratio": 0.2}, r"--skip_ratio 0\.2 .* dense skips nothing"),
+    "calibration of nothing": ({"stage": "dense", "order_samples": 8}, r"--order_samples 8 .* calibrates no router"),
+    "a rate of adapters that stay": ({"roe_lr": 1e-3}, r"--roe_lr 0\.001 .* trains neither adapters nor routers"),
+    "a rate of a frozen backbone": ({"backbone_lr": 1e-6}, r"--backbone_lr 1e-06 .* trains no part of the backbone"),
+    "a rank without updates": ({"stage": "dense", "lora_r": 8}, r"--lora_r 8 .* dense trains no low-rank updates"),
+    "a rate of a frozen projector": (
+        {"stage": "dense", "freeze_mm_mlp_adapter": True, "mm_projector_lr": 1e-5},
+        r"--mm_projector_lr 1e-05 .* dense does not train the projector",
+    ),
+    "dense shares of drawn skips": (
+        {"stage": "adapter", "skip_pattern": "random", "dense_ratio": 0.1},
+        r"--dense_ratio 0\.1 .* --skip_pattern random plans none",
+    ),
     "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate"),
 }
 
@@ -56,7 +69,7 @@ def refusals(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         lines[name] = tiny.flags(stage, model, output, **values)
     (folder / "cases.json").write_text(json.dumps(lines))
     launch = Launch([sys.executable, "tests/support/refusal_cases.py", folder / "cases.json", folder / "results.json"])
-    code, output = launch.finish(120)
+    code, output = launch.finish(300)
     assert code == 0, output[-4000:]
     assert not list(folder.glob("*/output*"))
     return {name: tuple(result) for name, result in json.loads((folder / "results.json").read_text()).items()}
