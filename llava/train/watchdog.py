@@ -48,7 +48,7 @@ class Watchdog(TrainerCallback):
     def begin_batch(self, inputs: dict[str, Any]) -> None:
         """Note the batch that comes next."""
         self._batch = inputs
-        self.note("before the forward pass")
+        self.note("the start of the forward pass")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,7 +58,7 @@ class Watchdog(TrainerCallback):
         places |= {"vision tower": self.model.model.vision_tower, "projector": self.model.model.multi_modal_projector}
         for place, module in places.items():
             hook = self._hook(place)
-            self._handles.append(module.register_forward_pre_hook(hook))
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))  # ahead of gathering
         self.note("the first batch")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

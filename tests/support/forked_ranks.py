@@ -7,6 +7,9 @@ The plan is a list of cases, each with ``name``, ``flags`` (those of llava/train
 both ranks are killed -9 again and again: as soon as half of its steps are saved, at random moments, and inside a save;
 whenever it comes through before the last kill, it begins anew. After each kill every step checkpoint must be whole.
 ``NAME.kills.json`` says when it was killed and what was there.
+
+A case with ``hangs`` runs once, with rank 1 standing still before its second forward pass, and must be ended by the
+watchdog of each rank; what they printed is in ``NAME.log``.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train import train
 from llava.train.engine import import_deepspeed
 from llava.train.step_checkpoint import SAVING, find_fault, list_checkpoints
+from llava.train.trainer import LlavaTrainer
+from llava.train.watchdog import STALLED
 
 NUM_RANKS = 2
 TIMEOUT = 180.0
@@ -38,10 +44,11 @@ class Ranks:
     Args:
         flags: Its command line.
         log: File that their output is appended to.
+        hangs: Whether rank 1 stands still before its second forward pass.
     """
 
-    def __init__(self, flags: list[str], log: Path) -> None:
-        self.log = log
+    def __init__(self, flags: list[str], log: Path, hangs: bool = False) -> None:
+        self.log, self.hangs = log, hangs
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -59,6 +66,8 @@ class Ranks:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
             sys.argv = ["train.py", *flags]
+            if self.hangs and rank == 1:
+                stand_still_at(2)
             train.main()
             status = 0
         except SystemExit as exit:
@@ -103,10 +112,38 @@ class Ranks:
             time.sleep(0.01)
 
 
-def run_case(name: str, flags: list[str], kills: int, folder: Path) -> None:
+def stand_still_at(number: int) -> None:
+    """Have this process stand still before one of its forward passes."""
+    calls, compute_loss = [], LlavaTrainer.compute_loss
+
+    def compute(self: LlavaTrainer, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.observers.before_forward(inputs))
+        if len(calls) == number:
+            time.sleep(TIMEOUT)
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    LlavaTrainer.compute_loss = compute
+
+
+def run_hanging(output: Path, flags: list[str], log: Path) -> None:
+    """Run one case whose ranks end themselves.
+
+    Raises:
+        RuntimeError: If one of them ends in another way.
+    """
+    ranks = Ranks([*flags, "--output_dir", str(output)], log, hangs=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks.alive]
+    if codes != [STALLED] * NUM_RANKS:
+        raise RuntimeError(f"the ranks ended with {codes}:\n{log.read_text()[-5000:]}")
+
+
+def run_case(name: str, flags: list[str], folder: Path, kills: int = 0, hangs: bool = False) -> None:
     """Run one case of a plan, see the module."""
     generator = random.Random(name)
     output, log = folder / name, folder / f"{name}.log"
+    if hangs:
+        run_hanging(output, flags, log)
+        return
     partial = output.with_name(f"{name}.partial")
     started = time.monotonic()
     Ranks([*flags, "--output_dir", f"{output}.whole"], log).finish()

@@ -19,6 +19,7 @@ from tiny_training import Tiny
 
 pytestmark = pytest.mark.slow
 
+ZERO3 = ROOT / "scripts" / "zero3.json"
 KILLS = 8
 STEPS = 6
 STARTS = {
@@ -43,7 +44,7 @@ def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
     cases = []
     for name, options in CASES.items():
         more = {
-            "deepspeed": ROOT / "scripts" / "zero3.json",
+            "deepspeed": ZERO3,
             "max_steps": STEPS,
             "save_strategy": "steps",
             "save_steps": 1,
@@ -57,6 +58,8 @@ def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
         stage = more.pop("stage")
         model = folder / f"{STARTS[name]}.whole" if name in STARTS else tiny.base
         cases.append({"name": name, "flags": without_output(tiny.flags(stage, model, folder, **more)), "kills": KILLS})
+    flags = without_output(tiny.flags("dense", tiny.base, folder, deepspeed=ZERO3, watchdog_seconds=4))
+    cases.append({"name": "hang", "flags": flags, "hangs": True})
     return cases
 
 
@@ -112,3 +115,10 @@ def test_what_a_killed_run_writes_in_the_end_is_what_an_undisturbed_one_writes(k
             assert (tensor.double() - theirs[tensor_name].double()).abs().max() <= 1e-6, tensor_name
     load_checkpoint(killed / name)
     assert not list(killed.glob("*.partial")) and not list(killed.glob("*.old"))
+
+
+def test_ranks_that_wait_for_each_other_end_and_name_where(killed: Path) -> None:
+    printed = (killed / "hang.log").read_text()
+    for rank in range(2):
+        found = [line for line in printed.splitlines() if f"rank {rank}: no progress for 4 s at step 1" in line]
+        assert len(found) == 1 and "the start of the forward pass" in found[0] and "(id " in found[0], printed[-3000:]

@@ -160,7 +160,9 @@ def test_an_output_killed_while_being_replaced_is_put_back(tiny: Tiny, trained: 
     assert digest(router) == before and not old.exists()
 
 
-def test_a_launcher_killed_alone_makes_the_script_fail(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
+def test_a_launcher_killed_alone_makes_the_script_fail_and_ends_the_ranks(
+    tiny: Tiny, trained: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "router"
     shutil.copytree(trained.with_name("tiny-router"), output)
     (output / "fingerprint").write_text("of other settings\n")
@@ -168,16 +170,21 @@ def test_a_launcher_killed_alone_makes_the_script_fail(tiny: Tiny, trained: Path
     launch = start("fuzzyroe_router", tiny, MODEL_PATH=tiny.base, OUTPUT=output)
     try:
         launchers: list[psutil.Process] = []
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not launchers and time.monotonic() < deadline and launch.process.poll() is None:
-            launchers = [child for child in launch.children() if "deepspeed.launcher.launch" in child.cmdline()]
+            found = [child for child in launch.children() if "deepspeed.launcher.launch" in child.cmdline()]
+            launchers = [child for child in found if len(child.children()) == 2]
             time.sleep(0.05)
+        time.sleep(2)  # the ranks have begun
         for launcher in launchers:
             launcher.kill()
         code = launch.process.wait(30)
+        psutil.wait_procs(launch.children(), timeout=20)
+        left = [child.cmdline() for child in launch.children()]
     finally:
         launch.kill()
     printed = launch.process.communicate()[0]
+    assert launchers and not left, left
     assert code != 0 and f"router ended without writing {output}" in printed, printed
     assert digest(output) == before
 

@@ -222,6 +222,21 @@ def test_ranks_that_leave_out_different_layers_find_the_gradients_of_one_process
     assert changed and (stage == "finetune" or all(".adapter." in key for key in changed))
 
 
+def test_metrics_join_what_both_ranks_saw(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:  # rank 0 has text only, rank 1 images
+        by_source = [line[name] for name in line if name.startswith("routing/skip_rate/source_")]
+        assert "routing/skip_rate/source_text" in line and len(by_source) == 2
+        assert line["routing/skip_rate"] == pytest.approx(sum(by_source) / 2)
+        layers = [line[f"routing/skip_rate/layer_{layer:02d}"] for layer in range(4)]
+        assert line["routing/skip_rate"] == pytest.approx(sum(layers) / 4)
+        assert sum(line[name] for name in line if name.startswith("routing/fuzzy/rule_")) == pytest.approx(1)
+        assert line["throughput/samples_per_second"] > 0 and line["memory/peak_gib"] > 0
+    assert "Firing of rules" in (trained / "adapter" / "report.html").read_text()
+
+
 def test_bad_input_ends_both_ranks_with_code_2_and_one_message(tiny: Tiny, tmp_path: Path) -> None:
     records = json.loads(tiny.data.read_text())
     records[3]["image"] = "single/missing.png"
