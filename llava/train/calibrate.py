@@ -111,16 +111,26 @@ class Measurer:
             singles = [self._losses(batches, [layer]) for layer in candidates]
             layer_losses = torch.stack([columns[0], *singles], dim=1).double().numpy()
         features = self._features(batches)
-        score_features = self._features(self._batches(self.size.score_samples))
+        score_features = self.raw_features(self.size.score_samples)
         self.cost.samples = len(self.samples)
         return Measurements(
-            tuple(FEATURES),
+            self.feature_names,
             features.double().numpy(),
             losses.double().numpy(),
             layer_order,
             score_features.double().numpy(),
             layer_losses,
         )
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the columns of raw features."""
+        return tuple(FEATURES)
+
+    @torch.no_grad()
+    def raw_features(self, num_samples: int) -> Tensor:
+        """Raw features of every turn of the first samples, (turns over all ranks, features), on the CPU."""
+        return self._features(self._batches(num_samples))
 
     def _batches(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
         """This rank's batches of the first samples, short ones together; all ranks get equally many of equal size."""
