@@ -143,9 +143,9 @@ def _write_vicuna(parts: Parts) -> None:
     parts.vicuna.mkdir()
     config = {**TEXT, "vocab_size": parts.vocab_size, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (parts.vicuna / "config.json").write_text(json.dumps(config))
-    names = original_names(parts.weights)
+    weights = original_weights(parts, with_tower=False)
     torch.save(
-        {new: parts.weights[old] for old, new in names.items() if "mm_" not in new and "vision" not in new},
+        {name: tensor for name, tensor in weights.items() if "mm_" not in name},
         parts.vicuna / "pytorch_model.bin",
     )
     write_sentencepiece(parts, parts.vicuna)
@@ -189,8 +189,9 @@ def _rename(weights: dict[str, Tensor], starts: dict[str, str]) -> dict[str, str
 
 def original_weights(parts: Parts, with_tower: bool) -> dict[str, Tensor]:
     """The weights under the original repository's names."""
-    names = original_names(parts.weights)
-    return {new: parts.weights[old] for old, new in names.items() if with_tower or "vision_tower" not in new}
+    weights = parts.weights
+    names = original_names(weights)
+    return {new: weights[old] for old, new in names.items() if with_tower or "vision_tower" not in new}
 
 
 def original_config(parts: Parts, model_type: str = "llava") -> dict:
