@@ -13,6 +13,7 @@ import pytest
 
 from llava.train.arguments import LlavaTrainingArguments, parse_arguments, stage_of
 from llava.train.run import learning_rates
+from llava.train.unused_flags import check_unused
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "scripts" / "v1_5"
@@ -73,7 +74,10 @@ def test_every_script_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("script", STAGES)
 def test_every_flag_of_a_script_is_known_and_its_stages_train_what_they_say(script: str, tmp_path: Path) -> None:
-    found = [stage_of(model, routing, training) for model, _, routing, training in launches(script, tmp_path)]
+    found = []
+    for model, _, routing, training in launches(script, tmp_path):
+        found.append(stage_of(model, routing, training))
+        check_unused(found[-1], routing, training)
     assert [(stage.name, stage.trains) for stage in found] == STAGES[script]
 
 
@@ -81,7 +85,8 @@ def test_the_quickstart_launches_stages_with_known_flags(tmp_path: Path) -> None
     text = (ROOT / "scripts" / "quickstart.sh").read_text()
     first, last = text.index("shared=("), text.index("check_engines()")
     program = (
-        'train_stage() { shift 4; printf "%s\\n" "${*@Q}"; }; DATA=data OUTPUT=output BASE=base; ' + text[first:last]
+        'train_stage() { local stage="$1"; shift 4; printf "%s\\n" "--stage $stage ${*@Q}"; }; '
+        "DATA=data OUTPUT=output BASE=base; " + text[first:last]
     )
     for order in ("router-first", "adapter-first"):
         done = subprocess.run(
@@ -92,7 +97,8 @@ def test_the_quickstart_launches_stages_with_known_flags(tmp_path: Path) -> None
         assert len(lines) == 3
         required = ["--model_name_or_path", "m", "--data_path", "d", "--image_folder", "i", "--output_dir"]
         for flags in lines:
-            parse_arguments([*required, str(tmp_path), "--use_cpu", "True", *flags])
+            model, _, routing, training = parse_arguments([*required, str(tmp_path), "--use_cpu", "True", *flags])
+            check_unused(stage_of(model, routing, training), routing, training)
 
 
 # script: (learning rates that matter, global batch, samples per device, warm-up, template, ZeRO configuration)
