@@ -14,6 +14,8 @@ from llava.train.stages import STAGES, Stage, choose_stage
 
 SKIP_PATTERNS = ("plan", "random")
 
+ADAPTER_OBJECTIVES = ("answers", "forecast")
+
 DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
 """What routing is attached with where flags say nothing."""
 
@@ -65,6 +67,9 @@ class RoutingArguments:
     max_skip_ratio: float = field(default=0.5, metadata={"help": "Largest budget that is calibrated and trained for."})
     skip_pattern: str = field(default="plan", metadata={"help": "plan (the router decides) or random."})
     dense_ratio: float = field(default=0.0, metadata={"help": "Share of samples that skip nothing, in [0, 1]."})
+    adapter_objective: str = field(
+        default="answers", metadata={"help": "answers, or forecast: adapters learn what their layers give."}
+    )
     train_hard_skip: bool = field(
         default=False, metadata={"help": "Leave skipped layers out in training, whole rows by their last turn."}
     )
@@ -94,6 +99,10 @@ class RoutingArguments:
             raise ValueError(f"--max_skip_ratio {self.max_skip_ratio} lies outside (0, 1); 0.5 is usual.")
         if self.skip_pattern not in SKIP_PATTERNS:
             raise ValueError(f"--skip_pattern {self.skip_pattern} is unknown; use {' or '.join(SKIP_PATTERNS)}.")
+        if self.adapter_objective not in ADAPTER_OBJECTIVES:
+            raise ValueError(
+                f"--adapter_objective {self.adapter_objective} is unknown; use {' or '.join(ADAPTER_OBJECTIVES)}."
+            )
         if not 0 <= self.dense_ratio <= 1:
             raise ValueError(f"--dense_ratio {self.dense_ratio} lies outside [0, 1].")
         if self.adapter_hidden_dim is not None and self.adapter_hidden_dim < 1:

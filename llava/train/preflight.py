@@ -73,6 +73,8 @@ def check_inputs(
     output = Path(training_args.output_dir)
     _check_output(output, sources)
     _check_deepspeed(training_args, stage)
+    if routing_args.adapter_objective == "forecast":
+        _check_forecast(stage, routing_args)
     if routing_args.train_hard_skip:
         check_hard_skip(stage, training_args)
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
@@ -106,10 +108,25 @@ def _check_routing(block: dict | None, stage: Stage, model_path: str, routing_ar
         raise StageInputError(
             f"{model_path} is routed, stage {stage.name} trains dense models; name its base model, or another --stage."
         )
-    if stage.trains and stage.routing == "plan" and not block and routing_args.skip_pattern == "plan":
+    needs_plans = routing_args.skip_pattern == "plan" and routing_args.adapter_objective == "answers"
+    if stage.trains and stage.routing == "plan" and not block and needs_plans:
         raise StageInputError(
             f"Stage {stage.name} follows the plans of a calibrated router, but {model_path} has none; run the router "
             "stage first, or start with --skip_pattern random."
+        )
+
+
+def _check_forecast(stage: Stage, routing_args: RoutingArguments) -> None:
+    """Forecasts train adapters alone, on the states of the dense model."""
+    if stage.name != "adapter":
+        raise StageInputError(
+            f"--adapter_objective forecast was given, but it trains adapters alone, not stage {stage.name}; leave it "
+            "out, or use the stage adapter."
+        )
+    if routing_args.train_hard_skip or routing_args.skip_pattern != "plan":
+        raise StageInputError(
+            "--adapter_objective forecast skips nothing while it trains; leave out --train_hard_skip and "
+            "--skip_pattern."
         )
 
 

@@ -41,6 +41,7 @@ from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.callbacks import Console, MetricsFile
 from llava.train.checkpoint import save_stage, write_json, write_model
 from llava.train.engine import describe_engine, init_engine_communication, prepare_for_forward
+from llava.train.forecast import Forecast
 from llava.train.hard_skip import ZeroMissingGradients, prepare_hard_skip
 from llava.train.lora import add_lora
 from llava.train.loss_guard import LossGuard
@@ -202,10 +203,11 @@ def _build_trainer(
     )
     rates = learning_rates(routing_args, training_args)
     routing, mode = None, "hard" if routing_args.train_hard_skip else "soft"
+    forecast = Forecast(checkpoint.model) if routing_args.adapter_objective == "forecast" else None
     if stage.routing == "plan" and routing_args.skip_pattern == "random":
         num_layers = config.text_config.num_hidden_layers
         routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio, mode)
-    elif stage.routing == "plan":
+    elif stage.routing == "plan" and routing_args.adapter_objective == "answers":
         budgets = (routing_args.max_skip_ratio, routing_args.dense_ratio)
         routing = BudgetedRouting(config.image_token_index, *budgets, mode)
     callbacks, objective = [MetricsFile(Path(training_args.output_dir) / "metrics.jsonl"), Console()], None
@@ -223,6 +225,7 @@ def _build_trainer(
         learning_rates=rates,
         batch_routing=routing,
         objective=objective,
+        forecast=forecast,
         observers=observers,
         model=checkpoint.model,
         args=training_args,

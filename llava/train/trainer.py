@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from llava.data.sampler import ModalityLengthSampler
+from llava.train.forecast import Forecast
 from llava.train.observers import Observers
 from llava.train.param_groups import build_param_groups
 from llava.train.roe_routing import RoEObjective
@@ -36,6 +37,7 @@ class LlavaTrainer(Trainer):
         learning_rates: Learning rate of each part that trains.
         batch_routing: Gives the routing state of a batch; None trains without routing.
         objective: Gives the loss of a batch from logits, labels and its routing state; None takes the model's own.
+        forecast: Gives the loss of the adapters instead, from the model and a batch.
         step_saving: How step checkpoints are written; None if none are.
         observers: What is told of every batch; None for nothing.
         **kwargs: As for ``Trainer``.
@@ -48,6 +50,7 @@ class LlavaTrainer(Trainer):
         learning_rates: dict[str, float],
         batch_routing: Any = None,
         objective: RoEObjective | None = None,
+        forecast: Forecast | None = None,
         step_saving: StepSaving | None = None,
         observers: Observers | None = None,
         **kwargs,
@@ -57,6 +60,7 @@ class LlavaTrainer(Trainer):
         self.learning_rates = learning_rates
         self.batch_routing = batch_routing
         self.objective = objective
+        self.forecast = forecast
         self.step_saving = step_saving
         self.observers = observers
 
@@ -83,12 +87,15 @@ class LlavaTrainer(Trainer):
         inputs["use_cache"] = False
         if routing is not None:
             inputs["routing"] = routing
-        if self.objective is None:
+        if self.objective is None and self.forecast is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
-            labels = inputs.pop("labels")
-            outputs = model(**inputs)
-            loss = self.objective(outputs.logits, labels, routing)
+            labels, outputs = inputs.pop("labels"), None
+            if self.forecast is not None:
+                loss = self.forecast(model, inputs)
+            else:
+                outputs = model(**inputs)
+                loss = self.objective(outputs.logits, labels, routing)
             if num_items_in_batch is not None:  # the trainer then takes the loss for a sum over the accumulated batches
                 loss = loss / self.current_gradient_accumulation_steps
         if self.observers is not None:

@@ -25,7 +25,7 @@ from llava.train.stages import PARTS
 from tiny_training import Tiny
 
 ZERO3 = ROOT / "scripts" / "zero3.json"
-STAGES = ("router", "adapter", "finetune", "forced", "hard", "hard_frozen")
+STAGES = ("router", "adapter", "finetune", "forced", "hard", "hard_frozen", "forecast")
 
 GRADIENT = {"optim": "sgd", "roe_lr": 1.0, "backbone_lr": 1.0, "max_steps": 1, "max_grad_norm": 0}
 """Flags under which a run's only step subtracts the gradient from the weights."""
@@ -76,6 +76,9 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         more = {"deepspeed": ZERO3, "train_hard_skip": True, **GRADIENT, **more}
         flags = tiny.flags(stage, folder / "adapter", folder / name, **more)
         cases.append({"name": name, "flags": flags, "forced_plans": True, "in_order": True})
+    more = {"deepspeed": ZERO3, "adapter_objective": "forecast", **GRADIENT}
+    flags = tiny.flags("adapter", folder / "router", folder / "forecast", per_device_train_batch_size=2, **more)
+    cases.append({"name": "forecast", "flags": flags})
     (folder / "plan.json").write_text(json.dumps(cases))
     code, output = launch_two_ranks(ROOT / "tests" / "support" / "zero3_cases.py", folder / "plan.json").finish(400)
     assert code == 0, output[-6000:]
@@ -220,6 +223,13 @@ def test_ranks_that_leave_out_different_layers_find_the_gradients_of_one_process
         torch.testing.assert_close(tensor, alone[parameter_name], atol=1e-5, rtol=0, msg=parameter_name)
     changed = {key for key, tensor in both.items() if not torch.equal(tensor, start[key])}
     assert changed and (stage == "finetune" or all(".adapter." in key for key in changed))
+
+
+def test_forecasts_train_adapters_alone(trained: Path) -> None:
+    before, after = (load_file(trained / f"{name}.gathered.safetensors") for name in ("router", "forecast"))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"model.language_model.layers.{layer}.adapter.up.weight" for layer in range(4)}
+    assert read_losses(trained / "forecast") == [pytest.approx(1.0)]
 
 
 def test_metrics_join_what_both_ranks_saw(trained: Path) -> None:
