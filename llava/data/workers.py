@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 
-MODULES = (
-    "torch.utils.data",
-    "transformers.tokenization_utils_tokenizers",
-    "transformers.models.clip.image_processing_pil_clip",
-    "llava.data.dataset",
-    "llava.data.collator",
-)
-"""What a worker imports when it unpickles its dataset: several hundred megabytes, the same in all of them."""
+PRELOADED = ("__main__", "llava.data.fork_server")
+"""Modules that the server imports: the program itself, which every worker would import first, and what is read with."""
 
 
 def preload_fork_server() -> None:
@@ -20,4 +14,4 @@ def preload_fork_server() -> None:
     The server is a fresh process without data or devices. Workers forked from it share its pages, start in a fraction
     of a second and hold little but what they read. Call before the first of them is started.
     """
-    multiprocessing.set_forkserver_preload(list(MODULES))
+    multiprocessing.set_forkserver_preload(list(PRELOADED))

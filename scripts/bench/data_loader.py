@@ -232,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     torch.set_num_threads(1)
-    size = (100_000_000, 256, False) if arguments.quick else (1_000_000_000, 512, True)
+    size = (100_000_000, 256, False) if arguments.quick else (1_000_000_000, 320, True)
     print(conditions(), flush=True)
     with tempfile.TemporaryDirectory(prefix="data_loader_") as folder:
         lines = measure(*size, Path(folder))

@@ -1,0 +1,24 @@
+"""What Python's fork server imports before workers that read samples are forked from it; see ``llava.data.workers``.
+
+Not to be imported elsewhere: objects made so far are hidden from the garbage collector, whose marks would otherwise
+give every worker a copy of each page it walks over.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+
+MODULES = (
+    "torch.utils.data",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.models.clip.image_processing_pil_clip",
+    "llava.data.dataset",
+    "llava.data.collator",
+)
+"""What a worker imports when it unpickles its dataset: several hundred megabytes, the same in all of them."""
+
+for _name in MODULES:
+    importlib.import_module(_name)
+gc.collect()
+gc.freeze()
