@@ -46,6 +46,8 @@ def test_planted_features_lead_alone_and_in_triples(numbers: dict) -> None:
     assert numbers["triples"][-1]["held_out"] < 0.6
     shipped = {name: entry["held_out"] for name, entry in numbers["shipped"].items()}
     assert best["held_out"] > shipped["default"] > abs(shipped["published"])
+    low, high = numbers["best_minus_default"]
+    assert 0 < low < best["held_out"] - shipped["default"] < high
 
 
 def test_the_halves_are_apart_and_share_what_has_no_label(study, measured: Measurements) -> None:
