@@ -115,7 +115,7 @@ def interpolate_closest(
 
     Where the rules are centred beside the observation, the conclusion moves along ``slopes``, so that rules on a plane
     are continued exactly. Huang and Shen shift each antecedent by itself and take the range of the consequent divided
-    by D for its slope; measured slopes (``SparseRules.slopes``) are closer on six of seven kinds of random monotone
+    by D for its slope; measured slopes (``SparseRules.slopes``) are closer on five of seven kinds of random monotone
     tables.
 
     Args:
