@@ -30,9 +30,8 @@ def estimate_command(
     """Estimate bytes per GPU; exit code 1 where they do not fit."""
     from pathlib import Path
 
-    from transformers import LlavaConfig
-
     from llava.cli.terminal import make_table, open_console
+    from llava.model.checkpoints.reading import read_text_side
     from llava.train.memory import GIB, Workload, estimate_memory, llava_config, what_fits
 
     if gpu_mem <= 0:
@@ -40,7 +39,7 @@ def estimate_command(
     workload = Workload(
         stage, gpus, sharding, batch, length, adapter_hidden_dim, gradient_checkpointing, lora_rank=lora_r
     )
-    config = LlavaConfig.from_pretrained(model) if Path(model).is_dir() else llava_config(model)
+    config = read_text_side(model)[0] if Path(model).is_dir() else llava_config(model)
     estimate = estimate_memory(config, workload)
     gpu_bytes = int(gpu_mem * GIB)
     rows = [*estimate.per_gpu.items(), ("total", estimate.total), ("available", gpu_bytes)]

@@ -162,8 +162,8 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict, list[P
         return config, []
     if (folder / "adapter_config.json").exists():
         raise StageInputError(
-            f"{path} holds low-rank updates of another model; a whole checkpoint is needed. Merge them first, see "
-            "docs/workflows.md."
+            f"{path} holds low-rank updates of another model; a whole checkpoint is needed. Merge them first: "
+            f"fuzzyroe convert {path} OUTPUT."
         )
     base = (config.get("fuzzyroe") or {}).get("base_model")
     if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):

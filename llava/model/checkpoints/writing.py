@@ -68,6 +68,7 @@ def write_weights(
     for file, names in split.filename_to_tensors.items():
         shard = {name: forms[name].shape_up(tensor(forms[name].source)) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard  # before the next one is made
         done += len(names)
         progress(done, len(forms))
     if split.is_sharded:

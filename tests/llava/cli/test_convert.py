@@ -45,3 +45,8 @@ def test_mistakes_are_one_line(lora: Path, tmp_path: Path) -> None:
         result = run(*arguments)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_estimate_reads_the_sizes_of_every_layout(lora: Path) -> None:
+    result = CliRunner().invoke(app, ["estimate", "--stage", "dense", "--model", str(lora)])
+    assert result.exit_code == 0 and "decoder 0 M" in result.stdout, "not the 7B of transformers' defaults"
