@@ -81,7 +81,8 @@ class FuzzyRouter(Router):
         routing.scores = self.rules(routing.features)  # (B, T)
         is_broken = ~(raw.abs().amax(dim=-1) < torch.inf)  # (B, T)
         self.non_finite_turns += is_broken.sum()
-        planned = self.keep_weights(routing.scores, routing.skip_rate)
+        softness = 0.0 if routing.relaxation is None else routing.relaxation.temperature
+        planned = self.keep_weights(routing.scores, routing.skip_rate, softness)
         routing.keep_weights = planned.masked_fill(is_broken.unsqueeze(-1), 1.0)
 
     def scale(self, raw_features: Tensor) -> Tensor:
@@ -111,12 +112,20 @@ class FuzzyRouter(Router):
         thresholds = torch.lerp(self.budget_thresholds[cell], self.budget_thresholds[cell + 1], share)
         return thresholds.view(*rate.shape, -1)
 
-    def keep_weights(self, scores: Tensor, skip_rate: Tensor | float | None = None) -> Tensor:
-        """Keep weights, 0 or 1, (B, T, L), of scores (B, T) under a budget for all or one per example (B,)."""
+    def keep_weights(self, scores: Tensor, skip_rate: Tensor | float | None = None, softness: float = 0.0) -> Tensor:
+        """Keep weights, (B, T, L), of scores (B, T) under a budget for all or one per example (B,).
+
+        They are 0 or 1. With a softness s they are ``sigmoid((u - theta) / s)`` for an example at percentile u and a
+        layer of threshold theta: the same layers on either side of 1/2, towards s = 0 the same weights. A layer of
+        threshold 0, which no example skips, keeps its weight of 1.
+        """
         thresholds = self.thresholds(skip_rate)
         if thresholds.dim() == 2:
             thresholds = thresholds.unsqueeze(1)  # (B, 1, L)
-        return (self.percentiles(scores).unsqueeze(-1) >= thresholds).float()
+        margin = self.percentiles(scores).unsqueeze(-1) - thresholds  # (B, T, L)
+        if softness == 0:
+            return (margin >= 0).float()
+        return torch.sigmoid(margin / softness).masked_fill(thresholds <= 0, 1.0)
 
     @property
     def max_skip_rate(self) -> float:

@@ -70,6 +70,9 @@ class RoutingArguments:
     adapter_objective: str = field(
         default="answers", metadata={"help": "answers, or forecast: adapters learn what their layers give."}
     )
+    anneal_softness: float = field(
+        default=0.0, metadata={"help": "Softness that plans start with, 0 after 80 % of the steps; 0.1 is soft."}
+    )
     train_hard_skip: bool = field(
         default=False, metadata={"help": "Leave skipped layers out in training, whole rows by their last turn."}
     )
@@ -99,6 +102,8 @@ class RoutingArguments:
             raise ValueError(f"--max_skip_ratio {self.max_skip_ratio} lies outside (0, 1); 0.5 is usual.")
         if self.skip_pattern not in SKIP_PATTERNS:
             raise ValueError(f"--skip_pattern {self.skip_pattern} is unknown; use {' or '.join(SKIP_PATTERNS)}.")
+        if not 0 <= self.anneal_softness <= 1:
+            raise ValueError(f"--anneal_softness {self.anneal_softness} lies outside [0, 1]; 0.1 is soft, 0 hard.")
         if self.adapter_objective not in ADAPTER_OBJECTIVES:
             raise ValueError(
                 f"--adapter_objective {self.adapter_objective} is unknown; use {' or '.join(ADAPTER_OBJECTIVES)}."

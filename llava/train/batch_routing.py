@@ -6,9 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.schedule import Relaxation
 from llava.constants import IGNORE_INDEX
+
+ANNEALED = 0.8
+"""Share of an annealed stage after which its plans are hard."""
 
 
 def describe_batch(
@@ -69,6 +74,38 @@ class BudgetedRouting:
         budgets: Tensor = torch.rand(num_samples) * self.max_skip_ratio
         budgets[torch.rand(num_samples) < self.dense_ratio] = 0.0
         state.skip_rate = budgets.to(state.turn_ids.device)
+        return state
+
+
+class AnnealedRouting(BudgetedRouting, TrainerCallback):
+    """Routes along soft plans that harden as the stage goes on, so that it ends with the plans of inference.
+
+    The softness falls linearly from its start to 0 at ``ANNEALED`` of the steps and stays there; it depends on the step
+    alone, so a resumed stage goes on where it was.
+
+    Args:
+        image_token_id, max_skip_ratio, dense_ratio: As for ``BudgetedRouting``.
+        softness: What it starts with, above 0; see ``FuzzyRouter.keep_weights``.
+    """
+
+    def __init__(self, image_token_id: int, max_skip_ratio: float, dense_ratio: float, softness: float) -> None:
+        super().__init__(image_token_id, max_skip_ratio, dense_ratio)
+        self.start = self.softness = softness
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note how soft the next step is."""
+        self.softness = self.softness_at(state.global_step / state.max_steps)
+
+    def softness_at(self, progress: float) -> float:
+        """Softness at a share of the steps, in [0, 1]."""
+        return self.start * max(0.0, 1 - progress / ANNEALED)
+
+    def __call__(self, inputs: dict[str, Any]) -> RoutingState:
+        state = super().__call__(inputs)
+        if self.softness > 0:
+            state.relaxation = Relaxation(temperature=self.softness)
         return state
 
 

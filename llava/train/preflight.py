@@ -75,6 +75,8 @@ def check_inputs(
     _check_deepspeed(training_args, stage)
     if routing_args.adapter_objective == "forecast":
         _check_forecast(stage, routing_args)
+    if routing_args.anneal_softness > 0:
+        _check_annealing(stage, routing_args)
     if routing_args.train_hard_skip:
         check_hard_skip(stage, training_args)
     checkpointing = training_args.gradient_checkpointing_kwargs or {}
@@ -127,6 +129,17 @@ def _check_forecast(stage: Stage, routing_args: RoutingArguments) -> None:
         raise StageInputError(
             "--adapter_objective forecast skips nothing while it trains; leave out --train_hard_skip and "
             "--skip_pattern."
+        )
+
+
+def _check_annealing(stage: Stage, routing_args: RoutingArguments) -> None:
+    """Only soft plans of a fuzzy router harden."""
+    is_planned = stage.trains and stage.routing == "plan" and routing_args.skip_pattern == "plan"
+    if not is_planned or routing_args.train_hard_skip or routing_args.adapter_objective != "answers":
+        raise StageInputError(
+            f"--anneal_softness {routing_args.anneal_softness} was given, but only plans of the router in the stages "
+            "adapter and finetune can be soft; leave it out, or leave out --train_hard_skip, --skip_pattern and "
+            "--adapter_objective."
         )
 
 

@@ -36,7 +36,7 @@ from llava.train.arguments import (
     RoutingArguments,
     stage_of,
 )
-from llava.train.batch_routing import BudgetedRouting, RandomRouting
+from llava.train.batch_routing import AnnealedRouting, BudgetedRouting, RandomRouting
 from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.callbacks import Console, MetricsFile
 from llava.train.checkpoint import save_stage, write_json, write_model
@@ -208,9 +208,14 @@ def _build_trainer(
         num_layers = config.text_config.num_hidden_layers
         routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio, mode)
     elif stage.routing == "plan" and routing_args.adapter_objective == "answers":
-        budgets = (routing_args.max_skip_ratio, routing_args.dense_ratio)
-        routing = BudgetedRouting(config.image_token_index, *budgets, mode)
+        budgets = (config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
+        if routing_args.anneal_softness > 0:
+            routing = AnnealedRouting(*budgets, routing_args.anneal_softness)
+        else:
+            routing = BudgetedRouting(*budgets, mode)
     callbacks, objective = [MetricsFile(Path(training_args.output_dir) / "metrics.jsonl"), Console()], None
+    if isinstance(routing, AnnealedRouting):
+        callbacks.append(routing)
     if mode == "hard" and not training_args.deepspeed:
         callbacks.append(ZeroMissingGradients(checkpoint.model))
     if stage.routing == "relaxed":
