@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -141,6 +143,12 @@ def test_state_dict_round_trip(complete, uneven):
     points = torch.rand(10, 3)
     assert torch.equal(source(points), target(points))
     assert set(source.state_dict()) == {"knots", "consequents"}
+
+
+def test_copies_and_pickles_infer_the_same(rule_base):
+    module, points = ZeroOrderTSK.from_rule_base(rule_base), random_points(rule_base, 20)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(points), module(points)) and twin.term_counts == module.term_counts
 
 
 def test_misuse_is_refused(sparse, complete):

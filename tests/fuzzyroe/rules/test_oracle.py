@@ -31,10 +31,12 @@ def test_firing_strengths_agree(name, request):
     np.testing.assert_allclose(actual.numpy(), expected, atol=1e-6)
 
 
-def test_box_consequents_evaluated_by_scikit_fuzzy_agree(complete):
-    points = random_points(complete, 1000, margin=0)
-    expected = oracle.evaluate(complete, points)
-    actual = compile_rule_base(complete)(torch.tensor(points, dtype=torch.float32))
+@pytest.mark.parametrize("name", ["complete", "uneven"])
+def test_box_consequents_evaluated_by_scikit_fuzzy_agree(name, request):
+    rule_base = request.getfixturevalue(name)
+    points = random_points(rule_base, 1000, margin=0)
+    expected = oracle.evaluate(rule_base, points)
+    actual = compile_rule_base(rule_base)(torch.tensor(points, dtype=torch.float32))
     np.testing.assert_allclose(actual.numpy(), expected, atol=5e-5)
 
 
