@@ -50,12 +50,15 @@ class PerLayerFuzzyRouter(FuzzyRouter):
         share = (rate / self.budget_rates[0].clamp(min=1e-9)).clamp(0, 1)
         return share.unsqueeze(-1) * self.budget_thresholds[0]
 
-    def keep_weights(self, scores: Tensor, skip_rate: Tensor | float | None = None) -> Tensor:
-        """Keep weights, 0 or 1, (B, T, L), of scores (B, T, L) under a budget for all or one per example (B,)."""
+    def keep_weights(self, scores: Tensor, skip_rate: Tensor | float | None = None, softness: float = 0.0) -> Tensor:
+        """Keep weights, (B, T, L), of scores (B, T, L), as ``FuzzyRouter.keep_weights`` gives them."""
         thresholds = self.thresholds(skip_rate)
         if thresholds.dim() == 2:
             thresholds = thresholds.unsqueeze(1)  # (B, 1, L)
-        return (self.percentiles(scores) >= thresholds).float()
+        margin = self.percentiles(scores) - thresholds  # (B, T, L)
+        if softness == 0:
+            return (margin >= 0).float()
+        return torch.sigmoid(margin / softness).masked_fill(thresholds <= 0, 1.0)
 
     def settings(self) -> dict[str, Any]:
         """The file of the rules."""
