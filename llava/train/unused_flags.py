@@ -32,6 +32,7 @@ USES: dict[str, Use] = {
     "calibration_samples": _CALIBRATION,
     "order_samples": _CALIBRATION,
     "score_samples": _CALIBRATION,
+    "per_layer_tables": _CALIBRATION,
     "calibration_batch_size": _CALIBRATION,
     "roe_lr": (_trains("adapter", "router"), "trains neither adapters nor routers"),
     "backbone_lr": (_trains(*BACKBONE), "trains no part of the backbone"),
