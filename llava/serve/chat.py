@@ -26,7 +26,7 @@ class ChatOptions:
     Attributes:
         temperature: Of the drawing; 0 takes the likeliest token.
         top_p: Probability mass that is drawn from, in (0, 1]; None for all of it.
-        max_new_tokens: Longest answer, at least 1.
+        max_new_tokens: Longest answer, at least 1; shorter where the model's context ends before.
     """
 
     temperature: float = 0.2
@@ -107,7 +107,7 @@ class Chat:
             streamer: Is given the answer's tokens as they come.
 
         Raises:
-            ValueError: If question and answer do not fit the model's context; nothing is added to the conversation.
+            ValueError: If the question fills the model's context; nothing is added to the conversation.
         """
         conversation = self.conversation.copy()
         is_first = len(conversation.messages) == conversation.offset
@@ -116,7 +116,7 @@ class Chat:
         conversation.append_message(conversation.roles[1], None)
         prompt = conversation.get_prompt()
         input_ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
-        self._check_length(input_ids)
+        options = {**self.options.to_generate_kwargs(), "max_new_tokens": self._longest_answer(input_ids)}
         end = (conversation.sep2 or conversation.sep).strip()
         with torch.inference_mode():
             output = self.model.generate(
@@ -127,7 +127,7 @@ class Chat:
                 use_cache=True,  # a checkpoint saved by training has it off
                 return_dict_in_generate=True,
                 stopping_criteria=[KeywordsStoppingCriteria([end] if end else [], self.tokenizer, input_ids)],
-                **self.options.to_generate_kwargs(),
+                **options,
             )
         text = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
         text = (text.partition(end)[0] if end else text).strip()
@@ -151,15 +151,16 @@ class Chat:
     def _router(self) -> Any:
         return getattr(find_decoder(self.model), "router", None)
 
-    def _check_length(self, input_ids: Tensor) -> None:
+    def _longest_answer(self, input_ids: Tensor) -> int:
+        """Tokens that an answer may have, at least 1."""
         num_images = int((input_ids == IMAGE_TOKEN_INDEX).sum())
         num_tokens = input_ids.shape[1] + num_images * (count_image_tokens(self.model.config) - 1)
-        if num_tokens + self.options.max_new_tokens > self.context_length:
+        if num_tokens >= self.context_length:
             raise ValueError(
-                f"The conversation has {num_tokens:,} tokens, and with an answer of up to "
-                f"{self.options.max_new_tokens:,} it exceeds the model's context of {self.context_length:,}; "
-                "start anew, or lower --max-new-tokens."
+                f"The conversation has {num_tokens:,} tokens, which leaves no room for an answer in the "
+                f"model's context of {self.context_length:,}; start anew, or ask in fewer words."
             )
+        return min(self.options.max_new_tokens, self.context_length - num_tokens)
 
 
 def choose_template(asked: str | None, config: Any) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.serve.chat import choose_template
+from llava.serve.chat import Chat, ChatOptions, choose_template
 from llava.serve.cli import main
 from routed_checkpoints import write_routing
 
@@ -149,10 +149,29 @@ def test_a_drawn_answer_follows_the_seed(chat, model_path: Path) -> None:
 
 def test_a_conversation_that_outgrows_the_context_says_so(chat, model_path: Path) -> None:
     printed = chat(["word " * 400, "Hello"], "--model-path", model_path, *FLAGS)
-    assert re.search(
-        r"\[The conversation has [\d,]+ tokens, .* exceeds the model's context of 256; start anew", printed
-    )
+    assert re.search(r"\[The conversation has [\d,]+ tokens, .* no room for an answer .* of 256; start anew", printed)
     assert "ASSISTANT: " + answer(model_path, None, ["Hello"]) in printed  # the long question is not part of it
+
+
+class TokenCounter:
+    """A streamer that counts."""
+
+    num_tokens = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.num_tokens += tokens.numel()
+
+    def end(self) -> None:
+        pass
+
+
+def test_an_answer_ends_where_the_context_does(model_path: Path) -> None:
+    tokenizer, model, image_processor, context_length = load_pretrained_model(str(model_path), device="cpu")
+    model.generation_config.suppress_tokens += [tokenizer.eos_token_id]
+    counter = TokenCounter()
+    options = ChatOptions(temperature=0, max_new_tokens=10_000)
+    said = Chat(tokenizer, model, image_processor, context_length, "digits", options).ask("Hello", counter)
+    assert len(tokenizer(said.prompt).input_ids) + counter.num_tokens == context_length == 256
 
 
 def test_the_template_is_the_checkpoints_if_it_names_one(model_path: Path) -> None:
