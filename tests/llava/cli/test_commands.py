@@ -86,7 +86,7 @@ def test_check_data_with_a_model_needs_its_template(data):
 
 
 def test_check_data_shows_trained_and_masked_text(data, tmp_path, tiny_llava, tokenizer):
-    tiny_llava.config.save_pretrained(tmp_path / "model")
+    tiny_llava.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     output = data.with_name("good.json")
     run("check-data", data, "--image-folder", data.parent, "--on-missing", "drop", "--output", output)

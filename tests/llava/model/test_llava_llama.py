@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LogitsProcessor, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria, process_images
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import set_budget
@@ -131,8 +132,20 @@ OPTIONS = {
 
 SIDES = ("left", "right", "right", "left", "right", "right", "left")
 
+STOCK_ENCODES_FIRST = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+"""Older versions of transformers repeat images one by one for beams, which mixes up those of a row with several."""
 
-@pytest.mark.parametrize(("options", "side"), zip(OPTIONS.values(), SIDES, strict=True), ids=OPTIONS)
+
+def comparable(rows: Tensor, options: dict) -> Tensor:
+    """Of a batch of ``ROWS``, those that transformers' own class answers rightly with these options."""
+    num_copies = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    if STOCK_ENCODES_FIRST or num_copies == 1:
+        return rows
+    is_right = torch.tensor([row.count(IMAGE_TOKEN_INDEX) < 2 for row in ROWS])
+    return rows[is_right.repeat_interleave(len(rows) // len(ROWS))]
+
+
+@pytest.mark.parametrize(("options", "side"), list(zip(OPTIONS.values(), SIDES, strict=True)), ids=list(OPTIONS))
 def test_generate_gives_the_new_tokens_of_the_expanded_prompts(models, options: dict, side: str) -> None:
     stock, ours = models
     call = make_call(side=side)
@@ -140,7 +153,7 @@ def test_generate_gives_the_new_tokens_of_the_expanded_prompts(models, options: 
     expected = answers(stock, call, **options)
     torch.manual_seed(11)
     found = ours.generate(call.input_ids, pad_token_id=0, image_sizes=[(32, 32)] * 4, **call.llava, **options)
-    assert torch.equal(found, expected)
+    assert torch.equal(comparable(found, options), comparable(expected, options))
     assert found.shape == (4 * options.get("num_return_sequences", 1), 6)
 
 
@@ -172,7 +185,8 @@ def test_transformers_convention_is_untouched(models) -> None:
     stock, ours = models
     call = make_call(side="left")
     for options in (GREEDY, OPTIONS["beams"]):
-        assert torch.equal(ours.generate(**call.stock, **options), stock.generate(**call.stock, **options))
+        found, expected = ours.generate(**call.stock, **options), stock.generate(**call.stock, **options)
+        assert torch.equal(comparable(found, options), comparable(expected, options))
     with torch.no_grad():
         assert torch.equal(ours(**call.stock).logits, stock(**call.stock).logits)
 
