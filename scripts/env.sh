@@ -127,6 +127,8 @@ env_remove_broken_companions() { # only ever in .venv
 env_use_own() {
   local start=$SECONDS
   PYTHON="$ENV_DIR/bin/python"
+  # operators that DeepSpeed compiles belong to this environment; in a shared folder two would undo each other's
+  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$ENV_DIR/torch_extensions}"
   if [[ -e "$ENV_MARKER" ]]; then
     env_say "the last install did not finish: building .venv from the start"
     rm -rf "$ENV_DIR"
