@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from launching import ROOT, Launch
 from llava.model.builder import load_checkpoint
 from llava.train.stages import STAGES
+from llava.train.unused_flags import is_used
 from tiny_training import Tiny
 
 pytestmark = pytest.mark.slow
@@ -56,6 +57,7 @@ def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
         if options["stage"] not in ("router", "roe_adapter"):
             more["adapter_hidden_dim"] = None
         stage = more.pop("stage")
+        more = {flag: value for flag, value in more.items() if is_used(flag, STAGES[stage])}
         model = folder / f"{STARTS[name]}.whole" if name in STARTS else tiny.base
         cases.append({"name": name, "flags": without_output(tiny.flags(stage, model, folder, **more)), "kills": KILLS})
     flags = without_output(tiny.flags("dense", tiny.base, folder, deepspeed=ZERO3, watchdog_seconds=4))
