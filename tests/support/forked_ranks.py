@@ -151,10 +151,12 @@ def run_case(name: str, flags: list[str], folder: Path, kills: int = 0, hangs: b
     seen = []
     while len(seen) < kills:
         kind = "half" if not seen else ("save", "time")[len(seen) % 2]
+        started = time.monotonic()
         ranks = Ranks([*flags, "--output_dir", str(output)], log)
         has_finished = wait(ranks, kind, partial, generator, whole_seconds)
         ranks.kill()
-        if has_finished:
+        if has_finished:  # a first run may have compiled operators, and be no measure of the others
+            whole_seconds = min(whole_seconds, time.monotonic() - started)
             shutil.rmtree(output)
             continue
         seen.append(look(kind, partial))
