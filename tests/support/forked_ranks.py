@@ -137,7 +137,9 @@ def run_hanging(output: Path, flags: list[str], log: Path) -> None:
         raise RuntimeError(f"the ranks ended with {codes}:\n{log.read_text()[-5000:]}")
 
 
-def run_case(name: str, flags: list[str], folder: Path, kills: int = 0, hangs: bool = False) -> None:
+def run_case(
+    name: str, flags: list[str], folder: Path, kills: int = 0, hangs: bool = False, saves: bool = True
+) -> None:
     """Run one case of a plan, see the module."""
     generator = random.Random(name)
     output, log = folder / name, folder / f"{name}.log"
@@ -150,7 +152,7 @@ def run_case(name: str, flags: list[str], folder: Path, kills: int = 0, hangs: b
     whole_seconds = time.monotonic() - started
     seen = []
     while len(seen) < kills:
-        kind = "half" if not seen else ("save", "time")[len(seen) % 2]
+        kind = "time" if not saves else "half" if not seen else ("save", "time")[len(seen) % 2]
         started = time.monotonic()
         ranks = Ranks([*flags, "--output_dir", str(output)], log)
         has_finished = wait(ranks, kind, partial, generator, whole_seconds)
