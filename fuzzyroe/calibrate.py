@@ -131,6 +131,7 @@ def calibrate_router(
     num_layers: int,
     skip_rate: float,
     num_bins: int = 8,
+    router_class: type[FuzzyRouter] = FuzzyRouter,
 ) -> tuple[FuzzyRouter, dict[str, Any]]:
     """Fit a router.
 
@@ -140,6 +141,7 @@ def calibrate_router(
         num_layers: Layers of the decoder.
         skip_rate: Mean skip rate to set, within K_max / num_layers.
         num_bins: Score bins of the allocation.
+        router_class: What fits the score, and what is given.
 
     Returns:
         The router, with a report: rank correlation of each feature and of the score with the loss increase, features
@@ -151,8 +153,9 @@ def calibrate_router(
     prepared = prepare(rule_base, measured)
     targets, prior, scaled, flips = prepared.targets, prepared.prior, prepared.scaled, prepared.flips
     spread = max(float(targets.std()), 1e-9)
-    fitted = prior.fit(scaled, 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread)
-    router = FuzzyRouter(prepared.with_ranges(fitted), num_layers)
+    wanted = 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread
+    fitted = router_class.fit_score(prior, scaled, wanted)
+    router = router_class(prepared.with_ranges(fitted), num_layers)
     scores_all, scores = set_scales(router, prepared)
     # The labelled examples are binned by their own ranks, so that every bin of the allocation has its share of them.
     ranks = (np.argsort(np.argsort(scores, kind="stable"), kind="stable") + 0.5) / len(scores)

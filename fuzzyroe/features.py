@@ -132,8 +132,8 @@ def _mean_statistic(summary: Summary, statistic: Callable[[Tensor], Tensor]) -> 
     if summary.pixel_values is None:
         return torch.zeros_like(summary.question_length)
     values = statistic(summary.pixel_values.flatten(0, -4)).to(summary.image_length.device)
-    return image_statistics.mean_over_images(values, summary.image_length).unsqueeze(1).expand_as(
-        summary.question_length
+    return (
+        image_statistics.mean_over_images(values, summary.image_length).unsqueeze(1).expand_as(summary.question_length)
     )
 
 

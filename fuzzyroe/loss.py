@@ -77,6 +77,7 @@ def routing_objective(
     turn_mask: Tensor,
     skip_ratio: float,
     damping: float = DAMPING,
+    weight: float = 1.0,
 ) -> Objective:
     """The objective of a batch; a sample without labels has no part in the mean.
 
@@ -87,10 +88,11 @@ def routing_objective(
         turn_mask: Which turns each sample has, (B, T) bool.
         skip_ratio: Target rho.
         damping: How fast the hinge fades with the loss.
+        weight: Weight of the hinge, 1 in RoE.
     """
     task, skip_rate = sample_losses(logits, labels), sample_skip_rates(keep_weights, turn_mask)
     hinge = (skip_ratio - skip_rate).clamp(min=0)
-    damped = torch.exp(-damping * task.detach()) * hinge
+    damped = weight * torch.exp(-damping * task.detach()) * hinge
     has_labels = (labels[:, 1:] != IGNORE_INDEX).any(dim=1)
     loss = ((task + damped.to(task.device)) * has_labels).sum() / has_labels.sum().clamp(min=1)
     return Objective(loss, task.detach(), hinge.detach(), skip_rate.detach())

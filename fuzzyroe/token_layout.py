@@ -64,9 +64,7 @@ def find_segments(routing: RoutingState, compat: RoECompat) -> Segments:
     )
 
 
-def lay_out(
-    routing: RoutingState, attention_mask: Tensor, position_ids: Tensor | None, compat: RoECompat
-) -> Layout:
+def lay_out(routing: RoutingState, attention_mask: Tensor, position_ids: Tensor | None, compat: RoECompat) -> Layout:
     """Put the routing tokens of a batch into their places.
 
     Args:

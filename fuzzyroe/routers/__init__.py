@@ -6,6 +6,7 @@ from fuzzyroe.routers.base import Router
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.routers.fuzzy_per_layer import PerLayerFuzzyRouter
 from fuzzyroe.routers.linear import LinearRouter
+from fuzzyroe.routers.linear_score import LinearScoreRouter
 from fuzzyroe.routers.none import KeepAllRouter
 from fuzzyroe.routers.oracle import OracleRouter
 from fuzzyroe.routers.random import RandomRouter
@@ -14,6 +15,7 @@ from fuzzyroe.routers.static import StaticRouter
 ROUTERS: dict[str, type[Router]] = {
     "fuzzy": FuzzyRouter,
     "fuzzy_per_layer": PerLayerFuzzyRouter,
+    "linear_score": LinearScoreRouter,
     "random": RandomRouter,
     "static": StaticRouter,
     "oracle": OracleRouter,
@@ -51,6 +53,7 @@ __all__ = [
     "FuzzyRouter",
     "KeepAllRouter",
     "LinearRouter",
+    "LinearScoreRouter",
     "OracleRouter",
     "PerLayerFuzzyRouter",
     "RandomRouter",

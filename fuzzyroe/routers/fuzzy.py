@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,17 @@ class FuzzyRouter(Router):
         self.register_buffer("planned_thresholds", torch.zeros(num_layers))
         self.register_buffer("non_finite_turns", torch.zeros((), dtype=torch.int64), persistent=False)
         self._known_max: tuple[Tensor, int, float] | None = None
+
+    @staticmethod
+    def fit_score(prior: FuzzyRuleBase, features: np.ndarray, targets: np.ndarray) -> FuzzyRuleBase:
+        """Fit the consequents of the rules to examples.
+
+        Args:
+            prior: Complete rule base to start from.
+            features: Features in [0, 1], (n, K).
+            targets: What the score should follow, (n,).
+        """
+        return prior.fit(features, targets)
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
         """Fill ``routing`` with summary, features, scores and keep weights; a non-finite feature keeps every layer.

@@ -65,7 +65,7 @@ class LinearRouter(Router):
         self.summary, self.compat = summary, compat
         self.layers = nn.ModuleList(nn.Linear(2 * hidden_size, 2, bias=False) for _ in range(num_layers))
         self.source = SOURCES[summary](hidden_size, compat)
-        self.skip_rate, self.offset = math.nan, 0.0
+        self.reset_budget()
         self.set_budgets(budgets)
         if skip_rate is not None:
             self.set_budget(skip_rate)
@@ -119,7 +119,7 @@ class LinearRouter(Router):
         if not self.budgets:
             raise ValueError(
                 f"Skip rate {skip_rate} was asked of a linear router that knows only the operating point it was "
-                "trained for; ask for no skip rate, or calibrate it for budgets (docs/roe.md)."
+                "trained for; ask for no skip rate, or train it with --budget_samples (docs/stages.md)."
             )
         super().check_budget(skip_rate, num_rows)
 
@@ -132,6 +132,10 @@ class LinearRouter(Router):
         self.check_budget(skip_rate)
         self.skip_rate = float(skip_rate)
         self.offset = float(self._offsets(torch.tensor([self.skip_rate])))
+
+    def reset_budget(self) -> None:
+        """Go back to the operating point that it was trained for."""
+        self.skip_rate, self.offset = math.nan, 0.0
 
     def set_budgets(self, budgets: Sequence[tuple[float, float]]) -> None:
         """Put in a table of budgets; the operating point stays where it is.

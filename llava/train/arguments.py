@@ -16,6 +16,10 @@ SKIP_PATTERNS = ("plan", "random")
 
 ADAPTER_OBJECTIVES = ("answers", "forecast")
 
+PLAN_ROUTERS = ("fuzzy", "linear_score", "static", "random")
+"""Routers that the stages router, adapter and finetune can attach."""
+
+DEFAULT_PLAN_ROUTER = "fuzzy"
 DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
 """What routing is attached with where flags say nothing."""
 
@@ -61,6 +65,9 @@ class RoutingArguments:
         default=None,
         metadata={"help": f"One of {', '.join(STAGES)}; default dense, pretrain with tune_mm_mlp_adapter."},
     )
+    router: str | None = field(
+        default=None, metadata={"help": f"What plans: {', '.join(PLAN_ROUTERS)}; default fuzzy, the rest to compare."}
+    )
     rule_base: str | None = field(default=None, metadata={"help": "Shipped rule base by name, or a YAML file."})
     adapter_hidden_dim: int | None = field(default=None, metadata={"help": "Width of the adapters; 1024 in RoE."})
     skip_ratio: float = field(default=0.3, metadata={"help": "Mean skip rate the router is set to."})
@@ -73,12 +80,18 @@ class RoutingArguments:
     anneal_softness: float = field(
         default=0.0, metadata={"help": "Softness that plans start with, 0 after 80 % of the steps; 0.1 is soft."}
     )
+    refit_router: bool = field(default=True, metadata={"help": "Fit the router again once the stage has trained."})
+    freeze_adapters: bool = field(default=False, metadata={"help": "Keep the adapters as they are."})
+    skip_loss_weight: float = field(default=1.0, metadata={"help": "Weight of RoE's hinge on the skip rate."})
     train_hard_skip: bool = field(
         default=False, metadata={"help": "Leave skipped layers out in training, whole rows by their last turn."}
     )
     calibration_samples: int = field(default=1024, metadata={"help": "Samples measured at each skip count."})
     order_samples: int = field(default=256, metadata={"help": "Samples that the order of layers is searched on."})
     score_samples: int = field(default=4096, metadata={"help": "Samples that score quantiles are taken from."})
+    budget_samples: int = field(
+        default=0, metadata={"help": "Samples that linear routers are given a table of budgets on; 0 for none."}
+    )
     per_layer_tables: bool = field(
         default=False, metadata={"help": "Fit a table of consequents per layer; needs a pass more for each layer."}
     )
@@ -102,6 +115,13 @@ class RoutingArguments:
             raise ValueError(f"--max_skip_ratio {self.max_skip_ratio} lies outside (0, 1); 0.5 is usual.")
         if self.skip_pattern not in SKIP_PATTERNS:
             raise ValueError(f"--skip_pattern {self.skip_pattern} is unknown; use {' or '.join(SKIP_PATTERNS)}.")
+        if self.router not in (None, *PLAN_ROUTERS):
+            raise ValueError(f"--router {self.router} is unknown; use one of {', '.join(PLAN_ROUTERS)}.")
+        if self.skip_loss_weight < 0 or self.budget_samples < 0:
+            raise ValueError(
+                f"--skip_loss_weight {self.skip_loss_weight} and --budget_samples {self.budget_samples} must not be "
+                "negative; 0 leaves either out."
+            )
         if not 0 <= self.anneal_softness <= 1:
             raise ValueError(f"--anneal_softness {self.anneal_softness} lies outside [0, 1]; 0.1 is soft, 0 hard.")
         if self.adapter_objective not in ADAPTER_OBJECTIVES:
@@ -190,4 +210,7 @@ def stage_of(
         freeze_decoder=model_args.freeze_backbone,
         freeze_projector=training_args.freeze_mm_mlp_adapter,
         lora=training_args.lora_enable,
+        freeze_adapters=routing_args.freeze_adapters,
+        refit=routing_args.refit_router,
+        fit_budgets=routing_args.budget_samples > 0,
     )

@@ -16,9 +16,7 @@ ANNEALED = 0.8
 """Share of an annealed stage after which its plans are hard."""
 
 
-def describe_batch(
-    inputs: dict[str, Any], image_token_id: int, mode: Literal["soft", "hard"] = "soft"
-) -> RoutingState:
+def describe_batch(inputs: dict[str, Any], image_token_id: int, mode: Literal["soft", "hard"] = "soft") -> RoutingState:
     """Where turns, images and questions are; nothing is planned yet.
 
     Without an image the system prompt is read as part of the first question, as ``prompt_routing`` does at inference:

@@ -21,8 +21,12 @@ from fuzzyroe.budget import greedy_layer_order
 from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.schedule import Relaxation
 from llava.constants import IGNORE_INDEX
 from llava.train.batch_routing import describe_batch
+
+HARD_TEMPERATURE = 1e-6
+"""Temperature at which soft decisions are 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class CalibrationSize:
         batch_size: Samples per rank and pass.
         max_skip_ratio: Share of the layers that are skipped at most, rounded up to whole layers.
         single_layers: Whether the loss without each single layer is measured too, L - 1 more passes.
+        budget_samples: Samples on which linear routers are measured.
     """
 
     order_samples: int
@@ -44,6 +49,7 @@ class CalibrationSize:
     batch_size: int
     max_skip_ratio: float
     single_layers: bool = False
+    budget_samples: int = 0
 
 
 @dataclass
@@ -88,31 +94,22 @@ class Measurer:
         self.world_size = distributed.get_world_size() if distributed.is_initialized() else 1
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.samples = order[: max(size.loss_samples, size.order_samples, size.score_samples)]
+        self.samples = order[: max(size.loss_samples, size.order_samples, size.score_samples, size.budget_samples)]
 
     @torch.no_grad()
     def measure(self) -> Measurements:
         """Search the order of layers, then measure losses and features."""
-        # The first layer sees raw embeddings and is never worth skipping (a pilot measured +3.7 nats).
-        candidates = list(range(1, self.num_layers))
-        max_skips = min(math.ceil(self.size.max_skip_ratio * self.num_layers - 1e-9), len(candidates))
-        order_batches = list(self._batches(self.size.order_samples))
-        self.progress(f"ordering {max_skips} of {self.num_layers} layers on {self.size.order_samples} samples")
-        layer_order = greedy_layer_order(
-            lambda skipped: float(self._losses(order_batches, skipped).mean()), candidates, max_skips
-        )
-        self.progress(f"layers, first to be skipped first: {layer_order}")
-        batches = list(self._batches(self.size.loss_samples))
-        columns = [self._losses(batches, layer_order[:count]) for count in range(max_skips + 1)]
+        layer_order = self.find_order()
+        batches = list(self.batches(self.size.loss_samples))
+        columns = [self._losses(batches, layer_order[:count]) for count in range(len(layer_order) + 1)]
         losses = torch.stack(columns, dim=1)
         self.progress(f"loss by skipped layers: {[round(float(column.mean()), 3) for column in columns]}")
         layer_losses = None
         if self.size.single_layers:
-            singles = [self._losses(batches, [layer]) for layer in candidates]
+            singles = [self._losses(batches, [layer]) for layer in range(1, self.num_layers)]
             layer_losses = torch.stack([columns[0], *singles], dim=1).double().numpy()
         features = self._features(batches)
         score_features = self.raw_features(self.size.score_samples)
-        self.cost.samples = len(self.samples)
         return Measurements(
             self.feature_names,
             features.double().numpy(),
@@ -122,6 +119,34 @@ class Measurer:
             layer_losses,
         )
 
+    @torch.no_grad()
+    def find_order(self) -> list[int]:
+        """Order the layers, first to be skipped first, as many as are skipped at most."""
+        # The first layer sees raw embeddings and is never worth skipping (a pilot measured +3.7 nats).
+        candidates = list(range(1, self.num_layers))
+        max_skips = min(math.ceil(self.size.max_skip_ratio * self.num_layers - 1e-9), len(candidates))
+        batches = list(self.batches(self.size.order_samples))
+        self.progress(f"ordering {max_skips} of {self.num_layers} layers on {self.size.order_samples} samples")
+        order = greedy_layer_order(lambda skipped: float(self._losses(batches, skipped).mean()), candidates, max_skips)
+        self.progress(f"layers, first to be skipped first: {order}")
+        return order
+
+    @torch.no_grad()
+    def skip_rate(self, batches: list[dict[str, Tensor]], offset: float) -> float:
+        """Mean share of layers that linear routers skip with a number added to their logits of skipping.
+
+        Both branches of every layer are computed and weighted by 0 or 1, so that all ranks do the same.
+        """
+        kept = []
+        for batch in batches:
+            state = self._describe(batch)
+            state.relaxation = Relaxation(temperature=HARD_TEMPERATURE, bias=-offset)
+            self._forward(batch, state)
+            answered = answered_turns(batch["labels"].to(self.device), state.turn_ids, state.num_turns)
+            kept.append(state.keep_weights[answered])
+            self.cost.passes += state.turn_ids.shape[0] * self.world_size
+        return 1 - float(self._gather(torch.cat(kept)).mean())
+
     @property
     def feature_names(self) -> tuple[str, ...]:
         """Names of the columns of raw features."""
@@ -130,11 +155,12 @@ class Measurer:
     @torch.no_grad()
     def raw_features(self, num_samples: int) -> Tensor:
         """Raw features of every turn of the first samples, (turns over all ranks, features), on the CPU."""
-        return self._features(self._batches(num_samples))
+        return self._features(self.batches(num_samples))
 
-    def _batches(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
         """This rank's batches of the first samples, short ones together; all ranks get equally many of equal size."""
         usable = min(num_samples, len(self.samples))
+        self.cost.samples = max(self.cost.samples, usable)
         usable -= usable % self.world_size
         mine = sorted(self.samples[self.rank : usable : self.world_size], key=self._length)
         return iter(DataLoader(Subset(self.dataset, mine), self.size.batch_size, collate_fn=self.collator))

@@ -121,9 +121,7 @@ class MemoryEstimate:
         return sum(self.per_gpu.values())
 
 
-def count_parameters(
-    config: LlavaConfig, adapter_width: int | None, has_linear_router: bool = False
-) -> dict[str, int]:
+def count_parameters(config: LlavaConfig, adapter_width: int | None, has_linear_router: bool = False) -> dict[str, int]:
     """Count the parameters of each part on a model without storage.
 
     Args:

@@ -21,6 +21,7 @@ from llava.model.checkpoints.layout import LANGUAGE_MODELS, is_language_model, r
 from llava.model.checkpoints.projector import PROJECTOR_NAMES, read_projector
 from llava.model.checkpoints.reading import read_text_side
 from llava.train.arguments import (
+    DEFAULT_PLAN_ROUTER,
     DEFAULT_RULE_BASE,
     DataArguments,
     LlavaTrainingArguments,
@@ -96,11 +97,20 @@ def _check_routing(block: dict | None, stage: Stage, model_path: str, routing_ar
     check_roe(block, stage, model_path, routing_args)
     if stage.routing == "plan" and not block:
         _check_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE)
-    if block and routing_args.rule_base is not None:
-        raise StageInputError(
-            f"--rule_base {routing_args.rule_base} was given, but {model_path} has a router already; leave it out, or "
-            "start from a dense checkpoint."
-        )
+    for name in ("rule_base", "router"):
+        if block and getattr(routing_args, name) is not None:
+            raise StageInputError(
+                f"--{name} {getattr(routing_args, name)} was given, but {model_path} has a router already; leave it "
+                "out, or start from a dense checkpoint."
+            )
+    router = (block or {}).get("router") or routing_args.router or DEFAULT_PLAN_ROUTER
+    has_score = router in ("fuzzy", "fuzzy_per_layer", "linear_score")
+    for name in ("rule_base", "per_layer_tables", "anneal_softness"):
+        if stage.routing == "plan" and not has_score and getattr(routing_args, name):
+            raise StageInputError(
+                f"--{name} {getattr(routing_args, name)} was given, but a {router} router has no score; leave it out, "
+                "or use --router fuzzy."
+            )
     if block and routing_args.adapter_hidden_dim not in (None, block.get("adapter_width")):
         raise StageInputError(
             f"--adapter_hidden_dim {routing_args.adapter_hidden_dim} was given, but the adapters of {model_path} are "
@@ -265,7 +275,9 @@ def _check_number(found: int, stage: Stage, routing_args: RoutingArguments, worl
     """Calibration needs samples in every bin of scores and, for each of its passes, on every process."""
     if not stage.calibrates:
         return
-    asked = {name: getattr(routing_args, name) for name in ("calibration_samples", "order_samples", "score_samples")}
+    is_planned = stage.routing == "plan"
+    names = ("calibration_samples", "order_samples", "score_samples") if is_planned else ("budget_samples",)
+    asked = {name: getattr(routing_args, name) for name in names}
     for name, number in asked.items():
         usable = min(found, number) // world_size * world_size
         needed = MIN_CALIBRATION_SAMPLES if name == "calibration_samples" else world_size

@@ -33,7 +33,7 @@ def check_roe(block: dict | None, stage: Stage, model_path: str, routing_args: R
             f"{model_path} is routed by a {router} router, stage {stage.name} trains linear ones; start from a dense "
             "checkpoint with --stage roe_adapter."
         )
-    if not block and stage.span[0] > 0:
+    if not block and stage.span[0] > 0 and not routing_args.freeze_adapters:
         raise StageInputError(
             f"Stage {stage.name} goes on with adapters that are trained, but {model_path} is dense; run roe_adapter "
             "first."

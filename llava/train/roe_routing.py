@@ -73,10 +73,11 @@ class RoEObjective:
     Args:
         skip_ratio: Target skip ratio, in [0, 0.5].
         damping: How fast the hinge fades with a sample's loss.
+        weight: Weight of the hinge, 1 in RoE; 0 trains without this regularisation.
     """
 
-    def __init__(self, skip_ratio: float, damping: float) -> None:
-        self.skip_ratio, self.damping = skip_ratio, damping
+    def __init__(self, skip_ratio: float, damping: float, weight: float = 1.0) -> None:
+        self.skip_ratio, self.damping, self.weight = skip_ratio, damping, weight
         self._parts: list[Objective] = []
 
     def __call__(self, logits: Tensor, labels: Tensor, routing: RoutingState) -> Tensor:
@@ -88,7 +89,7 @@ class RoEObjective:
             routing: State of the forward pass that gave the logits.
         """
         keep_weights, turn_mask = routing.keep_weights, routing.turn_mask()
-        found = routing_objective(logits, labels, keep_weights, turn_mask, self.skip_ratio, self.damping)
+        found = routing_objective(logits, labels, keep_weights, turn_mask, self.skip_ratio, self.damping, self.weight)
         self._parts.append(replace(found, loss=found.loss.detach()))
         return found.loss
 

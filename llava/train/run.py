@@ -14,11 +14,8 @@ from torch import distributed
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from fuzzyroe.attach import find_decoder
-from fuzzyroe.calibrate import calibrate_router
-from fuzzyroe.calibrate_layers import calibrate_layers
 from fuzzyroe.compat import PRESETS
-from fuzzyroe.routers import FuzzyRouter, LinearRouter, PerLayerFuzzyRouter
-from fuzzyroe.rules import load_rule_base
+from fuzzyroe.routers import LinearRouter
 from llava.data.collator import SFTCollator
 from llava.data.dataset import SFTDataset
 from llava.image_tokens import count_image_tokens
@@ -28,7 +25,6 @@ from llava.model.text_only import make_text_only_safe
 from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
     DEFAULT_COMPAT,
-    DEFAULT_RULE_BASE,
     DEFAULT_SUMMARY,
     DataArguments,
     LlavaTrainingArguments,
@@ -37,10 +33,9 @@ from llava.train.arguments import (
     stage_of,
 )
 from llava.train.batch_routing import AnnealedRouting, BudgetedRouting, RandomRouting
-from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.callbacks import Console, MetricsFile
 from llava.train.checkpoint import save_stage, write_json, write_model
-from llava.train.engine import describe_engine, init_engine_communication, prepare_for_forward
+from llava.train.engine import describe_engine, init_engine_communication
 from llava.train.forecast import Forecast
 from llava.train.hard_skip import ZeroMissingGradients, prepare_hard_skip
 from llava.train.lora import add_lora
@@ -48,6 +43,7 @@ from llava.train.loss_guard import LossGuard
 from llava.train.movement import MovementCheck
 from llava.train.observers import Observers, name_of, source_of
 from llava.train.param_groups import freeze_all_but
+from llava.train.refit import make_plan_router, refit
 from llava.train.rehearsal import rehearse_save
 from llava.train.roe_routing import RelaxedRouting, RoEObjective
 from llava.train.routing_metrics import RoutingMeter, Throughput
@@ -74,7 +70,7 @@ def run_stage(
     Returns:
         The stage's summary, as in ``stage.json``.
     """
-    started = time.time()
+    started, cpu_started = time.time(), time.process_time()
     stage = stage_of(model_args, routing_args, training_args)
     output = Path(training_args.output_dir)
     partial = partial_folder(output)
@@ -114,10 +110,12 @@ def run_stage(
             "global_batch": trainer.get_total_train_batch_size(training_args),
             "training_loss": result.training_loss,
             "training_seconds": time.time() - started,
+            "training_cpu_seconds": time.process_time() - cpu_started,
             "moved": movement.moved,
         }
     if stage.calibrates:
-        summary["calibration"] = _calibrate(trainer, routing_args, checkpoint)
+        progress = say if training_args.process_index == 0 else lambda line: None
+        summary["calibration"] = refit(trainer, routing_args, checkpoint, progress)
     summary |= describe_engine(trainer)
     summary["seconds"] = time.time() - started
     save_stage(trainer, checkpoint, stage, output, summary)
@@ -173,10 +171,9 @@ def _attach_new_router(checkpoint: Checkpoint, stage: Stage, routing_args: Routi
             routing_args.routing_summary or DEFAULT_SUMMARY,
             PRESETS[routing_args.roe_compat or DEFAULT_COMPAT],
         )
-        attach_routing(checkpoint.model, router, width, "xavier")
+        attach_routing(checkpoint.model, router, width, "zero" if routing_args.freeze_adapters else "xavier")
         return
-    rule_base = load_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE)
-    attach_routing(checkpoint.model, FuzzyRouter(rule_base, text_config.num_hidden_layers), width)
+    attach_routing(checkpoint.model, make_plan_router(routing_args, text_config.num_hidden_layers), width)
 
 
 def _build_trainer(
@@ -222,7 +219,7 @@ def _build_trainer(
         compat, skip_ratio = find_decoder(checkpoint.model).router.compat, routing_args.skip_ratio
         num_layers = config.text_config.num_hidden_layers
         routing = RelaxedRouting(config.image_token_index, num_layers, stage.span, skip_ratio, compat)
-        objective = RoEObjective(skip_ratio, compat.damping)
+        objective = RoEObjective(skip_ratio, compat.damping, routing_args.skip_loss_weight)
         callbacks.append(routing)
     observers = _build_observers(checkpoint, dataset, stage, training_args)
     trainer = LlavaTrainer(
@@ -254,41 +251,3 @@ def _build_observers(
     if training_args.watchdog_seconds > 0:
         watchdog = Watchdog(checkpoint.model, training_args.watchdog_seconds, name, training_args.process_index)
     return Observers(LossGuard(name), Throughput(), meter, watchdog)
-
-
-def _calibrate(trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Measure on all ranks, fit the router, put it in place."""
-    started = time.time()
-    engine, decoder = prepare_for_forward(trainer), find_decoder(checkpoint.model)
-    num_layers = checkpoint.model.config.text_config.num_hidden_layers
-    per_layer = routing_args.per_layer_tables or isinstance(decoder.router, PerLayerFuzzyRouter)
-    measurer = Measurer(
-        engine,
-        trainer.train_dataset,
-        trainer.data_collator,
-        checkpoint.model.config.image_token_index,
-        num_layers,
-        CalibrationSize(
-            routing_args.order_samples,
-            routing_args.calibration_samples,
-            routing_args.score_samples,
-            routing_args.calibration_batch_size,
-            routing_args.max_skip_ratio,
-            per_layer,
-        ),
-        trainer.args.device,
-        trainer.args.seed,
-        say if trainer.args.process_index == 0 else lambda line: None,
-    )
-    measured = measurer.measure()
-    seconds_measuring = time.time() - started
-    fit = calibrate_layers if per_layer else calibrate_router
-    router, report = fit(decoder.router.rule_base, measured, num_layers, routing_args.skip_ratio)
-    decoder.router = router.to(trainer.args.device)
-    return {
-        **report,
-        "samples": measurer.cost.samples,
-        "passes": measurer.cost.passes,
-        "seconds": time.time() - started,
-        "seconds_fitting": time.time() - started - seconds_measuring,
-    }

@@ -80,6 +80,9 @@ def choose_stage(
     freeze_decoder: bool = False,
     freeze_projector: bool = False,
     lora: bool = False,
+    freeze_adapters: bool = False,
+    refit: bool = True,
+    fit_budgets: bool = False,
 ) -> Stage:
     """Find the stage that flags ask for, changed as LLaVA's flags change what trains.
 
@@ -89,6 +92,9 @@ def choose_stage(
         freeze_decoder: LLaVA's ``--freeze_backbone``.
         freeze_projector: LLaVA's ``--freeze_mm_mlp_adapter``.
         lora: LLaVA's ``--lora_enable``: low-rank updates train in place of the decoder.
+        freeze_adapters: ``--freeze_adapters``: they stay as they are; new ones start at zero and leave no trace.
+        refit: False for ``--refit_router False``: the router stays as it was fitted before.
+        fit_budgets: ``--budget_samples``: linear routers are given a table of budgets at the end.
 
     Raises:
         KeyError: If there is no stage of this name.
@@ -104,8 +110,15 @@ def choose_stage(
         raise ValueError(f"--lora_enable updates the decoder, which stage {stage.name} does not train; leave it out.")
     if lora and freeze_decoder:
         raise ValueError("--lora_enable updates the decoder, --freeze_backbone keeps it; leave one of the two out.")
-    frozen = {part for part, is_set in (("decoder", freeze_decoder), ("projector", freeze_projector)) if is_set}
+    if freeze_adapters and "adapter" not in stage.trains:
+        raise ValueError(f"--freeze_adapters was given, but stage {stage.name} trains no adapters; leave it out.")
+    if not refit and not (stage.calibrates and stage.trains):
+        raise ValueError(f"--refit_router False was given, but stage {stage.name} fits no router again; leave it out.")
+    if fit_budgets and "router" not in stage.trains:
+        raise ValueError(f"--budget_samples was given, but stage {stage.name} trains no linear routers; leave it out.")
+    freezes = (("decoder", freeze_decoder), ("projector", freeze_projector), ("adapter", freeze_adapters))
+    frozen = {part for part, is_set in freezes if is_set}
     trains = tuple("lora" if lora and part == "decoder" else part for part in stage.trains if part not in frozen)
     if stage.trains and not trains:
         raise ValueError(f"The flags freeze all that stage {stage.name} trains; leave one of them out.")
-    return replace(stage, trains=trains)
+    return replace(stage, trains=trains, calibrates=stage.calibrates and refit or fit_budgets)

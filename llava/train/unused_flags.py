@@ -20,19 +20,22 @@ def _trains(*parts: str) -> Callable[[Stage], bool]:
 
 
 _CALIBRATION: Use = (lambda stage: stage.calibrates, "calibrates no router")
+_PLANNED_FIT: Use = (lambda stage: stage.calibrates and stage.routing == "plan", "calibrates no router")
 _PLANNED_TRAINING: Use = (lambda stage: stage.routing == "plan" and bool(stage.trains), "trains along no plan")
 
 USES: dict[str, Use] = {
     "skip_ratio": (lambda stage: stage.routing != "off", "skips nothing"),
-    "max_skip_ratio": (lambda stage: stage.routing == "plan", "has no plans"),
+    "max_skip_ratio": (lambda stage: stage.routing == "plan" or stage.calibrates, "has no plans"),
     "adapter_hidden_dim": (lambda stage: stage.routing != "off", "has no adapters"),
+    "router": (lambda stage: stage.routing == "plan", "has no plans"),
     "rule_base": (lambda stage: stage.routing == "plan", "has no rules"),
     "skip_pattern": _PLANNED_TRAINING,
     "dense_ratio": _PLANNED_TRAINING,
-    "calibration_samples": _CALIBRATION,
-    "order_samples": _CALIBRATION,
-    "score_samples": _CALIBRATION,
-    "per_layer_tables": _CALIBRATION,
+    "skip_loss_weight": (lambda stage: stage.routing == "relaxed", "has no hinge on the skip rate"),
+    "calibration_samples": _PLANNED_FIT,
+    "order_samples": _PLANNED_FIT,
+    "score_samples": _PLANNED_FIT,
+    "per_layer_tables": _PLANNED_FIT,
     "calibration_batch_size": _CALIBRATION,
     "roe_lr": (_trains("adapter", "router"), "trains neither adapters nor routers"),
     "backbone_lr": (_trains(*BACKBONE), "trains no part of the backbone"),

@@ -72,7 +72,7 @@ def main() -> None:
     }
     test = make_measurer(arguments.model, arguments.data / "digits_test.json", images, 1, 1, arguments.questions)
     test.samples, batches = test.samples[: arguments.questions], []
-    batches.extend(test._batches(arguments.questions))
+    batches.extend(test.batches(arguments.questions))
     results: dict[str, Any] = {}
     decoder = find_decoder(test.engine)
     for name, router in routers.items():

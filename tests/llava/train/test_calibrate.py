@@ -108,7 +108,7 @@ def test_losses_are_those_of_the_model_without_the_skipped_layers(routed, sft_da
 def test_the_order_of_layers_is_the_greedy_one(routed, sft_dataset) -> None:
     measurer = make_measurer(routed, sft_dataset)
     measured = measurer.measure()
-    batches = list(measurer._batches(4))
+    batches = list(measurer.batches(4))
     with torch.no_grad():
         first = {layer: float(measurer._losses(batches, [layer]).mean()) for layer in (1, 2, 3)}
         best = min(first, key=first.get)
@@ -161,7 +161,7 @@ def test_single_layers_are_measured_on_request_and_calibrate_tables_of_their_own
     measurer = make_measurer(routed, sft_dataset, replace(SIZE, single_layers=True))
     measured = measurer.measure()
     assert measurer.cost.passes == plain.cost.passes + 3 * 6
-    batches = list(measurer._batches(6))
+    batches = list(measurer.batches(6))
     with torch.no_grad():
         expected = [measurer._losses(batches, skipped) for skipped in ([], [1], [2], [3])]
     np.testing.assert_allclose(measured.layer_losses, torch.stack(expected, dim=1).numpy(), atol=1e-6)

@@ -1,0 +1,124 @@
+"""The routers that stages can fit by forward passes: making one, and fitting it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fuzzyroe.attach import find_decoder
+from fuzzyroe.calibrate import calibrate_router
+from fuzzyroe.calibrate_layers import calibrate_layers
+from fuzzyroe.calibrate_offsets import search_offsets
+from fuzzyroe.routers import (
+    FuzzyRouter,
+    LinearRouter,
+    LinearScoreRouter,
+    PerLayerFuzzyRouter,
+    RandomRouter,
+    Router,
+    StaticRouter,
+)
+from fuzzyroe.rules import load_rule_base
+from llava.model.builder import Checkpoint
+from llava.train.arguments import DEFAULT_PLAN_ROUTER, DEFAULT_RULE_BASE, RoutingArguments
+from llava.train.calibrate import CalibrationSize, Measurer
+from llava.train.engine import prepare_for_forward
+from llava.train.trainer import LlavaTrainer
+
+Fitted = tuple[Router, dict[str, Any]]
+
+
+def make_plan_router(routing_args: RoutingArguments, num_layers: int) -> Router:
+    """Give a router of the kind that the flags name, still to be fitted; it skips nothing.
+
+    Args:
+        routing_args: ``router`` and ``rule_base`` are read.
+        num_layers: Layers of the decoder, L.
+    """
+    name = routing_args.router or DEFAULT_PLAN_ROUTER
+    if name == "static":
+        return StaticRouter(num_layers, range(1, num_layers))
+    if name == "random":
+        return RandomRouter(num_layers)
+    kind = {"fuzzy": FuzzyRouter, "linear_score": LinearScoreRouter}[name]
+    return kind(load_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE), num_layers)
+
+
+def refit(
+    trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint: Checkpoint, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure on all ranks, fit the router, put it in place.
+
+    Args:
+        trainer: Gives the engine, the training samples and the seed.
+        routing_args: How much is measured, and the skip rate to set.
+        checkpoint: Has the router.
+        say: Called with lines of progress, on every rank.
+
+    Returns:
+        What was found, with its cost: training samples touched, sample-passes through the decoder, seconds of wall
+        time and of this process's CPU time.
+    """
+    started, cpu_started = time.time(), time.process_time()
+    engine, decoder = prepare_for_forward(trainer), find_decoder(checkpoint.model)
+    num_layers = checkpoint.model.config.text_config.num_hidden_layers
+    per_layer = routing_args.per_layer_tables or isinstance(decoder.router, PerLayerFuzzyRouter)
+    size = CalibrationSize(
+        routing_args.order_samples,
+        routing_args.calibration_samples,
+        routing_args.score_samples,
+        routing_args.calibration_batch_size,
+        routing_args.max_skip_ratio,
+        per_layer,
+        routing_args.budget_samples,
+    )
+    image_token = checkpoint.model.config.image_token_index
+    dataset, device = trainer.train_dataset, trainer.args.device
+    measurer = Measurer(
+        engine, dataset, trainer.data_collator, image_token, num_layers, size, device, trainer.args.seed, say
+    )
+    if per_layer:
+        router, report = _fit_rules(calibrate_layers, decoder.router, measurer, routing_args)
+    elif isinstance(decoder.router, FuzzyRouter):
+        router, report = _fit_score(decoder.router, measurer, routing_args)
+    elif isinstance(decoder.router, StaticRouter):
+        router, report = _fit_order(measurer, routing_args)
+    elif isinstance(decoder.router, LinearRouter):
+        router, report = _fit_offsets(decoder.router, measurer, routing_args)
+    else:
+        router, report = decoder.router, {}
+        router.set_budget(routing_args.skip_ratio)
+    decoder.router = router.to(device)
+    return {
+        **report,
+        "samples": measurer.cost.samples,
+        "passes": measurer.cost.passes,
+        "seconds": time.time() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+    }
+
+
+def _fit_score(router: FuzzyRouter, measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+    measured = measurer.measure()
+    return calibrate_router(
+        router.rule_base, measured, measurer.num_layers, routing_args.skip_ratio, router_class=type(router)
+    )
+
+
+def _fit_rules(fit: Callable, router: FuzzyRouter, measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+    return fit(router.rule_base, measurer.measure(), measurer.num_layers, routing_args.skip_ratio)
+
+
+def _fit_order(measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+    order = measurer.find_order()
+    router = StaticRouter(measurer.num_layers, order, routing_args.skip_ratio, "greedy by answer loss")
+    return router, {"layer_order": order, "skip_rate": routing_args.skip_ratio}
+
+
+def _fit_offsets(router: LinearRouter, measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+    """A table of budgets beside the operating point that the router was trained for, which stays the default."""
+    batches = list(measurer.batches(routing_args.budget_samples))
+    table = search_offsets(lambda offset: measurer.skip_rate(batches, offset), routing_args.max_skip_ratio)
+    router.set_budgets(table)
+    return router, {"budgets": table}

@@ -1,0 +1,69 @@
+"""The oracle of the comparison: for every held-out question, the layers whose absence hurts its known answer least."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from fuzzyroe.attach import set_router
+from fuzzyroe.plan_search import LabelledBatch, search_plans
+from fuzzyroe.routers import OracleRouter
+from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTDataset
+from llava.image_tokens import count_image_tokens
+from llava.model.builder import Checkpoint
+from llava.train.batch_routing import describe_batch
+from playground.compare.cells import MAX_LENGTH
+
+BATCH_SIZE = 60
+
+
+def give_oracle(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path, max_skips: int) -> int:
+    """Put an oracle in the place of a checkpoint's router.
+
+    Args:
+        checkpoint: Routed checkpoint in eval mode.
+        questions: Held-out records of the digits dataset, those that it will be asked.
+        data: Folder of the dataset.
+        max_skips: Layers that a plan skips at most.
+
+    Returns:
+        Passes through the decoder that the search took, in samples.
+    """
+    num_passes = 0
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal num_passes
+        num_passes += len(kwargs["input_ids"])
+
+    handle = checkpoint.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        found = search_plans(checkpoint.model, _batches(checkpoint, questions, data), max_skips)
+    finally:
+        handle.remove()
+    set_router(checkpoint.model, OracleRouter.from_search(*found))
+    return num_passes
+
+
+def _batches(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path) -> Iterator[LabelledBatch]:
+    config, file = checkpoint.model.config, data / "digits_test.json"
+    places = {record["id"]: index for index, record in enumerate(json.loads(file.read_text()))}
+    dataset = SFTDataset(
+        str(file),
+        str(data / "images"),
+        checkpoint.tokenizer,
+        checkpoint.image_processor,
+        "digits",
+        count_image_tokens(config),
+        config.image_token_index,
+        MAX_LENGTH,
+        config.image_aspect_ratio,
+    )
+    asked = Subset(dataset, [places[record["id"]] for record in questions])
+    for batch in DataLoader(asked, BATCH_SIZE, collate_fn=SFTCollator(checkpoint.tokenizer.pad_token_id)):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        yield LabelledBatch(inputs, batch["labels"], describe_batch(batch, config.image_token_index, "hard"))

@@ -1,0 +1,196 @@
+"""Runs one cell of the comparison in one process: its stages, one after the other, then its questions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava.model.builder import load_checkpoint
+from llava.train.arguments import parse_arguments
+from llava.train.preflight import check_inputs
+from llava.train.run import run_stage
+from playground.compare.answers import Answers, Point, answer_questions, load_questions
+from playground.compare.cells import BATCH, MAX_LENGTH, MAX_SKIP_RATIO, Cell, Training
+from playground.compare.oracle import give_oracle
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = "playground/digits/base"
+
+NUM_ORACLE_QUESTIONS = 480
+"""The search takes fifty passes for each."""
+
+
+def run_cell(cell: Cell, data: Path, work: Path, results: Path, num_questions: int | None = None) -> None:
+    """Train what the cell says, ask what it says, write ``results/NAME.json``.
+
+    Args:
+        cell: The cell.
+        data: Folder of the digits dataset, with its parts ``stages.PART.json``.
+        work: Folder for checkpoints, one folder per cell.
+        results: Folder of the cells' files.
+        num_questions: Held-out questions about images; None for all.
+    """
+    torch.set_num_threads(1)
+    started = time.time()
+    stages, model = [], str(work / cell.start) if cell.start else BASE
+    for training in cell.stages:
+        output = work / cell.name / training.stage
+        stages.append(_run_stage(training, cell, data, model, output))
+        model = str(output)
+    found = {
+        "cell": cell.name,
+        "method": cell.method,
+        "seed": cell.seed,
+        "target": cell.target,
+        "table": cell.table,
+        "commit": current_commit(),
+        "command": f"CELLS={cell.name} bash scripts/playground/compare.sh",
+        "start": cell.start or BASE,
+        "stages": stages,
+        **_evaluate(cell, data, model, results, num_questions),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
+        "seconds": round(time.time() - started, 1),
+    }
+    write_atomically(results / f"{cell.name}.json", found)
+
+
+def current_commit() -> str:
+    """The commit that the tracked files are at, with a mark if any of them has been changed since."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", "fuzzyroe", "llava", "playground"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    return commit + ("+changes" if changed else "")
+
+
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def pack(bits: Sequence[int]) -> str:
+    """Bits as hexadecimal digits, the first bit first."""
+    return np.packbits(np.array(bits, dtype=np.uint8)).tobytes().hex()
+
+
+def unpack(digits: str, count: int) -> np.ndarray:
+    """The bits of ``pack``, (count,) of 0 and 1."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[:count]
+
+
+def flags_of(training: Training, cell: Cell, data: Path, model: str, output: Path) -> list[str]:
+    """The command line of a stage."""
+    flags = {
+        "stage": training.stage,
+        "model_name_or_path": model,
+        "data_path": str(data / f"stages.{training.data}.json"),
+        "image_folder": str(data / "images"),
+        "output_dir": str(output),
+        "version": "digits",
+        "model_max_length": str(MAX_LENGTH),
+        "seed": str(cell.seed),
+        "use_cpu": "True",
+        "skip_data_check": "True",
+    }
+    if training.stage != "dense":
+        flags["skip_ratio"] = str(cell.target or 0.3)
+    if cell.target is None and training.stage != "dense" or training.stage == "roe_finetune":
+        flags["max_skip_ratio"] = str(MAX_SKIP_RATIO)
+    if training.steps:
+        flags |= {
+            "max_steps": str(training.steps),
+            "per_device_train_batch_size": str(BATCH),
+            "warmup_steps": "0.05",
+            "lr_scheduler_type": "cosine",
+            "weight_decay": "0.",
+            "group_by_modality_length": "True",
+            "logging_steps": "10",
+            "save_strategy": "no",
+        }
+    return [*(word for name, value in flags.items() for word in (f"--{name}", value)), *training.flags]
+
+
+def _run_stage(training: Training, cell: Cell, data: Path, model: str, output: Path) -> dict[str, Any]:
+    words = flags_of(training, cell, data, model, output)
+    arguments = parse_arguments(words)
+    check_inputs(*arguments)
+    started = time.process_time()
+    summary = run_stage(*arguments)
+    calibration = summary.get("calibration", {})
+    return {
+        "stage": training.stage,
+        "flags": words,
+        "steps": training.steps,
+        "examples": training.steps * BATCH,
+        "fitting_samples": calibration.get("samples", 0),
+        "fitting_passes": calibration.get("passes", 0),
+        "fitting_cpu_seconds": round(calibration.get("cpu_seconds", 0.0), 2),
+        "cpu_seconds": round(time.process_time() - started, 2),
+        "budgets": calibration.get("budgets"),
+        "layer_order": calibration.get("layer_order"),
+        "score_correlation": calibration.get("score_correlation"),
+    }
+
+
+def _evaluate(cell: Cell, data: Path, model: str, results: Path, num_questions: int | None) -> dict[str, Any]:
+    if cell.policy == "oracle":
+        num_questions = min(num_questions or NUM_ORACLE_QUESTIONS, NUM_ORACLE_QUESTIONS)
+    questions = load_questions(data, num_questions)
+    checkpoint = load_checkpoint(model)
+    checkpoint.model.eval()
+    search_passes = 0
+    if cell.policy == "oracle":
+        num_layers = checkpoint.model.config.text_config.num_hidden_layers
+        search_passes = give_oracle(checkpoint, questions, data, round(MAX_SKIP_RATIO * num_layers))
+    answers, dense_seconds = answer_questions(checkpoint, questions, data / "images", cell.points)
+    ids = [record["id"] for record in questions]
+    dense = dict(zip(ids, answers[None].texts, strict=True)) if None in answers else read_dense(results, cell.seed)
+    found: dict[str, Any] = {
+        "questions": len(questions),
+        "search_passes": search_passes,
+        "evaluations": [_describe(point, found, ids, dense, dense_seconds) for point, found in answers.items()],
+    }
+    if None in answers:
+        found |= {"ids": ids, "texts": answers[None].texts}
+    return found
+
+
+def read_dense(results: Path, seed: int) -> dict[str, str]:
+    """Question -> answer of the dense model of a seed.
+
+    Raises:
+        FileNotFoundError: If its cell has not been run.
+    """
+    file = results / f"dense_{seed}.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there; answers are compared with the dense model's, run dense_{seed}.")
+    cell = json.loads(file.read_text())
+    return dict(zip(cell["ids"], cell["texts"], strict=True))
+
+
+def _describe(point: Point, answers: Answers, ids: list[str], dense: dict[str, str], seconds: float) -> dict[str, Any]:
+    same = [text == dense[key] for key, text in zip(ids, answers.texts, strict=True)]
+    return {
+        "point": point,
+        "accuracy": round(float(np.mean(answers.correct)), 6),
+        "agreement": round(float(np.mean(same)), 6),
+        "skip_rate": round(float(np.mean(answers.skipped)), 6),
+        "time_ratio": round(answers.timed_seconds / seconds, 4),
+        "correct": pack(answers.correct),
+    }
