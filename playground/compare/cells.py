@@ -158,7 +158,8 @@ def cells() -> tuple[Cell, ...]:
             found.append(Cell(f"{method}_{seed}", method, seed, planned_stages(flags), PLANNED))
         for target in TARGETS:
             name = f"roe_{round(100 * target)}_{seed}"
-            found.append(Cell(name, "roe", seed, roe_stages(), ("trained", target), target))
+            points = ROE_POINTS if target == 0.3 else ("trained", target)
+            found.append(Cell(name, "roe", seed, roe_stages(), points, target))
         start = f"fuzzy_{seed}/finetune"
         found.append(Cell(f"oracle_{seed}", "oracle", seed, (), TARGETS, start=start, policy="oracle"))
         for budget in ROUTER_BUDGETS:
