@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from llava.train.run import run_stage
 from playground.compare.answers import Answers, Point, answer_questions, load_questions
 from playground.compare.cells import BATCH, MAX_LENGTH, MAX_SKIP_RATIO, Cell, Training
 from playground.compare.oracle import give_oracle
+from playground.compare.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "playground/digits/base"
@@ -82,16 +82,6 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
     aside = path.with_suffix(".partial")
     aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.replace(path)
-
-
-def pack(bits: Sequence[int]) -> str:
-    """Bits as hexadecimal digits, the first bit first."""
-    return np.packbits(np.array(bits, dtype=np.uint8)).tobytes().hex()
-
-
-def unpack(digits: str, count: int) -> np.ndarray:
-    """The bits of ``pack``, (count,) of 0 and 1."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[:count]
 
 
 def flags_of(training: Training, cell: Cell, data: Path, model: str, output: Path) -> list[str]:
@@ -166,8 +156,10 @@ def _evaluate(cell: Cell, data: Path, model: str, results: Path, num_questions: 
         "search_passes": search_passes,
         "evaluations": [_describe(point, found, ids, dense, dense_seconds) for point, found in answers.items()],
     }
+    if cell.policy != "own" or None in answers:
+        found["ids"] = ids
     if None in answers:
-        found |= {"ids": ids, "texts": answers[None].texts}
+        found["texts"] = answers[None].texts
     return found
 
 
