@@ -11,6 +11,7 @@ from fuzzyroe.summary_sources import SOURCES
 from llava.data.workers import preload_fork_server
 from llava.train.llava_flags import LlavaFlags
 from llava.train.stages import STAGES, Stage, choose_stage
+from llava.train.task_targets import parse_task_targets
 
 SKIP_PATTERNS = ("plan", "random")
 
@@ -74,6 +75,9 @@ class RoutingArguments:
     max_skip_ratio: float = field(default=0.5, metadata={"help": "Largest budget that is calibrated and trained for."})
     skip_pattern: str = field(default="plan", metadata={"help": "plan (the router decides) or random."})
     dense_ratio: float = field(default=0.0, metadata={"help": "Share of samples that skip nothing, in [0, 1]."})
+    task_skip_ratios: str | None = field(
+        default=None, metadata={"help": "Mean budgets of single sources in training, such as ocr_vqa=0.2,gqa=0.4."}
+    )
     adapter_objective: str = field(
         default="answers", metadata={"help": "answers, or forecast: adapters learn what their layers give."}
     )
@@ -128,6 +132,8 @@ class RoutingArguments:
             raise ValueError(
                 f"--adapter_objective {self.adapter_objective} is unknown; use {' or '.join(ADAPTER_OBJECTIVES)}."
             )
+        if self.task_skip_ratios is not None:
+            parse_task_targets(self.task_skip_ratios, self.max_skip_ratio)
         if not 0 <= self.dense_ratio <= 1:
             raise ValueError(f"--dense_ratio {self.dense_ratio} lies outside [0, 1].")
         if self.adapter_hidden_dim is not None and self.adapter_hidden_dim < 1:

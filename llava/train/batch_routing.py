@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.schedule import Relaxation
 from llava.constants import IGNORE_INDEX
+from llava.train.task_targets import TaskTargets
 
 ANNEALED = 0.8
 """Share of an annealed stage after which its plans are hard."""
@@ -53,23 +54,33 @@ class BudgetedRouting:
         max_skip_ratio: Largest budget.
         dense_ratio: Share of samples that skip nothing, in [0, 1].
         mode: As in ``describe_batch``.
+        targets: Narrower intervals for the samples of some sources; None for none.
 
     A call draws budgets uniform in [0, ``max_skip_ratio``] from torch's default generator, which the trainer saves and
     restores, so a resumed run draws the same.
     """
 
     def __init__(
-        self, image_token_id: int, max_skip_ratio: float, dense_ratio: float = 0.0, mode: str = "soft"
+        self,
+        image_token_id: int,
+        max_skip_ratio: float,
+        dense_ratio: float = 0.0,
+        mode: str = "soft",
+        targets: TaskTargets | None = None,
     ) -> None:
         self.image_token_id = image_token_id
         self.mode = mode
         self.max_skip_ratio = max_skip_ratio
         self.dense_ratio = dense_ratio
+        self.targets = targets
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
         state = describe_batch(inputs, self.image_token_id, self.mode)
         num_samples = state.turn_ids.shape[0]
-        budgets: Tensor = torch.rand(num_samples) * self.max_skip_ratio
+        low, high = 0.0, self.max_skip_ratio
+        if self.targets is not None:
+            low, high = self.targets.intervals_of(inputs["sample_index"])
+        budgets: Tensor = low + torch.rand(num_samples) * (high - low)
         budgets[torch.rand(num_samples) < self.dense_ratio] = 0.0
         state.skip_rate = budgets.to(state.turn_ids.device)
         return state
@@ -82,12 +93,19 @@ class AnnealedRouting(BudgetedRouting, TrainerCallback):
     alone, so a resumed stage goes on where it was.
 
     Args:
-        image_token_id, max_skip_ratio, dense_ratio: As for ``BudgetedRouting``.
+        image_token_id, max_skip_ratio, dense_ratio, targets: As for ``BudgetedRouting``.
         softness: What it starts with, above 0; see ``FuzzyRouter.keep_weights``.
     """
 
-    def __init__(self, image_token_id: int, max_skip_ratio: float, dense_ratio: float, softness: float) -> None:
-        super().__init__(image_token_id, max_skip_ratio, dense_ratio)
+    def __init__(
+        self,
+        image_token_id: int,
+        max_skip_ratio: float,
+        dense_ratio: float,
+        softness: float,
+        targets: TaskTargets | None = None,
+    ) -> None:
+        super().__init__(image_token_id, max_skip_ratio, dense_ratio, targets=targets)
         self.start = self.softness = softness
 
     def on_step_begin(

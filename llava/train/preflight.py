@@ -35,6 +35,7 @@ from llava.train.roe_preflight import check_roe
 from llava.train.stages import Stage, StageInputError
 from llava.train.start import check_agreement, vision_settings
 from llava.train.step_checkpoint import describe_run, find_resume, partial_folder
+from llava.train.task_targets import check_task_targets, parse_task_targets
 from llava.train.unused_flags import check_unused
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ def check_inputs(
         )
     if not training_args.skip_data_check:
         _check_records(model_args, data_args, training_args)
+    if routing_args.task_skip_ratios is not None:
+        targets = parse_task_targets(routing_args.task_skip_ratios, routing_args.max_skip_ratio)
+        pattern, objective = routing_args.skip_pattern, routing_args.adapter_objective
+        check_task_targets(stage, targets, data_args.data_path, pattern, objective)
     _check_number(len(RecordFile(data_args.data_path)), stage, routing_args, training_args.world_size)
     run = describe_run(model_args, data_args, routing_args, training_args)
     find_resume(training_args.resume_from_checkpoint, partial_folder(output), run)

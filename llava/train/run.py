@@ -50,6 +50,7 @@ from llava.train.routing_metrics import RoutingMeter, Throughput
 from llava.train.stages import PARTS, Stage
 from llava.train.start import load_start
 from llava.train.step_checkpoint import StepSaving, describe_run, find_resume, partial_folder, read_facts, step_of
+from llava.train.task_targets import TaskTargets, parse_task_targets
 from llava.train.trainer import LlavaTrainer
 from llava.train.watchdog import Watchdog
 
@@ -206,10 +207,11 @@ def _build_trainer(
         routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio, mode)
     elif stage.routing == "plan" and routing_args.adapter_objective == "answers":
         budgets = (config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
+        targets = _task_targets(dataset, routing_args)
         if routing_args.anneal_softness > 0:
-            routing = AnnealedRouting(*budgets, routing_args.anneal_softness)
+            routing = AnnealedRouting(*budgets, routing_args.anneal_softness, targets)
         else:
-            routing = BudgetedRouting(*budgets, mode)
+            routing = BudgetedRouting(*budgets, mode, targets)
     callbacks, objective = [MetricsFile(Path(training_args.output_dir) / "metrics.jsonl"), Console()], None
     if isinstance(routing, AnnealedRouting):
         callbacks.append(routing)
@@ -238,6 +240,13 @@ def _build_trainer(
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer
+
+
+def _task_targets(dataset: SFTDataset, routing_args: RoutingArguments) -> TaskTargets | None:
+    if routing_args.task_skip_ratios is None:
+        return None
+    targets = parse_task_targets(routing_args.task_skip_ratios, routing_args.max_skip_ratio)
+    return TaskTargets(targets, routing_args.max_skip_ratio, functools.partial(source_of, dataset))
 
 
 def _build_observers(

@@ -49,6 +49,12 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
         {"stage": "adapter", "skip_pattern": "random", "dense_ratio": 0.1},
         r"--dense_ratio 0\.1 .* --skip_pattern random plans none",
     ),
+    "a target that is no ratio": ({"task_skip_ratios": "gqa"}, r"--task_skip_ratios has 'gqa'; SOURCE=RATIO pairs"),
+    "a target above the largest ratio": ({"task_skip_ratios": "gqa=0.6"}, r"gqa=0\.6 lies outside \[0, --max_skip"),
+    "targets without draws": (
+        {"task_skip_ratios": "text=0.2"},
+        r"--task_skip_ratios was given.* stage router",
+    ),
     "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate"),
 }
 
