@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from llava.eval.generation import GeneratedBatch, Generator, Message, make_messa
 from llava.eval.generation_options import GenerationOptions
 from llava.eval.queue import SCHEDULES, answer_queue
 from llava.eval.routing_log import RequestRecord, remove_routing_log, write_routing_log
+from llava.eval.task_rates import check_tasks, read_skip_rate, read_task_rates
 from llava.model.builder import load_checkpoint
 from llava.model.routing import set_budget
 from llava.model.token_pruning import set_token_pruning
 
-DENSE = "off"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KNOWN_ARGS = (
     "pretrained",
@@ -37,6 +38,7 @@ KNOWN_ARGS = (
     "routing_log",
     "schedule",
     "visual_tokens",
+    "task_skip_rates",
 )
 WINDOW = 8
 """Batches that are planned together: their images and states are in memory at once."""
@@ -59,6 +61,7 @@ class FuzzyRoE(lmms):
             "arrival" goes by length alone. No answer depends on it.
         visual_tokens: Tokens that the decoder reads of each image; several numbers, ascending and joined by "/", let
             the router's score pick one for each request. None reads what the checkpoint says.
+        task_skip_rates: Rates of single tasks, such as "pope:0.4/mme:off"; all others run at ``skip_rate``.
         **unknown: Refused.
 
     Raises:
@@ -81,6 +84,7 @@ class FuzzyRoE(lmms):
         routing_log: str | None = None,
         schedule: str = "plan",
         visual_tokens: int | str | None = None,
+        task_skip_rates: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class FuzzyRoE(lmms):
         template = get_template(conv_template)
         self._batch_size, self._schedule = _read_batch_size(batch_size), _read_schedule(schedule)
         numbers = _read_visual_tokens(visual_tokens)
-        rate = _read_skip_rate(skip_rate)
+        rate, self._task_rates = read_skip_rate(skip_rate), read_task_rates(task_skip_rates)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._device = self._choose_device(device)
@@ -105,7 +109,8 @@ class FuzzyRoE(lmms):
         self.model = checkpoint.model.to(self._device).eval()
         if skip_rate is not None:
             set_budget(self.model, rate)
-        self._target = _planned_skip_rate(self.model)
+        self._rate = _planned_skip_rate(self.model)
+        self._check_task_rates()
         self._pretrained = str(pretrained)
         if len(numbers) == 1:
             set_token_pruning(self.model, numbers[0])
@@ -133,6 +138,7 @@ class FuzzyRoE(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer the requests, in their order; then write the routing log."""
+        check_tasks(self._task_rates, self.task_dict)
         answers: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), desc="Answering requests", disable=self._rank != 0) as progress:
             for window in self._windows(requests):
@@ -157,13 +163,28 @@ class FuzzyRoE(lmms):
         del self._generator
         super().clean()
 
+    def _check_task_rates(self) -> None:
+        """Refuse rates that the router cannot meet before anything is answered."""
+        if self._task_rates and self._rate is not None and math.isnan(self._rate):
+            raise ValueError(
+                "task_skip_rates was given, but the other tasks would run at what the checkpoint's linear router was "
+                "trained for, which is no rate that one can come back to; give skip_rate as well."
+            )
+        for rate in self._task_rates.values():
+            set_budget(self.model, rate)
+
+    def _rate_of(self, request: Instance) -> float | None:
+        """Mean skip rate to answer a request at; None for the dense model."""
+        return self._task_rates.get(request.args[4], self._rate)
+
     def _windows(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Indices of requests with the same options, longest texts first, so that similar prompts share a window."""
+        """Indices of requests of one rate and the same options, longest texts first: similar prompts share a window."""
         texts = [request.args[0] for request in requests]
         lengths = [len(self._generator.tokenizer(text).input_ids) for text in texts]
         groups: dict[str, list[int]] = {}
         for index in sorted(range(len(requests)), key=lambda index: (-lengths[index], texts[index])):
-            groups.setdefault(json.dumps(requests[index].args[1], sort_keys=True, default=str), []).append(index)
+            shared = [requests[index].args[1], self._rate_of(requests[index])]
+            groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(index)
         size = WINDOW * self._batch_size
         for group in groups.values():
             for start in range(0, len(group), size):
@@ -177,6 +198,8 @@ class FuzzyRoE(lmms):
             document = self.task_dict[task][split][doc_id]
             documents.append(document)
             messages.append(make_message(text, _read_images(doc_to_visual(document), task)))
+        if self._task_rates:
+            set_budget(self.model, self._rate_of(requests[0]))
         options = GenerationOptions.from_gen_kwargs(requests[0].args[1])
         for batch, output in answer_queue(self._generator, messages, options, self._batch_size, self._schedule):
             chosen = ([column[row] for row in batch] for column in (requests, documents, messages))
@@ -186,6 +209,7 @@ class FuzzyRoE(lmms):
     def _describe(
         self, requests: list[Instance], documents: list[dict], messages: list[Message], output: GeneratedBatch
     ) -> Iterator[RequestRecord]:
+        rate = self._rate_of(requests[0])
         num_later_tokens = sum(output.num_new_tokens) - len(requests)
         for row, request in enumerate(requests):
             if (request.metadata or {}).get("__padding_only__"):  # repeated so that all processes have as many
@@ -204,26 +228,13 @@ class FuzzyRoE(lmms):
                 num_prompt_tokens=output.num_prompt_tokens[row],
                 num_new_tokens=output.num_new_tokens[row],
                 checkpoint=self._pretrained,
-                skip_rate_target=self._target,
+                skip_rate_target=None if rate is None else round(rate, 6),
             )
 
     def _choose_device(self, device: str | None) -> torch.device:
         if self._world_size > 1:
             return self.accelerator.device
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _read_skip_rate(skip_rate: float | str | None) -> float | None:
-    """None for "off"; lmms-eval turns numbers in ``--model_args`` into numbers before they get here."""
-    if skip_rate is None or skip_rate == DENSE:
-        return None
-    try:
-        return float(skip_rate)
-    except ValueError:
-        raise ValueError(
-            f"skip_rate is {skip_rate!r}; allowed are a number in [0, 1) and '{DENSE}' for the dense model. Leave it "
-            "out to use the checkpoint's own."
-        ) from None
 
 
 def _read_batch_size(batch_size: int | str) -> int:
@@ -257,7 +268,7 @@ def _read_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _planned_skip_rate(model: torch.nn.Module) -> float | None:
     router = getattr(find_decoder(model), "router", None)
-    return round(float(router.skip_rate), 6) if router is not None and router.enabled else None
+    return float(router.skip_rate) if router is not None and router.enabled else None
 
 
 def _read_images(visuals: Any, task: str) -> list[Any]:
