@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by the stage scripts: runs one training stage as one DeepSpeed launch, or reuses it if it is finished.
+# Sourced by the stage scripts: runs one training stage as one launch, or reuses it if it is finished.
 #
 #   train_stage STAGE MODEL DATA OUTPUT [flag...]
 #   split_data DATA FOLDER SHARES                    disjoint parts of the data, FOLDER/data.NAME.json
@@ -21,7 +21,11 @@
 #   SKIP_DATA_CHECK=1     start without looking at records and images
 #   DECODE=1              decode every image in that look as well; finds damage in the middle of a file, takes longer
 #   NUM_GPUS, DRY_RUN     see scripts/v1_5/common.sh; on a machine without a GPU two CPU processes are started
+#   LAUNCHER, HOSTFILE, NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     see scripts/v1_5/launch.sh
 set -euo pipefail
+
+# shellcheck source=scripts/v1_5/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_SIZE="${MODEL_SIZE:-7b}"
 [[ "$MODEL_SIZE" == 7b || "$MODEL_SIZE" == 13b ]] ||
@@ -55,15 +59,6 @@ SIGHT=( # how LLaVA-1.5 sees
   --mm_use_im_start_end False
   --mm_use_im_patch_token False
 )
-NUM_RANKS="$NUM_GPUS"
-PRECISION=(--bf16 True --tf32 True)
-if ((VISIBLE_GPUS == 0)) && [[ -z "${DRY_RUN:-}" ]]; then
-  NUM_RANKS="${NUM_RANKS_CPU:-2}"
-  PRECISION=(--use_cpu True)
-  export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  # glibc otherwise gives every large activation back to the system and has its pages cleared again
-  export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
-fi
 export TOKENIZERS_PARALLELISM=false
 # PyTorch and DeepSpeed announce renamed collectives once per call; nothing a user of these scripts can act on.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
@@ -73,7 +68,9 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
 ACCUMULATION=$((GLOBAL_BATCH / (PER_DEVICE_BATCH * NUM_RANKS)))
 
 split_data() { # data, folder, name=share,...: parts that have no record in common
+  local last="${3##*,}"
   run mkdir -p "$2"
+  wait_for_node_0 "$2/data.${last%%=*}.json.manifest.json" # the last file that is written; then all are found there
   run "$PYTHON" random_drop.py --input "$1" --output "$2/data.json" --seed 42 --split "$3"
 }
 
@@ -104,19 +101,6 @@ check_data() { # flags...: look at records, images and lengths as this training 
   "$PYTHON" -c "from llava.cli import main; main()" check-data "${words[@]}"
 }
 
-choose_port() { # [port]: the port asked for if it is free, any free one if none is asked for
-  "$PYTHON" - "${1:-0}" <<'PY' || fail "MASTER_PORT $1 is in use; choose another, or unset it to have a free one chosen."
-import socket, sys
-with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port closed just now is free
-    try:
-        probe.bind(("127.0.0.1", int(sys.argv[1])))
-    except OSError:
-        sys.exit(1)
-    print(probe.getsockname()[1])
-PY
-}
-
 fingerprint() { # data, model, flags...: what a stage's result depends on
   local data="$1" model="$2"
   shift 2
@@ -128,7 +112,7 @@ fingerprint() { # data, model, flags...: what a stage's result depends on
 }
 
 train_stage() { # stage, model, data, output, flags...
-  local stage="$1" model="$2" data="$3" output="$4" mark="" resume="" port="${MASTER_PORT:-}"
+  local stage="$1" model="$2" data="$3" output="$4" mark="" resume="" port="${MASTER_PORT:-29500}" found
   shift 4
   local flags=(
     --stage "$stage"
@@ -144,9 +128,12 @@ train_stage() { # stage, model, data, output, flags...
   )
   if [[ -n "${FRESH:-}" ]]; then resume=none; fi
   if [[ -z "${DRY_RUN:-}" ]]; then
-    if [[ ! -e "$output" && -d "$output.old" ]]; then mv "$output.old" "$output"; fi # killed while replacing it
+    found="$output"
+    if [[ ! -e "$output" && -d "$output.old" ]]; then # killed while replacing it
+      if ((NODE_RANK == 0)); then mv "$output.old" "$output"; else found="$output.old"; fi
+    fi
     if [[ -f "$data" ]]; then mark="$(fingerprint "$data" "$model" "${flags[@]}")"; fi
-    if [[ -z "${FRESH:-}" && -n "$mark" && "$(cat "$output/fingerprint" 2>/dev/null)" == "$mark" ]]; then
+    if [[ -z "${FRESH:-}" && -n "$mark" && "$(cat "$found/fingerprint" 2>/dev/null)" == "$mark" ]]; then
       say "$stage: finished before, reused from $output (FRESH=1 does it again)"
       return
     fi
@@ -154,16 +141,16 @@ train_stage() { # stage, model, data, output, flags...
     command -v deepspeed >/dev/null ||
       fail "DeepSpeed is not installed in this environment; run pip install 'fuzzyroe[train]' and start again."
     [[ -n "${SKIP_DATA_CHECK:-}" ]] || check_data "${flags[@]}"
-    port="$(choose_port "$port")"
+    port="$(choose_port)"
     # a launch that was killed while DeepSpeed compiled an operator leaves a lock that the next would wait for; that
     # takes a minute or two
     [[ ! -d "${TORCH_EXTENSIONS_DIR:-}" ]] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +15 -delete
   fi
   say "$stage: $NUM_RANKS processes, global batch $GLOBAL_BATCH, into $output"
-  run deepspeed --num_gpus "$NUM_RANKS" --master_port "${port:-29500}" llava/train/train.py \
+  launch "$port" llava/train/train.py \
     --output_dir "$output" --skip_data_check True ${mark:+--fingerprint "$mark"} \
     ${resume:+--resume_from_checkpoint "$resume"} "${flags[@]}"
   # DeepSpeed's launcher ends with status 0 when the process below it is killed
-  [[ -n "${DRY_RUN:-}" || "$(cat "$output/fingerprint" 2>/dev/null)" == "$mark" ]] ||
+  ((NODE_RANK > 0)) || [[ -n "${DRY_RUN:-}" || "$(cat "$output/fingerprint" 2>/dev/null)" == "$mark" ]] ||
     { say "error: $stage ended without writing $output; start it again." >&2; exit 1; }
 }

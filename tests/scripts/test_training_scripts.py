@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from llava.train.unused_flags import check_unused
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "scripts" / "v1_5"
-SOURCED, EVALUATION = ("common.sh", "stage.sh"), ("eval.sh",)
+SOURCED, EVALUATION = ("common.sh", "launch.sh", "stage.sh"), ("eval.sh",)
 ON_GPU = {"--bf16", "--tf32", "--deepspeed"}
 """Flags that this machine cannot parse: they look for a GPU, or for an engine that is running."""
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.sh") if path.name not in (*SOURCED, *EVALUATION))
@@ -52,6 +53,14 @@ def dry_run(script: str, *arguments: str, **variables: str) -> list[list[str]]:
     return [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("[")]
 
 
+def refuse(script: str, **variables: str) -> str:
+    """What a script prints that must fail."""
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "DATA_PATH": "data.json", **variables}
+    done = subprocess.run(["bash", str(FOLDER / f"{script}.sh")], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
 def parse(command: list[str], output: Path) -> tuple:
     """The arguments of a launch as training reads them; on this machine's CPU."""
     flags = command[command.index("llava/train/train.py") + 1 :]
@@ -63,7 +72,7 @@ def parse(command: list[str], output: Path) -> tuple:
 
 def launches(script: str, output: Path, **variables: str) -> list[tuple]:
     """Parsed arguments of every launch of a script."""
-    commands = [command for command in dry_run(script, **variables) if command[0] == "deepspeed"]
+    commands = [command for command in dry_run(script, **variables) if "llava/train/train.py" in command]
     return [parse(command, output) for command in commands]
 
 
@@ -117,7 +126,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("script", PUBLISHED)
 def test_scripts_train_with_the_published_hyper_parameters(script: str, tmp_path: Path) -> None:
-    commands = [command for command in dry_run(script, NUM_GPUS="8") if command[0] == "deepspeed"]
+    commands = [command for command in dry_run(script, NUM_GPUS="8") if "llava/train/train.py" in command]
     for command, published in zip(commands, PUBLISHED[script], strict=True):
         rates, batch, per_device, warmup, template, zero = published
         model, data, routing, training = parse(command, tmp_path)
@@ -160,10 +169,79 @@ def test_roes_stages_are_parts_of_one_run(tmp_path: Path) -> None:
 
 
 def test_no_script_launches_training_but_through_the_check() -> None:
-    launching = [path.name for path in FOLDER.glob("*.sh") if "run deepspeed" in path.read_text()]
+    launching = [path.name for path in FOLDER.glob("*.sh") if "llava/train/train.py \\\n" in path.read_text()]
     assert launching == ["stage.sh"]
     stage = (FOLDER / "stage.sh").read_text()
-    assert stage.index('[[ -n "${SKIP_DATA_CHECK:-}" ]] || check_data "${flags[@]}"') < stage.index("run deepspeed")
+    assert stage.index('[[ -n "${SKIP_DATA_CHECK:-}" ]] || check_data "${flags[@]}"') < stage.index("  launch ")
+
+
+TWO_NODES = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0", "NUM_GPUS": "4"}
+
+# variables: what starts the processes of training; each launch has 8 of them
+LAUNCHES = [
+    ({"NUM_GPUS": "8"}, "deepspeed --num_gpus 8 --master_port 29500"),
+    ({"HOSTFILE": "{hosts}"}, "deepspeed --hostfile {hosts} --master_port 29500"),
+    (
+        {"HOSTFILE": "{hosts}", "MASTER_ADDR": "node-1", "MASTER_PORT": "3000"},
+        "deepspeed --hostfile {hosts} --master_addr node-1 --master_port 3000",
+    ),
+    (
+        {"LAUNCHER": "torchrun", "NUM_GPUS": "8"},
+        "torchrun --nproc_per_node 8 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 29500",
+    ),
+    (
+        {"LAUNCHER": "torchrun", **TWO_NODES, "MASTER_PORT": "3000"},
+        "torchrun --nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr node-0 --master_port 3000",
+    ),
+    (
+        {"LAUNCHER": "accelerate", "NUM_GPUS": "8"},
+        "accelerate launch --multi_gpu --gpu_ids all --mixed_precision no --dynamo_backend no --num_processes 8 "
+        "--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1 --main_process_port 29500",
+    ),
+    (
+        {"LAUNCHER": "accelerate", **TWO_NODES},
+        "accelerate launch --multi_gpu --gpu_ids all --mixed_precision no --dynamo_backend no --num_processes 8 "
+        "--num_machines 2 --machine_rank 1 --main_process_ip node-0 --main_process_port 29500",
+    ),
+]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Path:
+    """A hostfile of 8 processes on three nodes, with what deepspeed passes over."""
+    file = tmp_path / "hosts"
+    file.write_text("# the cluster\nnode-0 slots=2\n\n  node-1\tslots=2  \nnode-2 slots=4")
+    return file
+
+
+@pytest.mark.parametrize(("variables", "expected"), LAUNCHES)
+def test_a_launcher_is_told_of_all_nodes_and_starts_the_same_training(
+    variables: dict[str, str], expected: str, hosts: Path
+) -> None:
+    variables = {name: value.format(hosts=hosts) for name, value in variables.items()}
+    *_, command = dry_run("finetune", PER_DEVICE_BATCH="4", **variables)
+    start = command.index("llava/train/train.py")
+    assert " ".join(command[:start]) == expected.format(hosts=hosts)
+    *_, alone = dry_run("finetune", PER_DEVICE_BATCH="4", NUM_GPUS="8")
+    assert command[start:] == alone[alone.index("llava/train/train.py") :]
+    assert command[command.index("--gradient_accumulation_steps") + 1] == "4"  # 128 / (4 samples x 8 processes)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("node-0 slots=2\nnode-1 4\n", "line 2 is 'node-1 4'; write 'NAME slots=GPUS'"),
+    ("node-0 slots=0\n", "line 1 is 'node-0 slots=0'; write 'NAME slots=GPUS', GPUS from 1"),
+    ("node-0 slots=2\n# again\nnode-0 slots=2\n", "line 3 names node-0 again"),
+    ("# none\n", "names no node"),
+])  # fmt: skip
+def test_a_hostfile_that_deepspeed_cannot_follow_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    refused = refuse("finetune", HOSTFILE=str(tmp_path / "hosts"))
+    assert f"HOSTFILE {tmp_path / 'hosts'}" in refused and message in refused
+
+
+def test_a_hostfile_is_refused_on_a_machine_without_gpus(hosts: Path) -> None:
+    kept = {"FUZZYROE_PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DRY_RUN": ""}
+    assert "HOSTFILE is set, but this machine has no GPU" in refuse("finetune", HOSTFILE=str(hosts), **kept)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +255,7 @@ def test_no_script_launches_training_but_through_the_check() -> None:
 )
 def test_the_check_before_a_stage_measures_what_the_stage_will_read(more: list[str], expected: list[str]) -> None:
     text = (FOLDER / "stage.sh").read_text()
-    functions = text[text.index("value_of() {") : text.index("choose_port() {")]
+    functions = text[text.index("value_of() {") : text.index("fingerprint() {")]
     flags = ["--stage", "dense", "--model_name_or_path", "m", "--data_path", "d.json", "--image_folder", "i"]
     flags += ["--version", "v1", "--model_max_length", "2048", *more]
     program = f"""echo_words() {{ printf '%s\\n' "${{@:3}}"; }}; PYTHON=echo_words; {functions} check_data "$@" """
@@ -199,12 +277,19 @@ def test_a_driver_trains_the_method_it_is_told() -> None:
         ("finetune", {"MODEL_SIZE": "3b"}, "MODEL_SIZE is '3b'; use 7b or 13b"),
         ("pretrain", {"NUM_GPUS": "3"}, "GLOBAL_BATCH 256 is no multiple of PER_DEVICE_BATCH 32 x 3"),
         ("finetune_roe", {"DATA_PATH": ""}, "DATA_PATH: path to the SFT JSON"),
+        ("finetune", {"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; use deepspeed, torchrun or accelerate"),
+        ("finetune", {"LAUNCHER": "accelerate"}, "LAUNCHER is accelerate, which starts no single process"),
+        ("finetune", {"HOSTFILE": "none"}, "HOSTFILE none is no file"),
+        ("finetune", {"HOSTFILE": "none", "LAUNCHER": "torchrun"}, "HOSTFILE is read by deepspeed alone"),
+        ("finetune", {"NUM_NODES": "some"}, "NUM_NODES is 'some'"),
+        ("finetune", {"NUM_NODES": "2", "MASTER_ADDR": "node-0"}, "NUM_NODES is 2, but deepspeed takes its nodes from"),
+        ("finetune", {"NUM_NODES": "2", "LAUNCHER": "torchrun"}, "MASTER_ADDR is not set"),
+        ("finetune", {"NODE_RANK": "1"}, "NODE_RANK is '1'; give a number from 0 to 0"),
+        ("finetune", {**TWO_NODES, "LAUNCHER": "torchrun", "NUM_GPUS": "3"}, "no multiple of PER_DEVICE_BATCH 16 x 6"),
     ],
 )
 def test_a_wrong_variable_is_named(script: str, variables: dict[str, str], message: str) -> None:
-    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "DATA_PATH": "data.json", **variables}
-    done = subprocess.run(["bash", str(FOLDER / f"{script}.sh")], capture_output=True, text=True, env=environment)
-    assert done.returncode != 0 and message in done.stdout + done.stderr
+    assert message in refuse(script, **variables)
 
 
 @pytest.mark.parametrize(("statuses", "attempts", "launched", "ends"), [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "FUZZYROE_TEST_LAUNCH"
 """Environment variable by which the children of a launch are found, whatever session or group they are in."""
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a rank is told by its launcher; a test that runs in one process may have set it."""
+
 
 class Launch:
     """A program started in a session of its own.
@@ -26,9 +30,8 @@ class Launch:
 
     def __init__(self, command: list[str | Path], **variables: str | None) -> None:
         self.token = uuid.uuid4().hex
-        environment = {**os.environ, **launch_environment(), **variables, MARK: self.token}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
-            environment.pop(name, None)
+        inherited = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+        environment = {**inherited, **launch_environment(), **variables, MARK: self.token}
         self.command = [str(word) for word in command]
         self.process = subprocess.Popen(
             self.command,
@@ -80,6 +83,35 @@ class Launch:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its live processes of llava/train/train.py, in the order of their ranks."""
+        ranks = {}
+        for process in self.children():
+            try:
+                if any(word.endswith("llava/train/train.py") for word in process.cmdline()[:3]):
+                    ranks[int(process.environ()["RANK"])] = process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return [ranks[rank] for rank in sorted(ranks)]
+
+
+def choose_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    """Whether a launch could listen at a port, which one that was closed just now allows."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def launch_environment() -> dict[str, str]:
