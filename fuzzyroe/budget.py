@@ -68,7 +68,8 @@ def allocate(
     """Decide how many layers each score bin skips, as the budget grows.
 
     At every step the bin whose next skip adds the least mean loss takes it, as long as a lower bin never skips fewer
-    layers than a higher one.
+    layers than a higher one. Bins are believed to differ only as far as their examples show it, see ``trust_in_bins``:
+    where scores tell nothing, all examples skip as many layers, or one more.
 
     Args:
         losses: Loss of each example when the first k layers of the order are skipped, (n, K + 1), k = 0..K.
@@ -92,6 +93,8 @@ def allocate(
             "more examples, or fewer bins."
         )
     mean_losses = np.stack([losses[bins == index].mean(axis=0) for index in range(num_bins)])  # (bins, K + 1)
+    overall = mean_losses.mean(axis=0)
+    mean_losses = overall + trust_in_bins(losses, bins) * (mean_losses - overall)
     skips = np.zeros(num_bins, dtype=int)
     tables = [np.zeros(num_layers)]
     while skips.min() < max_skips:
@@ -105,6 +108,32 @@ def allocate(
             tables.append(_thresholds(skips, layer_order, num_layers))
     thresholds = np.stack(tables)
     return BudgetTable(thresholds.mean(axis=1), thresholds)
+
+
+def trust_in_bins(losses: np.ndarray, bins: np.ndarray) -> float:
+    """Share of the differences between bins that is not explained by which examples fell into them.
+
+    With y the mean loss increase of an example, it is ``1 - noise / spread``, at least 0: the spread is the variance of
+    the bins' mean y, the noise the variance that these means would have if all bins were alike.
+
+    Args:
+        losses: Loss of each example when the first k layers of an order are skipped, (n, K + 1).
+        bins: Bin of each example, from 0, none empty, (n,).
+
+    Returns:
+        In [0, 1]; 0 if there are no more examples than bins.
+
+    Reference:
+        The shrinkage of James and Stein, with the variance between groups estimated by moments.
+    """
+    increase = (losses[:, 1:] - losses[:, :1]).mean(axis=1)
+    counts = np.bincount(bins)
+    if len(increase) <= len(counts):
+        return 0.0
+    means = np.bincount(bins, increase) / counts
+    within = np.square(increase - means[bins]).sum() / (len(increase) - len(counts))
+    noise, spread = within * float(np.mean(1 / counts)), float(means.var(ddof=1)) if len(counts) > 1 else 0.0
+    return float(np.clip(1 - noise / spread, 0, 1)) if spread > 0 else 0.0
 
 
 def _reach(skips: np.ndarray, index: int, max_skips: int) -> int:

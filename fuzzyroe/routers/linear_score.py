@@ -38,7 +38,7 @@ class LinearScoreRouter(FuzzyRouter):
         corners = np.stack(np.meshgrid(*[[0.0, 1.0]] * len(weights), indexing="ij"), axis=-1)  # (2, ..., 2, K)
         values = corners @ weights
         spread = np.ptp(values)
-        table = (values - values.min()) / spread if spread > 0 else np.full(values.shape, 0.5)
+        table = (values - values.min()) / spread if spread > 1e-12 else np.full(values.shape, 0.5)
         variables = [LinguisticVariable(v.name, (0.0, 1.0), ("low", "high"), (0.0, 1.0)) for v in prior.antecedents]
         cells = np.ndindex(table.shape)
         rules = {tuple(v.terms[k] for v, k in zip(variables, cell, strict=True)): float(table[cell]) for cell in cells}

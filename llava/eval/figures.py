@@ -79,6 +79,24 @@ class SkipPoint:
     interval: tuple[float, float] | None = None
 
 
+def new_figure(width: float, height: float, theme: Theme) -> Figure:
+    """An empty figure of a size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.surface)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style_axes(axes: Any, theme: Theme) -> None:
+    """Give axes the colours of a theme, and lines on their left and below only."""
+    axes.set_facecolor(theme.surface)
+    axes.tick_params(colors=theme.ink, labelsize=8)
+    axes.xaxis.label.set(color=theme.ink, size=9)
+    axes.yaxis.label.set(color=theme.ink, size=9)
+    for side, spine in axes.spines.items():
+        spine.set_color(theme.grid)
+        spine.set_visible(side in ("left", "bottom"))
+
+
 def draw_memberships(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
     """Draw the terms of every antecedent, one below the other.
 
@@ -86,7 +104,7 @@ def draw_memberships(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
         rule_base: Any rule base.
         theme: Colours.
     """
-    figure = _figure(6.0, 1.75 * len(rule_base.antecedents), theme)
+    figure = new_figure(6.0, 1.75 * len(rule_base.antecedents), theme)
     panels = figure.subplots(len(rule_base.antecedents), 1, squeeze=False)[:, 0]
     for axes, variable in zip(panels, rule_base.antecedents, strict=True):
         _draw_variable(axes, variable, theme)
@@ -113,7 +131,7 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
     third = others[0] if others else None
     levels = [None] if third is None else list(zip(third.terms, third.peaks, strict=True))
     rest = [variable.peaks[len(variable.peaks) // 2] for variable in others[1:]]
-    figure = _figure(2.6 * len(levels) + 1.2, 3.1, theme)
+    figure = new_figure(2.6 * len(levels) + 1.2, 3.1, theme)
     panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     rows, columns = (np.linspace(*variable.universe, GRID_POINTS) for variable in (second, first))
     grid = np.stack([axis.ravel() for axis in np.meshgrid(columns, rows)], axis=1)  # (P, 2)
@@ -127,7 +145,7 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
         for draw_line, variable in ((axes.axvline, first), (axes.axhline, second)):
             for peak in variable.peaks:
                 draw_line(peak, color="#ffffff", linewidth=0.6, linestyle=":", alpha=0.6)
-        _style(axes, theme)
+        style_axes(axes, theme)
         axes.set_xlabel(_title(first.name))
         axes.set_title("" if level is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink)
     panels[0].set_ylabel(_title(second.name))
@@ -151,7 +169,7 @@ def draw_firing(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
     first, *others = rule_base.antecedents
     rows = [", ".join(terms) for terms in itertools.product(*(variable.terms for variable in others))]
     table = evidence.reshape(len(first.terms), -1).T  # (rows, terms of the first)
-    figure = _figure(5.0, 1.1 + 0.28 * len(rows), theme)
+    figure = new_figure(5.0, 1.1 + 0.28 * len(rows), theme)
     axes = figure.subplots()
     image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, edgecolors=theme.grid, linewidth=0.4)
     axes.set_title("How many examples of the fit informed each rule", fontsize=9, color=theme.ink)
@@ -160,7 +178,7 @@ def draw_firing(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xlabel(_title(first.name))
     axes.set_ylabel(", ".join(_title(variable.name) for variable in others))
-    _style(axes, theme)
+    style_axes(axes, theme)
     axes.tick_params(length=0)
     for (row, column), count in np.ndenumerate(table):
         color = theme.surface if count > 0.65 * table.max() else theme.ink
@@ -186,7 +204,7 @@ def draw_layer_skips(rates: Mapping[str, Sequence[float]], theme: Theme = LIGHT)
             "types with one model."
         )
     table = np.array(list(rates.values()))  # (types, L)
-    figure = _figure(7.0, 0.9 + 0.3 * len(table), theme)
+    figure = new_figure(7.0, 0.9 + 0.3 * len(table), theme)
     axes = figure.subplots()
     image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, vmax=1, edgecolors=theme.grid, linewidth=0.4)
     axes.invert_yaxis()
@@ -195,7 +213,7 @@ def draw_layer_skips(rates: Mapping[str, Sequence[float]], theme: Theme = LIGHT)
     axes.set_xticks(np.arange(0, num_layers, step) + 0.5, range(0, num_layers, step))
     axes.set_yticks(np.arange(len(table)) + 0.5, [_title(name) for name in rates])
     axes.set_xlabel("decoder layer")
-    _style(axes, theme)
+    style_axes(axes, theme)
     axes.tick_params(length=0)
     if num_layers <= MAX_ANNOTATED_LAYERS:
         for (row, column), rate in np.ndenumerate(table):
@@ -213,7 +231,7 @@ def draw_accuracy(points: Sequence[SkipPoint], theme: Theme = LIGHT) -> Figure:
         points: Runs, at least one of them dense; their names stand below, in this order.
         theme: Colours.
     """
-    figure = _figure(6.0, 3.6 + 0.2 * len(points), theme)
+    figure = new_figure(6.0, 3.6 + 0.2 * len(points), theme)
     axes = figure.subplots()
     best = max(point.accuracy for point in points if point.is_dense)
     axes.axhline(100 * best, color=theme.second, linestyle="--", linewidth=1, zorder=1)
@@ -229,7 +247,7 @@ def draw_accuracy(points: Sequence[SkipPoint], theme: Theme = LIGHT) -> Figure:
     axes.set_xlabel("layers skipped on questions about images, %")
     axes.set_ylabel("accuracy on them, %")
     axes.margins(x=0.08, y=0.1)
-    _style(axes, theme)
+    style_axes(axes, theme)
     axes.grid(color=theme.grid, linewidth=0.6)
     figure.legend(frameon=False, labelcolor=theme.ink, loc="outside lower left", fontsize=8)
     return figure
@@ -250,22 +268,6 @@ def render_png(draw: Draw, theme: Theme = LIGHT) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, theme: Theme) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.surface)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(axes: Any, theme: Theme) -> None:
-    axes.set_facecolor(theme.surface)
-    axes.tick_params(colors=theme.ink, labelsize=8)
-    axes.xaxis.label.set(color=theme.ink, size=9)
-    axes.yaxis.label.set(color=theme.ink, size=9)
-    for side, spine in axes.spines.items():
-        spine.set_color(theme.grid)
-        spine.set_visible(side in ("left", "bottom"))
-
-
 def _title(name: str) -> str:
     return name.replace("_", " ")
 
@@ -282,7 +284,7 @@ def _draw_variable(axes: Any, variable: LinguisticVariable, theme: Theme) -> Non
     axes.set(xlim=(lower, upper), ylim=(0, max(heights) + 0.25), yticks=[0, 1], ylabel="membership")
     direction = {1: "the score rises with it", -1: "the score falls with it", 0: "direction unknown"}
     axes.set_xlabel(f"{_title(variable.name)} ({direction[variable.sign]})")
-    _style(axes, theme)
+    style_axes(axes, theme)
 
 
 def _label_heights(variable: LinguisticVariable) -> list[float]:
@@ -304,12 +306,12 @@ def _span(outputs: np.ndarray) -> tuple[float, float]:
 def _draw_curve(rule_base: FuzzyRuleBase, theme: Theme) -> Figure:
     variable = rule_base.antecedents[0]
     values = np.linspace(*variable.universe, GRID_POINTS)
-    figure = _figure(6.0, 3.1, theme)
+    figure = new_figure(6.0, 3.1, theme)
     axes = figure.subplots()
     axes.plot(values, rule_base.evaluate(values[:, None]), color=theme.main, linewidth=2)
     axes.set(xlabel=_title(variable.name), ylabel=_title(rule_base.consequent.name))
     axes.set_ylim(*rule_base.consequent.output_range)
-    _style(axes, theme)
+    style_axes(axes, theme)
     return figure
 
 

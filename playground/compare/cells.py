@@ -25,7 +25,7 @@ FINETUNE_RATES = ("--roe_lr", FINETUNE_ADAPTER_RATE, "--backbone_lr", BACKBONE_R
 NO_ADAPTERS = ("--freeze_adapters", "True")
 """New adapters start at zero then, so a skipped layer is left out and nothing stands in for it."""
 
-ROUTER_BUDGETS = {5: (1, 8, 39), 10: (2, 16, 77), 33: (8, 48, 222), 100: (24, 128, 824)}
+ROUTER_BUDGETS = {5: (1, 8, 39), 10: (3, 12, 58), 33: (12, 32, 146), 100: (32, 112, 544)}
 """Percent of RoE's router stage -> samples for the order of layers, for losses and for scores.
 
 48 steps of 32 samples are 3,072 passes, counting a step with a frozen decoder as two: forward, and backward without

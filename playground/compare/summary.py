@@ -12,7 +12,7 @@ import numpy as np
 
 from llava.eval.statistics import NORMAL_QUANTILE
 from playground.compare.answers import Point
-from playground.compare.cells import BATCH
+from playground.compare.cells import BATCH, MAIN_BUDGET
 from playground.compare.packing import unpack
 
 STEP_PASSES = 2
@@ -73,6 +73,11 @@ class Results:
         """Cells of a method, one for each seed that has been run; of a target if it has one."""
         found = [cell for cell in self.cells.values() if cell["method"] == method and cell["target"] in (None, target)]
         return sorted(found, key=lambda cell: cell["seed"])
+
+    def at_level(self, method: str, level: int) -> list[dict[str, Any]]:
+        """Cells of "roe" or "fuzzy" whose router stage had a percentage of RoE's, target 30 %."""
+        whole = {"roe": 100, "fuzzy": MAIN_BUDGET}[method]
+        return self.of(method if level == whole else f"{method}_{level}", 0.3)
 
     def run_at(self, cell: dict[str, Any], point: Point) -> Run:
         """One operating point of a cell. Raises KeyError if it was not asked for."""

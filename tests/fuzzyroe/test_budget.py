@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fuzzyroe.budget import BudgetTable, allocate, greedy_layer_order
+from fuzzyroe.budget import BudgetTable, allocate, greedy_layer_order, trust_in_bins
 
 NUM_LAYERS, MAX_SKIPS, NUM_BINS = 9, 4, 5
 ORDER = [7, 2, 5, 3]
@@ -129,3 +129,24 @@ def test_the_layer_order_is_greedy_and_sees_interactions() -> None:
 def test_the_layer_order_ends_with_the_candidates() -> None:
     assert greedy_layer_order(lambda layers: 0.0, [4, 6], 5) == [4, 6]
     assert greedy_layer_order(lambda layers: 0.0, [], 2) == []
+
+
+def test_bins_that_differ_by_chance_alone_are_not_believed() -> None:
+    generator = np.random.default_rng(0)
+    losses = generator.exponential(size=(400, 5)).cumsum(axis=1)
+    bins = np.arange(400) % 8
+    assert trust_in_bins(losses, bins) < 0.4
+    hard = losses * (1 + bins[:, None])
+    assert trust_in_bins(hard, bins) > 0.9
+    assert trust_in_bins(losses[:8], bins[:8]) == 0.0  # one example each tells nothing
+
+
+def test_scores_that_tell_nothing_give_every_example_nearly_the_same_depth() -> None:
+    curve = 0.1 * np.arange(5) ** 2  # the deeper, the dearer
+    losses = curve + np.random.default_rng(1).normal(scale=0.5, size=(64, 1)) * np.linspace(0, 1, 5)
+    shuffled = np.random.default_rng(2).permutation(64)
+    table = allocate(losses, (shuffled + 0.5) / 64, [1, 2, 3, 4], 5)
+    assert trust_in_bins(losses, np.minimum(shuffled // 8, 7)) == 0.0
+    for rate in np.linspace(0, 0.8, 17):
+        depths = np.unique([(np.linspace(0.01, 0.99, 50)[:, None] < table.thresholds_for(rate)).sum(axis=1)])
+        assert np.ptp(depths) <= 1

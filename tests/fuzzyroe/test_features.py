@@ -30,9 +30,7 @@ def make_state(rows: tuple[str, ...] = ROWS, num_turns: int | None = None) -> Ro
         turns.append(ids)
         image.append([sign == "i" for sign in row])
         question.append([sign.isdigit() for sign in row])
-    return RoutingState(
-        torch.tensor(turns), torch.tensor(image), torch.tensor(question), "soft", num_turns=num_turns
-    )
+    return RoutingState(torch.tensor(turns), torch.tensor(image), torch.tensor(question), "soft", num_turns=num_turns)
 
 
 def features_of(states: Tensor, rows: tuple[str, ...] = ROWS, num_turns: int | None = None) -> Tensor:

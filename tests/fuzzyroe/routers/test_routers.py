@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fuzzyroe.routers import (
     ROUTERS,
     FuzzyRouter,
     KeepAllRouter,
+    LinearScoreRouter,
     OracleRouter,
     PerLayerFuzzyRouter,
     RandomRouter,
@@ -47,8 +49,8 @@ def prompts() -> tuple[torch.Tensor, RoutingState]:
     return states, RoutingState.for_prompt(mask.long(), image)
 
 
-def make_fuzzy(states: torch.Tensor, routing: RoutingState) -> FuzzyRouter:
-    router = FuzzyRouter(load_rule_base("default"), NUM_LAYERS)
+def make_fuzzy(states: torch.Tensor, routing: RoutingState, kind: type[FuzzyRouter] = FuzzyRouter) -> FuzzyRouter:
+    router = kind(load_rule_base("default"), NUM_LAYERS)
     router.plan(states, routing)
     raw = routing.features[:, 0]
     router.feature_low.copy_(raw.amin(dim=0))
@@ -87,6 +89,7 @@ def make_oracle(states: torch.Tensor, routing: RoutingState) -> OracleRouter:
 
 MAKERS: dict[str, Callable[[torch.Tensor, RoutingState], Router]] = {
     "fuzzy": make_fuzzy,
+    "linear_score": functools.partial(make_fuzzy, kind=LinearScoreRouter),
     "fuzzy_per_layer": make_per_layer,
     "random": lambda states, routing: RandomRouter(NUM_LAYERS, seed=5),
     "static": lambda states, routing: StaticRouter(NUM_LAYERS, [2, 3, 1], criterion="block influence"),
@@ -269,7 +272,9 @@ def test_a_router_is_replaced_only_in_an_attached_model(tiny_llama, padded_promp
 
 
 def test_an_unknown_router_is_named_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="Router 'lucky' is unknown; use one of fuzzy, fuzzy_per_layer, random, static"):
+    with pytest.raises(
+        KeyError, match="Router 'lucky' is unknown; use one of fuzzy, fuzzy_per_layer, linear_score, random"
+    ):
         get_router_class("lucky")
     with pytest.raises(KeyError, match="Router is none of the routers"):
         get_router_name(Router())

@@ -89,6 +89,8 @@ def test_an_unknown_stage_is_named_with_the_known_ones() -> None:
         ({"freeze_projector": True, "lora": True}, "dense", ("lora",)),
         ({"name": "finetune", "lora": True}, "finetune", ("projector", "lora", "adapter")),
         ({"name": "roe_finetune", "freeze_decoder": True}, "roe_finetune", ("projector", "adapter", "router")),
+        ({"name": "roe_router", "freeze_adapters": True}, "roe_router", ("router",)),
+        ({"name": "finetune", "freeze_adapters": True}, "finetune", ("projector", "decoder")),
     ],
 )
 def test_flags_of_llava_choose_a_stage_and_what_it_trains(flags: dict, name: str, trains: tuple[str, ...]) -> None:
@@ -106,8 +108,26 @@ def test_flags_of_llava_choose_a_stage_and_what_it_trains(flags: dict, name: str
         ({"lora": True, "freeze_decoder": True}, "--lora_enable updates the decoder, --freeze_backbone keeps it"),
         ({"freeze_decoder": True, "freeze_projector": True}, "The flags freeze all that stage dense trains"),
         ({"tune_projector": True, "freeze_projector": True}, "The flags freeze all that stage pretrain trains"),
+        ({"name": "adapter", "freeze_adapters": True}, "The flags freeze all that stage adapter trains"),
+        ({"freeze_adapters": True}, "--freeze_adapters was given, but stage dense trains no adapters"),
+        ({"name": "router", "refit": False}, "--refit_router False was given, but stage router fits no router again"),
+        ({"name": "roe_adapter", "fit_budgets": True}, "stage roe_adapter trains no linear routers; leave it out"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_stage(**{"name": None, **flags})
+
+
+@pytest.mark.parametrize(
+    ("flags", "fits"),
+    [
+        ({"name": "finetune"}, True),
+        ({"name": "finetune", "refit": False}, False),
+        ({"name": "router"}, True),
+        ({"name": "roe_finetune"}, False),
+        ({"name": "roe_finetune", "fit_budgets": True}, True),
+    ],
+)
+def test_flags_choose_whether_a_router_is_fitted(flags: dict, fits: bool) -> None:
+    assert choose_stage(**flags).calibrates == fits

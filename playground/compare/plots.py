@@ -1,0 +1,85 @@
+"""The figures of the results page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llava.eval.figures import LIGHT, Theme, new_figure, style_axes
+from playground.compare.answers import TRAINED
+from playground.compare.cells import PLANNED, ROUTER_BUDGETS, TARGETS
+from playground.compare.page import LABELS
+from playground.compare.summary import Results, Run
+
+STYLES = {
+    "roe": ("#c2571a", "s"),
+    "fuzzy": ("#1f6fb2", "o"),
+    "fuzzy_published": ("#7fb3de", "o"),
+    "linear_score": ("#4b8f5a", "^"),
+    "static": ("#8a6bb8", "v"),
+    "random": ("#8c959f", "x"),
+    "oracle": ("#1f2933", "*"),
+}
+"""Colour and mark of each method."""
+
+
+def draw_accuracy(results: Results, theme: Theme = LIGHT) -> Figure:
+    """Accuracy against the achieved skip rate, means over seeds; of RoE, each of its trainings is a point."""
+    figure = new_figure(7.0, 4.2, theme)
+    axes = figure.subplots()
+    dense = np.mean([results.run_at(cell, None).correct.mean() for cell in results.of("dense")])
+    axes.axhline(100 * dense, color=theme.ink, linestyle="--", linewidth=1, label="dense")
+    for method, (colour, mark) in STYLES.items():
+        if method == "roe":
+            asked = [[results.run_at(cell, TRAINED) for cell in results.of(method, target)] for target in TARGETS]
+        else:
+            rates = TARGETS if method == "oracle" else PLANNED
+            asked = [[results.run_at(cell, rate) for cell in results.of(method)] for rate in rates]
+        _draw_curve(axes, [runs for runs in asked if runs], colour, mark, LABELS[method])
+    axes.set_xlabel("layers skipped, %")
+    axes.set_ylabel("questions answered rightly, %")
+    style_axes(axes, theme)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def draw_router_cost(results: Results, theme: Theme = LIGHT) -> Figure:
+    """Accuracy with 30 % of the layers skipped against the passes that the router stage took, both methods."""
+    figure = new_figure(6.4, 3.6, theme)
+    axes = figure.subplots()
+    for method, points, label in (
+        ("roe", TARGETS, "RoE, calibrated bias, at the rate nearest to 30 %"),
+        ("fuzzy", PLANNED, "FuzzyRoE, at 30 %"),
+    ):
+        colour, mark = STYLES[method]
+        passes, means, low, high = [], [], [], []
+        for level in ROUTER_BUDGETS:
+            cells = results.at_level(method, level)
+            if cells:
+                found = [100 * results.at_skip_rate(cell, 0.3, points).correct.mean() for cell in cells]
+                passes.append(np.mean([results.router_cost(cell)["passes"] for cell in cells]))
+                means.append(np.mean(found))
+                low.append(min(found))
+                high.append(max(found))
+        if passes:
+            axes.vlines(passes, low, high, color=colour, linewidth=1.2)
+            axes.plot(passes, means, marker=mark, color=colour, linewidth=1.5, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks([150, 300, 1000, 3000], ["150", "300", "1,000", "3,000"])
+    axes.minorticks_off()
+    axes.set_xlabel("passes of the router stage; bars from the lowest seed to the highest")
+    axes.set_ylabel("answered rightly, %")
+    style_axes(axes, theme)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside lower left", fontsize=8)
+    return figure
+
+
+def _draw_curve(axes, asked: Sequence[Sequence[Run]], colour: str, mark: str, label: str) -> None:
+    if asked:
+        rates = [100 * np.mean([run.skip_rate for run in runs]) for runs in asked]
+        means = [100 * np.mean([run.correct.mean() for run in runs]) for runs in asked]
+        axes.plot(rates, means, marker=mark, color=colour, linewidth=1.5, markersize=6, label=label)
