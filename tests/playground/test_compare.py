@@ -1,0 +1,163 @@
+"""Promises of the comparison: cells that can be run, sums that are right, a page that its cells give byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava.train.arguments import parse_arguments, stage_of
+from llava.train.unused_flags import check_unused
+from playground.compare import verdicts
+from playground.compare.cells import BATCH, MAIN_BUDGET, ROUTER_BUDGETS, ROUTER_STEPS, SEEDS, Cell, cells
+from playground.compare.packing import pack, unpack
+from playground.compare.page import ABLATIONS, LABELS
+from playground.compare.results import render
+from playground.compare.run_cell import flags_of
+from playground.compare.summary import Results, interval_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = cells()
+
+
+def test_every_method_has_every_seed_and_every_name_is_its_own() -> None:
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+    shown = {"dense", *LABELS, *ABLATIONS} | {f"fuzzy_{level}" for level in ROUTER_BUDGETS if level != MAIN_BUDGET}
+    shown |= {f"roe_{level}" for level in ROUTER_BUDGETS if level != 100}
+    assert {cell.method for cell in CELLS} == shown
+    for method in shown:
+        assert {cell.seed for cell in CELLS if cell.method == method} == set(SEEDS)
+
+
+def test_a_cell_starts_from_what_an_earlier_wave_has_made() -> None:
+    known = {cell.name: cell for cell in CELLS}
+    for cell in CELLS:
+        if cell.start:
+            name, stage = cell.start.split("/")
+            assert known[name].wave < cell.wave and known[name].seed == cell.seed
+            assert stage in [training.stage for training in known[name].stages]
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.seed == 0], ids=lambda cell: cell.name)
+def test_every_flag_of_a_cell_acts_in_its_stage(cell: Cell) -> None:
+    for training in cell.stages:
+        model, routing, training_args = (
+            parse_arguments(flags_of(training, cell, Path("data"), "base", Path("out")))[index] for index in (0, 2, 3)
+        )
+        stage = stage_of(model, routing, training_args)
+        check_unused(stage, routing, training_args)
+        assert training_args.seed == cell.seed and (training.steps > 0) == bool(stage.trains)
+
+
+def test_all_methods_take_the_same_steps_and_no_router_is_fitted_by_more_than_its_share() -> None:
+    for cell in CELLS:
+        if cell.table == "methods" and cell.method not in ("dense", "oracle"):
+            assert sum(training.steps for training in cell.stages) == 240
+            assert cell.stages[-1].steps == 120
+    whole = 2 * ROUTER_STEPS * BATCH
+    for level, (order, losses, scores) in ROUTER_BUDGETS.items():
+        assert 0.98 < (51 * order + 8 * losses + scores) / (level / 100 * whole) < 1.005
+
+
+def test_bits_are_packed_and_unpacked() -> None:
+    bits = np.random.default_rng(0).integers(0, 2, 2_401)
+    assert (unpack(pack(bits), len(bits)) == bits).all()
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    values = np.array([1.0, 0.0, 0.0, 1.0])
+    found = interval_of(values)
+    assert found.mean == 0.5
+    assert found.upper - 0.5 == pytest.approx(1.959964 * np.sqrt(1 / 3) / 2, abs=1e-6)
+
+
+def make_cell(method: str, seed: int, shares: dict[Any, tuple[float, float]], **more: Any) -> dict[str, Any]:
+    """A cell of 100 questions: point -> (share answered rightly, skip rate); the same questions go wrong first."""
+    evaluations = []
+    for point, (accuracy, rate) in shares.items():
+        correct = [int(place < 100 * accuracy) for place in range(100)]
+        evaluations.append(
+            {"point": point, "accuracy": accuracy, "agreement": accuracy, "skip_rate": rate, "time_ratio": 1 - rate}
+            | {"correct": pack(correct)}
+        )
+    cell = {"cell": f"{method}_{seed}", "method": method, "seed": seed, "target": None, "table": "methods"}
+    stage = {"stage": "router", "steps": 0, "examples": 0, "fitting_samples": 10, "fitting_passes": 900}
+    stage |= {"cpu_seconds": 5.0, "fitting_cpu_seconds": 4.0}
+    return {**cell, "questions": 100, "evaluations": evaluations, "stages": [stage], "start": "", **more}
+
+
+def make_results(fuzzy: float = 0.95, roe: float = 0.95, short_roe: float = 0.80) -> Results:
+    """Two seeds of dense, FuzzyRoE at 33 % of RoE's passes, RoE, and RoE with 33 % of its router stage."""
+    found = []
+    for seed in (0, 1):
+        found.append(make_cell("dense", seed, {None: (0.97, 0.0)}))
+        found.append(make_cell("fuzzy", seed, {0.2: (fuzzy + 0.02, 0.2), 0.4: (fuzzy - 0.02, 0.4)}))
+        for method, accuracy in (("roe", roe), ("roe_33", short_roe)):
+            shares = {"trained": (accuracy, 0.3), 0.3: (accuracy, 0.3)}
+            found.append(make_cell(method, seed, shares, target=0.3, cell=f"{method}_30_{seed}"))
+    return Results({cell["cell"]: cell for cell in found})
+
+
+def test_a_skip_rate_between_two_points_is_interpolated_question_by_question() -> None:
+    results = make_results()
+    cell = results.of("fuzzy")[0]
+    run = results.at_skip_rate(cell, 0.25)
+    assert (run.skip_rate, run.correct.mean()) == (pytest.approx(0.25), pytest.approx(0.75 * 0.97 + 0.25 * 0.93))
+    assert results.at_skip_rate(cell, 0.05).skip_rate == 0.2 and results.at_skip_rate(cell, 0.9).skip_rate == 0.4
+
+
+def test_a_paired_difference_has_no_spread_where_both_fail_on_the_same_questions() -> None:
+    results = make_results()
+    pairs = [(results.at_skip_rate(cell, 0.3).correct, results.dense(cell)) for cell in results.of("fuzzy")]
+    assert results.difference(pairs).mean == pytest.approx(-0.02)
+    same = [(results.dense(cell), results.dense(cell)) for cell in results.of("fuzzy")]
+    assert results.difference(same).upper == 0
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "verdict"),
+    [
+        ({}, "67 % of the router stage saved: holds"),
+        ({"fuzzy": 0.90}, "67 % of the router stage saved: does not hold"),
+        ({"short_roe": 0.95}, "67 % of the router stage saved: does not hold"),
+    ],
+)
+def test_the_published_saving_holds_only_if_fuzzy_is_near_and_a_shorter_roe_is_worse(
+    accuracies: dict[str, float], verdict: str
+) -> None:
+    assert any(verdict in line for line in verdicts.bars(make_results(**accuracies)))
+
+
+def test_bars_are_met_or_not_by_the_numbers() -> None:
+    lines = "\n".join(verdicts.bars(make_results(fuzzy=0.95)))
+    assert "within 1 point of RoE at equal skip, target 30 %: met" in lines
+    assert "within 2 points of dense: met" in lines
+    lines = "\n".join(verdicts.bars(make_results(fuzzy=0.93)))
+    assert "within 1 point of RoE at equal skip, target 30 %: not met" in lines
+    assert "within 2 points of dense: not met" in lines
+
+
+def test_a_cell_that_goes_on_from_another_has_cost_that_one_too() -> None:
+    results = make_results()
+    shared = results.of("roe", 0.3)[0]
+    shared["stages"] = [{**shared["stages"][0], "stage": "roe_adapter", "steps": 72, "cpu_seconds": 40.0}]
+    cut = {**results.of("roe_33", 0.3)[0], "start": f"{shared['cell']}/roe_adapter"}
+    assert results.total_cost(cut) == {"examples": 10 + 72 * BATCH + 10, "seconds": 45.0}
+
+
+def test_the_page_and_its_figures_are_what_the_committed_cells_give() -> None:
+    for name, text in render(Results.read(ROOT / "docs" / "results" / "cells")).items():
+        path = ROOT / "docs" / ("results.md" if name == "results.md" else f"results/{name}")
+        assert path.read_text(encoding="utf-8") == text, (
+            f"{path.name}: RESULTS_ONLY=1 bash scripts/playground/compare.sh"
+        )
+
+
+def test_every_cell_of_the_comparison_is_committed() -> None:
+    folder = ROOT / "docs" / "results" / "cells"
+    assert {path.stem for path in folder.glob("*.json")} == {cell.name for cell in CELLS}
+    for path in folder.glob("*.json"):
+        assert len(json.loads(path.read_text())["commit"]) == 40  # of a clean checkout
