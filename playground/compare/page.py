@@ -62,9 +62,9 @@ AFTERWARDS = """## What was changed after a first look
 The first run of the fuzzy cell of seed 0 (commit fd5590d) lost to static skip: 96.0 % right at 25.8 % of the layers
 skipped, 95.0 at 36.7, 90.1 at 50.0. Its budgets followed differences between score bins of some ten questions each,
 which were chance, so some questions skipped far more layers than others. Since then bins count only as far as their
-questions show that they differ (`trust_in_bins` in `fuzzyroe/budget.py`), and a third of the passes that measured losses
-order the layers instead. All cells of fitted scores are of the later code. The questions were the same, so these cells
-had one look at them more than the others."""
+questions show that they differ (`trust_in_bins` in `fuzzyroe/budget.py`), and a third of the passes that measured
+losses order the layers instead. All cells of fitted scores are of the later code. The questions were the same, so
+these cells had one look at them more than the others."""
 
 
 def write_page(results: Results) -> str:
