@@ -24,6 +24,9 @@ DEFAULT_PLAN_ROUTER = "fuzzy"
 DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
 """What routing is attached with where flags say nothing."""
 
+FULL_BITS, QUANT_TYPES = 16, ("nf4", "fp4")
+"""LLaVA's name for weights that are not quantized; forms of a 4-bit weight."""
+
 
 @dataclass
 class ModelArguments:
@@ -162,6 +165,11 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_r: int = field(default=64, metadata={"help": "Rank of the updates."})
     lora_alpha: int = field(default=16, metadata={"help": "Updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the updates, in [0, 1)."})
+    bits: int = field(
+        default=FULL_BITS, metadata={"help": "4 or 8 quantize the decoder below its updates; 16 does not."}
+    )
+    double_quant: bool = field(default=True, metadata={"help": "Quantize the scales of 4-bit weights as well."})
+    quant_type: str = field(default="nf4", metadata={"help": f"Form of 4-bit weights: {' or '.join(QUANT_TYPES)}."})
     report_to: str = field(default="none", metadata={"help": "none, tensorboard or wandb."})
     resume_from_checkpoint: str = field(
         default="auto", metadata={"help": "auto (the newest whole one of OUTPUT_DIR.partial), none, or a folder."}
@@ -186,6 +194,10 @@ class LlavaTrainingArguments(TrainingArguments):
             raise ValueError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout} lies outside [0, 1); 0.05 is LLaVA's.")
+        if self.bits not in (4, 8, FULL_BITS):
+            raise ValueError(f"--bits {self.bits} is unknown; use 4, 8 or {FULL_BITS}.")
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"--quant_type {self.quant_type} is unknown; use {' or '.join(QUANT_TYPES)}.")
         super().__post_init__()
         if self.dataloader_multiprocessing_context == "forkserver":
             preload_fork_server()

@@ -10,7 +10,6 @@ REASONS = {
     "mm_use_im_patch_token": "LLaVA-1.5 has no patch token; leave it out.",
     "mm_patch_merge_type": "LLaVA-1.5 sees an image as one tile; leave it out.",
     "evaluation_strategy": "nothing is evaluated while training; run scripts/v1_5/eval.sh afterwards.",
-    "bits": "weights are not quantized for training; use --lora_enable True under ZeRO-3.",
     "lora_bias": "biases are not trained beside the updates; leave it out.",
     "lora_weight_path": "earlier updates are not continued; merge them and name the result as the model.",
     "cache_dir": "the hub's cache is chosen by the environment; set HF_HOME.",
@@ -31,7 +30,6 @@ class LlavaFlags:
     mm_use_im_patch_token: bool = False
     mm_patch_merge_type: str = "flat"
     evaluation_strategy: str = "no"
-    bits: int = 16
     lora_bias: str = "none"
     lora_weight_path: str = ""
     cache_dir: str | None = None

@@ -31,6 +31,7 @@ from llava.train.arguments import (
 )
 from llava.train.hard_skip import check_hard_skip
 from llava.train.lora import import_peft
+from llava.train.quantized import check_quantized
 from llava.train.roe_preflight import check_roe
 from llava.train.stages import Stage, StageInputError
 from llava.train.start import check_agreement, vision_settings
@@ -219,6 +220,7 @@ def _check_extras(training_args: LlavaTrainingArguments, stage: Stage) -> None:
     """Refuse flags that nothing would act on, and what needs a package that is missing."""
     if "lora" in stage.trains:
         import_peft()
+    check_quantized(stage, training_args)
     for name in training_args.report_to:
         if name in ("wandb", "tensorboard") and importlib.util.find_spec(name) is None:
             raise StageInputError(

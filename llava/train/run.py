@@ -26,6 +26,7 @@ from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
     DEFAULT_COMPAT,
     DEFAULT_SUMMARY,
+    FULL_BITS,
     DataArguments,
     LlavaTrainingArguments,
     ModelArguments,
@@ -43,6 +44,7 @@ from llava.train.loss_guard import LossGuard
 from llava.train.movement import MovementCheck
 from llava.train.observers import Observers, name_of, source_of
 from llava.train.param_groups import freeze_all_but
+from llava.train.quantized import loading_options, prepare_quantized
 from llava.train.refit import make_plan_router, refit
 from llava.train.rehearsal import rehearse_save
 from llava.train.roe_routing import RelaxedRouting, RoEObjective
@@ -80,10 +82,13 @@ def run_stage(
         init_engine_communication()
     described = describe_run(model_args, data_args, routing_args, training_args)
     resumed = _begin_folder(partial, described, training_args)
-    checkpoint = load_start(model_args, torch_dtype(training_args), training_args.seed)
+    dtype = torch_dtype(training_args)
+    checkpoint = load_start(model_args, dtype, training_args.seed, **loading_options(training_args, dtype))
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
     if stage.routing != "off" and checkpoint.routing is None:
         _attach_new_router(checkpoint, stage, routing_args)
+    if training_args.bits != FULL_BITS:
+        prepare_quantized(checkpoint.model)
     if "lora" in stage.trains:
         rank, alpha, dropout = training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout
         add_lora(checkpoint.model, rank, alpha, dropout)

@@ -19,13 +19,14 @@ from llava.train.engine import assign_parameters
 DEFAULT_VISION = VisionSettings("")
 
 
-def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int) -> Checkpoint:
+def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int, **options: Any) -> Checkpoint:
     """Load or put together the model a stage starts from; call on all ranks.
 
     Args:
         model_args: Which model; has passed ``check_inputs``.
         dtype: Data type of the weights.
         seed: Seed of a new projector.
+        **options: Passed to ``from_pretrained``.
 
     Raises:
         ValueError: If its routing is that of RoE's own code.
@@ -34,9 +35,9 @@ def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int) -> Che
     config = read_config_dict(name)
     if is_language_model(config):
         set_seed(seed)
-        checkpoint = build_checkpoint(compose(name, vision_settings(model_args)), name, dtype, attention)
+        checkpoint = build_checkpoint(compose(name, vision_settings(model_args)), name, dtype, attention, **options)
     else:
-        checkpoint = load_checkpoint(name, dtype, attention)
+        checkpoint = load_checkpoint(name, dtype, attention, **options)
         if checkpoint.routing is not None and not config.get("fuzzyroe"):
             raise ValueError(
                 f"{name} was trained by RoE's own code; its router is imported, but a stage starts from config.json, "

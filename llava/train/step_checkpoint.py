@@ -49,6 +49,9 @@ TRAINING_FLAGS = (
     "lora_r",
     "lora_alpha",
     "lora_dropout",
+    "bits",
+    "double_quant",
+    "quant_type",
 )
 """Training flags on which a step depends; another value makes another run."""
 

@@ -49,6 +49,15 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
         {"stage": "adapter", "skip_pattern": "random", "dense_ratio": 0.1},
         r"--dense_ratio 0\.1 .* --skip_pattern random plans none",
     ),
+    "bits of no kind": ({"stage": "dense", "bits": 5}, r"--bits 5 is unknown; use 4, 8 or 16"),
+    "a form of no kind": ({"stage": "dense", "quant_type": "int4"}, r"--quant_type int4 is unknown; use nf4 or fp4"),
+    "bits of a decoder that trains whole": ({"stage": "dense", "bits": 4}, r"dense trains it whole; add --lora_enable"),
+    "bits of a frozen decoder": ({"stage": "adapter", "bits": 8}, r"--bits 8 .* adapter does not train it; leave it"),
+    "bits under ZeRO-3": (
+        {"stage": "dense", "lora_enable": True, "bits": 4, "deepspeed": ZERO3},
+        r"--bits 4 was given under ZeRO-3, .* use scripts/zero2\.json",
+    ),
+    "a form of whole weights": ({"stage": "dense", "quant_type": "fp4"}, r"--quant_type fp4 are about 4-bit weights"),
     "a target that is no ratio": ({"task_skip_ratios": "gqa"}, r"--task_skip_ratios has 'gqa'; SOURCE=RATIO pairs"),
     "a target above the largest ratio": ({"task_skip_ratios": "gqa=0.6"}, r"gqa=0\.6 lies outside \[0, --max_skip"),
     "targets without draws": (
