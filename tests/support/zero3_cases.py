@@ -68,6 +68,19 @@ def gather_all(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def describe_groups(trainer: LlavaTrainer) -> list[dict]:
+    """Groups of the optimizer that an engine steps: name, learning rate, and its parameters with their whole sizes."""
+    if trainer.deepspeed is None or not trainer.stage.trains:
+        return []
+    optimizer, names = trainer.deepspeed.optimizer, {id(p): name for name, p in trainer.model.named_parameters()}
+    groups = [{"name": group["name"], "lr": group["lr"], "params": {}} for group in optimizer.param_groups]
+    for number, parameters in enumerate(optimizer.fp16_groups):  # DeepSpeed cuts a group into these
+        held = groups[optimizer.sub_group_to_group_id[number]]["params"]
+        for parameter in parameters:
+            held.setdefault(names[id(parameter)], []).append(parameter.ds_numel)
+    return groups
+
+
 def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: bool = False) -> None:
     """Run one stage as llava/train/train.py does and write down what this rank saw."""
     parser = transformers.HfArgumentParser(
@@ -75,7 +88,7 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     )
     arguments = parser.parse_args_into_dataclasses(flags)
     folder = Path(arguments[-1].output_dir).parent
-    seen: dict[str, list] = {"has_images": [], "plans": [], "rows_run": []}
+    seen: dict[str, list] = {"has_images": [], "plans": [], "rows_run": [], "groups": [], "trained": []}
     states = []
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     compute_loss, save_stage = LlavaTrainer.compute_loss, run.save_stage
@@ -86,6 +99,8 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
 
     def record_weights(trainer: Any, *args: Any) -> None:
         tensors = gather_all(trainer.model)
+        seen["groups"] = describe_groups(trainer)
+        seen["trained"] = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
         if rank == 0:
             save_file(tensors, folder / f"{name}.gathered.safetensors")
         save_stage(trainer, *args)

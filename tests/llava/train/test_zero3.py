@@ -232,6 +232,25 @@ def test_forecasts_train_adapters_alone(trained: Path) -> None:
     assert read_losses(trained / "forecast") == [pytest.approx(1.0)]
 
 
+@pytest.mark.parametrize(("name", "rates"), [
+    ("adapter", {"adapter": 1e-2}),
+    ("finetune", {"projector": 1e-3, "decoder": 1e-3, "adapter": 1e-2}),
+    ("forecast", {"adapter": 1.0}),
+])  # fmt: skip
+def test_both_ranks_step_the_same_optimizer_groups_with_each_trained_parameter_in_one(
+    trained: Path, name: str, rates: dict[str, float]
+) -> None:
+    groups, others = read_seen(trained, name, "groups")
+    names, other_names = read_seen(trained, name, "trained")
+    assert groups == others and names == other_names
+    held = [(parameter, size) for group in groups for parameter, sizes in group["params"].items() for size in sizes]
+    saved = load_file(trained / f"{name}.gathered.safetensors")
+    assert sorted(held) == sorted((parameter, saved[parameter].numel()) for parameter in names)
+    assert {group["name"].split("/")[0]: group["lr"] for group in groups} == rates
+    assert len({group["name"] for group in groups}) == len(groups)
+    assert all(group["params"] for group in groups)
+
+
 def test_metrics_join_what_both_ranks_saw(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "adapter" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
