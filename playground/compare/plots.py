@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava.eval.figures import LIGHT, Theme, new_figure, style_axes
@@ -26,19 +27,28 @@ STYLES = {
 """Colour and mark of each method."""
 
 
+LOWEST_SHOWN = 84
+"""Lowest accuracy in the figure, in percent."""
+
+
 def draw_accuracy(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Accuracy against the achieved skip rate, means over seeds; of RoE, each of its trainings is a point."""
+    """Accuracy against the achieved skip rate, means over seeds; of RoE, each of its trainings is a point.
+
+    What lies below ``LOWEST_SHOWN`` is not shown.
+    """
     figure = new_figure(7.0, 4.2, theme)
     axes = figure.subplots()
     dense = np.mean([results.run_at(cell, None).correct.mean() for cell in results.of("dense")])
     axes.axhline(100 * dense, color=theme.ink, linestyle="--", linewidth=1, label="dense")
     for method, (colour, mark) in STYLES.items():
+        label, rates = LABELS[method], TARGETS if method in ("roe", "oracle") else PLANNED
         if method == "roe":
-            asked = [[results.run_at(cell, TRAINED) for cell in results.of(method, target)] for target in TARGETS]
-        else:
-            rates = TARGETS if method == "oracle" else PLANNED
-            asked = [[results.run_at(cell, rate) for cell in results.of(method)] for rate in rates]
-        _draw_curve(axes, [runs for runs in asked if runs], colour, mark, LABELS[method])
+            asked = [[results.run_at(cell, TRAINED) for cell in results.of(method, rate)] for rate in rates]
+            _draw_curve(axes, asked, colour, mark, f"{label}, as trained", linestyle="", fillstyle="none")
+            label = f"{label}, calibrated bias"
+        asked = [[results.run_at(cell, rate) for cell in results.of(method, rate)] for rate in rates]
+        _draw_curve(axes, asked, colour, mark, label)
+    axes.set_ylim(LOWEST_SHOWN, 98)
     axes.set_xlabel("layers skipped, %")
     axes.set_ylabel("questions answered rightly, %")
     style_axes(axes, theme)
@@ -79,8 +89,12 @@ def _at_30_percent(results: Results, cell: dict[str, Any]) -> float:
     return 100 * float(run.correct.mean())
 
 
-def _draw_curve(axes, asked: Sequence[Sequence[Run]], colour: str, mark: str, label: str) -> None:
+def _draw_curve(
+    axes: Axes, asked: Sequence[Sequence[Run]], colour: str, mark: str, label: str, linestyle: str = "-", **style: Any
+) -> None:
+    asked = [runs for runs in asked if runs]
     if asked:
         rates = [100 * np.mean([run.skip_rate for run in runs]) for runs in asked]
         means = [100 * np.mean([run.correct.mean() for run in runs]) for runs in asked]
-        axes.plot(rates, means, marker=mark, color=colour, linewidth=1.5, markersize=6, label=label)
+        lines = {"linestyle": linestyle, "linewidth": 1.5, "markersize": 6, **style}
+        axes.plot(rates, means, marker=mark, color=colour, label=label, **lines)
