@@ -4,9 +4,9 @@
 
 The plan is a list of cases, each with ``name``, ``flags`` (those of llava/train/train.py, without ``output_dir``) and
 ``kills``, how often it is killed. A case runs once undisturbed into ``NAME.whole``. Then it runs into ``NAME``, where
-both ranks are killed -9 again and again: as soon as half of its steps are saved, at random moments, and inside a save;
-whenever it comes through before the last kill, it begins anew. After each kill every step checkpoint must be whole.
-``NAME.kills.json`` says when it was killed and what was there.
+both ranks are killed -9 again and again: as soon as half of its steps are saved, at random moments of the time that
+what is left of it takes, and inside a save; whenever it comes through before the last kill, it begins anew. After each
+kill every step checkpoint must be whole. ``NAME.kills.json`` says when it was killed and what was there.
 
 A case with ``hangs`` runs once, with rank 1 standing still before its second forward pass, and must be ended by the
 watchdog of each rank; what they printed is in ``NAME.log``.
@@ -14,6 +14,7 @@ watchdog of each rank; what they printed is in ``NAME.log``.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train import train
 from llava.train.engine import import_deepspeed
-from llava.train.step_checkpoint import SAVING, find_fault, list_checkpoints
+from llava.train.step_checkpoint import SAVING, find_fault, list_checkpoints, step_of
 from llava.train.trainer import LlavaTrainer
 from llava.train.watchdog import STALLED
 
@@ -137,6 +139,42 @@ def run_hanging(output: Path, flags: list[str], log: Path) -> None:
         raise RuntimeError(f"the ranks ended with {codes}:\n{log.read_text()[-5000:]}")
 
 
+@dataclass
+class Pace:
+    """How long an undisturbed run takes, in seconds.
+
+    Attributes:
+        whole: From its start to its end.
+        start: From its start to the end of its first step; ``whole`` if it has no steps.
+        steps: Steps that it takes.
+    """
+
+    whole: float
+    start: float
+    steps: int
+
+    def left(self, done: int) -> float:
+        """How long a run takes that goes on behind some steps."""
+        return self.start + (self.whole - self.start) * (1 - done / max(self.steps, 1))
+
+
+def run_whole(flags: list[str], output: Path, log: Path) -> Pace:
+    """Run a case undisturbed."""
+    metrics = output.with_name(f"{output.name}.partial") / "metrics.jsonl"
+    started, first = time.monotonic(), None
+    ranks = Ranks([*flags, "--output_dir", str(output)], log)
+    while not ranks.poll():
+        if first is None and metrics.exists():
+            first = time.monotonic() - started
+        if time.monotonic() > started + TIMEOUT:
+            ranks.kill()
+            raise RuntimeError(f"the ranks took longer than {TIMEOUT} s:\n{log.read_text()[-5000:]}")
+        time.sleep(0.002)
+    whole = time.monotonic() - started
+    steps = json.loads((output / "stage.json").read_text()).get("steps", 0)
+    return Pace(whole, whole if first is None else first, steps)
+
+
 def run_case(
     name: str, flags: list[str], folder: Path, kills: int = 0, hangs: bool = False, saves: bool = True
 ) -> None:
@@ -147,31 +185,30 @@ def run_case(
         run_hanging(output, flags, log)
         return
     partial = output.with_name(f"{name}.partial")
-    started = time.monotonic()
-    Ranks([*flags, "--output_dir", f"{output}.whole"], log).finish()
-    whole_seconds = time.monotonic() - started
+    pace = run_whole(flags, folder / f"{name}.whole", log)
     seen = []
     while len(seen) < kills:
         kind = "time" if not saves else "half" if not seen else ("save", "time")[len(seen) % 2]
+        moment = generator.uniform(0.3, 1) * pace.left(max(map(step_of, list_checkpoints(partial)), default=0))
         started = time.monotonic()
         ranks = Ranks([*flags, "--output_dir", str(output)], log)
-        has_finished = wait(ranks, kind, partial, generator, whole_seconds)
+        has_finished = wait(ranks, kind, partial, moment, generator.uniform(0, 0.05))
         ranks.kill()
         if has_finished:  # a first run may have compiled operators, and be no measure of the others
-            whole_seconds = min(whole_seconds, time.monotonic() - started)
+            pace.whole = min(pace.whole, time.monotonic() - started)
+            pace.start = min(pace.start, pace.whole)
             shutil.rmtree(output)
             continue
         seen.append(look(kind, partial))
     started = time.monotonic()
     Ranks([*flags, "--output_dir", str(output)], log).finish()
-    seconds = {"whole": whole_seconds, "last": time.monotonic() - started}
+    seconds = {"whole": pace.whole, "first step": pace.start, "last": time.monotonic() - started}
     (folder / f"{name}.kills.json").write_text(json.dumps({"kills": seen, "seconds": seconds}))
 
 
-def wait(ranks: Ranks, kind: str, partial: Path, generator: random.Random, whole_seconds: float) -> bool:
+def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float) -> bool:
     """Wait for the moment of a kill; True if the run has ended before it."""
-    later = generator.uniform(0, 0.05)
-    deadline = time.monotonic() + (generator.uniform(0.3, 1) * whole_seconds if kind == "time" else TIMEOUT)
+    deadline = time.monotonic() + (moment if kind == "time" else TIMEOUT)
     while time.monotonic() < deadline:
         if ranks.poll():
             return True
@@ -195,10 +232,19 @@ def look(kind: str, partial: Path) -> dict:
     }
 
 
+def import_all() -> None:
+    """Import what a run would import on its way, so that its forks find it.
+
+    DeepSpeed's choice of an optimizer imports torch's compiler, which takes longer than the steps of a short run.
+    """
+    import_deepspeed()
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 def main() -> None:
     """Run the cases of a plan, one after the other."""
     plan = Path(sys.argv[1])
-    import_deepspeed()
+    import_all()
     for case in json.loads(plan.read_text()):
         run_case(**case, folder=plan.parent)
         print(case["name"], "done", flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,43 @@ pytestmark = pytest.mark.slow
 ZERO3 = ROOT / "scripts" / "zero3.json"
 KILLS = 8
 STEPS = 6
-CASES = ("dense", "router", "adapter")
-"""A stage of the backbone, one of forward passes alone, and one that goes on from it."""
 
-STARTS = {"adapter": "router"}
-"""Case -> the case whose output it starts from; all others start from the dense checkpoint."""
+
+@dataclass(frozen=True)
+class Case:
+    """A run that is killed.
+
+    Attributes:
+        stage: Name in ``STAGES``.
+        start: Case whose output it starts from; None for the dense checkpoint.
+        hard: Whether it leaves layers out in training.
+    """
+
+    stage: str
+    start: str | None = None
+    hard: bool = False
+
+
+CASES = {
+    "pretrain": Case("pretrain"),
+    "dense": Case("dense"),
+    "scratch": Case("scratch"),
+    "router": Case("router"),
+    "adapter": Case("adapter", "router"),
+    "finetune": Case("finetune", "adapter"),
+    "finetune_hard": Case("finetune", "adapter", hard=True),
+    "roe_adapter": Case("roe_adapter"),
+    "roe_router": Case("roe_router", "roe_adapter"),
+    "roe_finetune": Case("roe_finetune", "roe_router"),
+}
+"""Every stage; each starts from what an undisturbed run before it in this order wrote."""
 
 
 def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
     """Cases for tests/support/forked_ranks.py."""
-    cases = []
-    for stage in CASES:
+    plan = []
+    for name, case in CASES.items():
+        stage = STAGES[case.stage]
         more = {
             "deepspeed": ZERO3,
             "max_steps": STEPS,
@@ -43,15 +70,17 @@ def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
             "calibration_samples": 16,
             "score_samples": 16,
         }
-        if stage != "router":
+        if case.start is not None:
             more["adapter_hidden_dim"] = None
-        more = {flag: value for flag, value in more.items() if is_used(flag, STAGES[stage])}
-        model = folder / f"{STARTS[stage]}.whole" if stage in STARTS else tiny.base
-        flags = without_output(tiny.flags(stage, model, folder, **more))
-        cases.append({"name": stage, "flags": flags, "kills": KILLS, "saves": bool(STAGES[stage].trains)})
+        more = {flag: value for flag, value in more.items() if is_used(flag, stage)}
+        if case.hard:
+            more["train_hard_skip"] = True
+        model = folder / f"{case.start}.whole" if case.start else tiny.base
+        flags = without_output(tiny.flags(case.stage, model, folder, **more))
+        plan.append({"name": name, "flags": flags, "kills": KILLS, "saves": bool(stage.trains)})
     flags = without_output(tiny.flags("dense", tiny.base, folder, deepspeed=ZERO3, watchdog_seconds=4))
-    cases.append({"name": "hang", "flags": flags, "hangs": True})
-    return cases
+    plan.append({"name": "hang", "flags": flags, "hangs": True})
+    return plan
 
 
 def without_output(flags: list[str]) -> list[str]:
@@ -81,7 +110,7 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_killed_at_any_moment_takes_the_steps_of_an_undisturbed_one(killed: Path, name: str) -> None:
     whole, resumed = read_losses(killed / f"{name}.whole"), read_losses(killed / name)
-    steps = list(range(1, STEPS + 1)) if STAGES[name].trains else []
+    steps = list(range(1, STEPS + 1)) if STAGES[CASES[name].stage].trains else []
     assert [step for step, _ in resumed] == [step for step, _ in whole] == steps
     assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in whole], abs=1e-6)
     kills = json.loads((killed / f"{name}.kills.json").read_text())["kills"]
