@@ -54,7 +54,7 @@ class Shape:
     steps: int
 
 
-FULL = Shape(layers=12, width=512, samples=4, positions=256, steps=9)
+FULL = Shape(layers=12, width=512, samples=4, positions=256, steps=15)
 QUICK = Shape(layers=6, width=512, samples=4, positions=256, steps=3)
 
 
