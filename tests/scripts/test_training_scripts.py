@@ -244,6 +244,21 @@ def test_a_hostfile_is_refused_on_a_machine_without_gpus(hosts: Path) -> None:
     assert "HOSTFILE is set, but this machine has no GPU" in refuse("finetune", HOSTFILE=str(hosts), **kept)
 
 
+def test_other_nodes_wait_for_what_node_0_writes(tmp_path: Path) -> None:
+    text = (FOLDER / "launch.sh").read_text()
+    program = text[text.index("wait_for_node_0() {") :] + f'wait_for_node_0 "{tmp_path / "written"}"'
+    environment = {"PATH": os.environ["PATH"]}
+    assert subprocess.run(["bash", "-euc", program], env={**environment, "NODE_RANK": "0"}, timeout=30).returncode == 0
+    waiting = subprocess.Popen(["bash", "-euc", program], env={**environment, "NODE_RANK": "1"})
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1.5)
+        (tmp_path / "written").touch()
+        assert waiting.wait(30) == 0
+    finally:
+        waiting.kill()
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

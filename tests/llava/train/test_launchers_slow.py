@@ -133,7 +133,10 @@ def test_a_launch_that_ends_early_leaves_no_process_and_no_port(
     finally:
         launch.kill()
     printed = launch.process.communicate()[0]
-    assert launch.process.returncode != 0 and message in printed, printed[-6000:]
+    code = launch.process.returncode
+    assert code != 0 and message in printed, printed[-6000:]
+    if how == "refused":  # other launchers than deepspeed's do not hand on what their processes end with
+        assert code == (2 if launcher == "deepspeed" else 1)
     assert not left, left
     assert is_free(port), "something listens at the port of a launch that has ended"
     assert not (tmp_path / "output").exists()
