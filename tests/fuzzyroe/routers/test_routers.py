@@ -58,6 +58,7 @@ def make_fuzzy(states: torch.Tensor, routing: RoutingState, kind: type[FuzzyRout
     router.plan(states, routing)
     router.score_quantiles.copy_(routing.scores[:, 0].quantile(torch.linspace(0, 1, len(router.score_quantiles))))
     losses = np.random.default_rng(0).exponential(size=(80, NUM_LAYERS)).cumsum(axis=1)
+    losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
     set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], NUM_LAYERS))
     return router
 

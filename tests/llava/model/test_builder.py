@@ -53,6 +53,7 @@ def routed(dense: Checkpoint) -> Checkpoint:
     router = FuzzyRouter(load_rule_base("default").interpolate(), 4)
     router.feature_high.copy_(torch.tensor([0.9, 0.9, 0.6]))
     losses = np.random.default_rng(0).exponential(size=(80, 4)).cumsum(axis=1)
+    losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
     set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
     router.set_budget(0.4)
     attach_routing(dense.model, router, 4, "xavier")
