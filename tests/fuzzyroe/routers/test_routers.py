@@ -273,9 +273,7 @@ def test_a_router_is_replaced_only_in_an_attached_model(tiny_llama, padded_promp
 
 
 def test_an_unknown_router_is_named_with_the_known_ones() -> None:
-    with pytest.raises(
-        KeyError, match="Router 'lucky' is unknown; use one of fuzzy, fuzzy_per_layer, linear_score"
-    ):
+    with pytest.raises(KeyError, match="Router 'lucky' is unknown; use one of fuzzy, fuzzy_per_layer, linear_score"):
         get_router_class("lucky")
     with pytest.raises(KeyError, match="Router is none of the routers"):
         get_router_name(Router())
