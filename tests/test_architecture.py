@@ -29,6 +29,7 @@ METHOD_LAZILY = {"scipy", "matplotlib"}
 # A part of llava imports parts of its own or a lower level. train is above all but the command line.
 LEVELS = {
     "constants": 0,
+    "files": 0,
     "conversation": 1,
     "mm_utils": 1,
     "image_tokens": 1,
