@@ -194,8 +194,8 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         if mask is None:
             mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         routing = RoutingState.for_prompt(mask)
-    if routing.skip_rate is not None and hasattr(router, "check_budget"):
-        router.check_budget(routing.skip_rate, inputs_embeds.shape[0])
+    if routing.skip_rate is not None and hasattr(router, "check_target"):
+        router.check_target(routing.skip_rate, inputs_embeds.shape[0])
     router.plan(inputs_embeds, routing)
     if getattr(router, "decides_on_arrival", False):
         routing.decide, routing.num_layers = router.decide, len(decoder.layers)

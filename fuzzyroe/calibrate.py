@@ -161,7 +161,7 @@ def calibrate_router(
     ranks = (np.argsort(np.argsort(scores, kind="stable"), kind="stable") + 0.5) / len(scores)
     table = allocate(measured.losses, ranks, measured.layer_order, num_layers, num_bins)
     set_budget_table(router, table)
-    router.set_budget(skip_rate)
+    router.set_skip_rate(skip_rate)
     report = {
         "examples": len(targets),
         "score_examples": len(scores_all),

@@ -52,7 +52,7 @@ def calibrate_layers(
     router.budget_rates.fill_((num_layers - 1) / num_layers)
     router.budget_thresholds[:, 1:] = 1.0
     scores_all, scores = set_scales(router, prepared)
-    router.set_budget(skip_rate)
+    router.set_skip_rate(skip_rate)
     counts = effective_examples(firing)
     report = {
         "examples": len(firing),

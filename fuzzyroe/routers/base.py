@@ -25,12 +25,12 @@ class Router(nn.Module):
         stays_in_float32: Whether the router's numbers keep their data type when the model's is changed.
         enabled: Whether the router routes prompts on its own when the model is not training; a state passed by the
             caller is routed either way.
-        skip_rate: Mean skip rate planned for where a state asks for none, a number or a tensor ().
+        target_skip_ratio: Mean skip rate planned for where a state asks for none, a number or a tensor ().
     """
 
     decides_on_arrival: ClassVar[bool] = False
     stays_in_float32: ClassVar[bool] = False
-    skip_rate: Tensor | float
+    target_skip_ratio: Tensor | float
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,11 +71,11 @@ class Router(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no `decide`; a router that decides on arrival needs one.")
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """Largest mean skip rate that may be asked for."""
         return 1.0
 
-    def check_budget(self, skip_rate: Tensor | float, num_rows: int | None = None) -> None:
+    def check_target(self, skip_rate: Tensor | float, num_rows: int | None = None) -> None:
         """Refuse a budget that this router cannot meet.
 
         Args:
@@ -84,23 +84,23 @@ class Router(nn.Module):
 
         Raises:
             TypeError: If the budget is no number and no tensor of floating-point numbers.
-            ValueError: If a rate lies outside [0, ``max_skip_rate``] or their number is not B.
+            ValueError: If a rate lies outside [0, ``max_skip_ratio``] or their number is not B.
         """
-        check_skip_rate(skip_rate, self.max_skip_rate, num_rows)
+        check_skip_rate(skip_rate, self.max_skip_ratio, num_rows)
 
     def requested_rates(self, routing: RoutingState, device: torch.device) -> Tensor:
         """Give the rate that the state asks for, else the router's own: of each row, (B, 1), or of all, (1, 1)."""
-        rate = self.skip_rate if routing.skip_rate is None else routing.skip_rate
+        rate = self.target_skip_ratio if routing.skip_rate is None else routing.skip_rate
         return torch.as_tensor(rate, dtype=torch.float32, device=device).reshape(-1, 1)
 
-    def set_budget(self, skip_rate: float) -> None:
+    def set_skip_rate(self, skip_rate: float) -> None:
         """Plan for another mean skip rate from now on; nothing is retrained.
 
         Raises:
             ValueError: If the router cannot meet such a rate.
         """
-        self.check_budget(skip_rate)
-        self.skip_rate = float(skip_rate)
+        self.check_target(skip_rate)
+        self.target_skip_ratio = float(skip_rate)
 
     def settings(self) -> dict[str, Any]:
         """Give what ``from_checkpoint`` needs besides tensors and files, as JSON knows it."""
@@ -133,8 +133,8 @@ class Router(nn.Module):
         return super()._apply(move_only if self.stays_in_float32 else fn, recurse)
 
 
-def check_skip_rate(skip_rate: Tensor | float, max_skip_rate: float, num_rows: int | None = None) -> None:
-    """Refuse what is no mean skip rate, as ``Router.check_budget`` says."""
+def check_skip_rate(skip_rate: Tensor | float, max_skip_ratio: float, num_rows: int | None = None) -> None:
+    """Refuse what is no mean skip rate, as ``Router.check_target`` says."""
     if isinstance(skip_rate, Tensor):
         if not skip_rate.is_floating_point():
             raise TypeError(f"skip_rate is a tensor of {skip_rate.dtype}; it needs floating-point numbers in [0, 1].")
@@ -152,8 +152,8 @@ def check_skip_rate(skip_rate: Tensor | float, max_skip_rate: float, num_rows: i
             f"skip_rate is a {type(skip_rate).__name__}; allowed is a number, or a tensor with one number per row."
         )
     for rate in rates:
-        if not 0 <= rate <= max_skip_rate + 1e-6:  # rates may be kept in float32
+        if not 0 <= rate <= max_skip_ratio + 1e-6:  # rates may be kept in float32
             raise ValueError(
-                f"Skip rate {rate} lies outside the calibrated range [0, {max_skip_rate:.3f}]; choose one inside, or "
+                f"Skip rate {rate} lies outside the calibrated range [0, {max_skip_ratio:.3f}]; choose one inside, or "
                 "calibrate with a larger max_skip_ratio."
             )

@@ -40,8 +40,8 @@ class FuzzyRouter(Router):
         feature_low, feature_high: Raw feature values that map to 0 and 1, (K,).
         score_quantiles: Scores at equally spaced percentiles, non-decreasing, (Q,).
         budget_rates, budget_thresholds: Skip rates (G,) with the thresholds that meet them (G, L).
-        skip_rate: Mean skip rate planned by default, ().
-        planned_thresholds: Thresholds that meet it, (L,); ``set_budget`` looks them up once, not every plan.
+        target_skip_ratio: Mean skip rate planned by default, ().
+        planned_thresholds: Thresholds that meet it, (L,); ``set_skip_rate`` looks them up once, not every plan.
         non_finite_turns: Turns that had a non-finite feature and hence kept every layer, counted on the device, ();
             not saved.
     """
@@ -64,7 +64,7 @@ class FuzzyRouter(Router):
         self.register_buffer("score_quantiles", torch.linspace(0, 1, NUM_QUANTILES))
         self.register_buffer("budget_rates", torch.zeros(num_budgets))
         self.register_buffer("budget_thresholds", torch.zeros(num_budgets, num_layers))
-        self.register_buffer("skip_rate", torch.zeros(()))
+        self.register_buffer("target_skip_ratio", torch.zeros(()))
         self.register_buffer("planned_thresholds", torch.zeros(num_layers))
         self.register_buffer("non_finite_turns", torch.zeros((), dtype=torch.int64), persistent=False)
         self._known_max: tuple[Tensor, int, float] | None = None
@@ -140,7 +140,7 @@ class FuzzyRouter(Router):
         return torch.sigmoid(margin / softness).masked_fill(thresholds <= 0, 1.0)
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """Largest calibrated rate; read from the device when the table has changed, not for every prompt."""
         rates = self.budget_rates
         version = 0 if rates.is_inference() else rates._version
@@ -148,14 +148,14 @@ class FuzzyRouter(Router):
             self._known_max = (rates, version, float(rates[-1]))
         return self._known_max[2]
 
-    def set_budget(self, skip_rate: float) -> None:
+    def set_skip_rate(self, skip_rate: float) -> None:
         """Plan for another mean skip rate from now on; nothing is retrained.
 
         Raises:
             ValueError: If the router was not calibrated for such a rate.
         """
-        self.check_budget(skip_rate)
-        self.skip_rate.fill_(skip_rate)
+        self.check_target(skip_rate)
+        self.target_skip_ratio.fill_(skip_rate)
         self.planned_thresholds.copy_(self.thresholds(skip_rate))
 
     def budget_table(self) -> BudgetTable:

@@ -33,7 +33,7 @@ class LinearRouter(Router):
         summary: What is looked at, a name in ``SOURCES``: "tokens" (RoE's routing tokens) or "pooled".
         compat: Differences to the published code.
         budgets: Mean skip rates, increasing, each with its number; empty if only the trained point is known.
-        skip_rate: Rate planned for by default; None or nan for the trained operating point.
+        target_skip_ratio: Rate planned for by default; None or nan for the trained operating point.
 
     Attributes:
         layers: The maps, L of (2, 2 D), without bias.
@@ -42,7 +42,7 @@ class LinearRouter(Router):
 
     Raises:
         KeyError: If the summary source is unknown.
-        ValueError: If the table is not increasing, or does not reach ``skip_rate``.
+        ValueError: If the table is not increasing, or does not reach ``target_skip_ratio``.
 
     Reference:
         RoE (arXiv:2407.14093).
@@ -57,7 +57,7 @@ class LinearRouter(Router):
         summary: str = "tokens",
         compat: RoECompat = OURS,
         budgets: Sequence[tuple[float, float]] = (),
-        skip_rate: float | None = None,
+        target_skip_ratio: float | None = None,
     ) -> None:
         super().__init__()
         if summary not in SOURCES:
@@ -65,10 +65,10 @@ class LinearRouter(Router):
         self.summary, self.compat = summary, compat
         self.layers = nn.ModuleList(nn.Linear(2 * hidden_size, 2, bias=False) for _ in range(num_layers))
         self.source = SOURCES[summary](hidden_size, compat)
-        self.reset_budget()
+        self.reset_target()
         self.set_budgets(budgets)
-        if skip_rate is not None:
-            self.set_budget(skip_rate)
+        if target_skip_ratio is not None:
+            self.set_skip_rate(target_skip_ratio)
 
     def prepare(self, decoder: nn.Module, inputs: dict[str, Any], routing: RoutingState) -> dict[str, Any]:
         """Let the summary source prepare the pass; it may add positions to it."""
@@ -110,32 +110,32 @@ class LinearRouter(Router):
         return linear(pairs.to(linear.weight.dtype)).float()
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """Largest rate in the table of budgets; 0 without a table."""
         return self.budgets[-1][0] if self.budgets else 0.0
 
-    def check_budget(self, skip_rate: Tensor | float, num_rows: int | None = None) -> None:
-        """As ``Router.check_budget``; without a table no budget can be met."""
+    def check_target(self, skip_rate: Tensor | float, num_rows: int | None = None) -> None:
+        """As ``Router.check_target``; without a table no budget can be met."""
         if not self.budgets:
             raise ValueError(
                 f"Skip rate {skip_rate} was asked of a linear router that knows only the operating point it was "
                 "trained for; ask for no skip rate, or train it with --budget_samples (docs/stages.md)."
             )
-        super().check_budget(skip_rate, num_rows)
+        super().check_target(skip_rate, num_rows)
 
-    def set_budget(self, skip_rate: float) -> None:
+    def set_skip_rate(self, skip_rate: float) -> None:
         """Plan for another mean skip rate from now on; nothing is retrained.
 
         Raises:
             ValueError: If the table does not reach it.
         """
-        self.check_budget(skip_rate)
-        self.skip_rate = float(skip_rate)
-        self.offset = float(self._offsets(torch.tensor([self.skip_rate])))
+        self.check_target(skip_rate)
+        self.target_skip_ratio = float(skip_rate)
+        self.offset = float(self._offsets(torch.tensor([self.target_skip_ratio])))
 
-    def reset_budget(self) -> None:
+    def reset_target(self) -> None:
         """Go back to the operating point that it was trained for."""
-        self.skip_rate, self.offset = math.nan, 0.0
+        self.target_skip_ratio, self.offset = math.nan, 0.0
 
     def set_budgets(self, budgets: Sequence[tuple[float, float]]) -> None:
         """Put in a table of budgets; the operating point stays where it is.
@@ -160,7 +160,7 @@ class LinearRouter(Router):
             "summary": self.summary,
             "compat": self.compat.to_dict(),
             "budgets": self.budgets,
-            "skip_rate": None if math.isnan(self.skip_rate) else self.skip_rate,
+            "target_skip_ratio": None if math.isnan(self.target_skip_ratio) else self.target_skip_ratio,
         }
 
     @classmethod

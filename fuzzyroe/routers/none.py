@@ -22,10 +22,10 @@ class KeepAllRouter(Router):
     def __init__(self, num_layers: int) -> None:
         super().__init__()
         self.num_layers = num_layers
-        self.skip_rate = 0.0
+        self.target_skip_ratio = 0.0
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """Zero."""
         return 0.0
 

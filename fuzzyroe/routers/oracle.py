@@ -25,7 +25,7 @@ class OracleRouter(Router):
         num_prompts: Known prompts, n.
         max_skips: Layers that a plan skips at most, K.
         num_layers: Layers of the decoder, L.
-        skip_rate: Mean skip rate planned for by default.
+        target_skip_ratio: Mean skip rate planned for by default.
 
     Attributes:
         known: Fingerprints, ascending, (n,) int64.
@@ -38,13 +38,13 @@ class OracleRouter(Router):
 
     stays_in_float32 = True  # losses of neighbouring plans differ by little
 
-    def __init__(self, num_prompts: int, max_skips: int, num_layers: int, skip_rate: float = 0.0) -> None:
+    def __init__(self, num_prompts: int, max_skips: int, num_layers: int, target_skip_ratio: float = 0.0) -> None:
         super().__init__()
         self.num_prompts, self.max_skips, self.num_layers = num_prompts, max_skips, num_layers
         self.register_buffer("known", torch.zeros(num_prompts, dtype=torch.int64))
         self.register_buffer("plans", torch.ones(num_prompts, max_skips + 1, num_layers, dtype=torch.bool))
         self.register_buffer("losses", torch.zeros(num_prompts, max_skips + 1))
-        self.set_budget(skip_rate)
+        self.set_skip_rate(target_skip_ratio)
 
     @classmethod
     def from_search(cls, known: Tensor, plans: Tensor, losses: Tensor) -> OracleRouter:
@@ -63,7 +63,7 @@ class OracleRouter(Router):
         return router
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """As deep as the search went."""
         return self.max_skips / self.num_layers
 
@@ -84,7 +84,11 @@ class OracleRouter(Router):
 
     def settings(self) -> dict[str, Any]:
         """The sizes of the tables and the budget."""
-        return {"num_prompts": self.num_prompts, "max_skips": self.max_skips, "skip_rate": self.skip_rate}
+        return {
+            "num_prompts": self.num_prompts,
+            "max_skips": self.max_skips,
+            "target_skip_ratio": self.target_skip_ratio,
+        }
 
     @classmethod
     def from_checkpoint(

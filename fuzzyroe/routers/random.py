@@ -21,19 +21,19 @@ class RandomRouter(Router):
     Args:
         num_layers: Layers of the decoder, L.
         seed: Another seed gives other plans.
-        skip_rate: Mean skip rate planned for by default.
+        target_skip_ratio: Mean skip rate planned for by default.
 
     Reference:
         RoE (arXiv:2407.14093) starts its training with random skips.
     """
 
-    def __init__(self, num_layers: int, seed: int = 0, skip_rate: float = 0.0) -> None:
+    def __init__(self, num_layers: int, seed: int = 0, target_skip_ratio: float = 0.0) -> None:
         super().__init__()
         self.num_layers, self.seed = num_layers, seed
-        self.set_budget(skip_rate)
+        self.set_skip_rate(target_skip_ratio)
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """All layers but the first."""
         return (self.num_layers - 1) / self.num_layers
 
@@ -48,7 +48,7 @@ class RandomRouter(Router):
 
     def settings(self) -> dict[str, Any]:
         """The seed and the budget."""
-        return {"seed": self.seed, "skip_rate": self.skip_rate}
+        return {"seed": self.seed, "target_skip_ratio": self.target_skip_ratio}
 
     @classmethod
     def from_checkpoint(

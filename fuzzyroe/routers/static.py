@@ -18,7 +18,7 @@ class StaticRouter(Router):
     Args:
         num_layers: Layers of the decoder, L.
         layer_order: Layers that may be skipped, first to be skipped first; ``fuzzyroe.layer_order`` finds orders.
-        skip_rate: Skip rate planned for by default.
+        target_skip_ratio: Mean skip rate planned for by default.
         criterion: Where the order comes from, kept for the record.
 
     Raises:
@@ -26,7 +26,7 @@ class StaticRouter(Router):
     """
 
     def __init__(
-        self, num_layers: int, layer_order: Sequence[int], skip_rate: float = 0.0, criterion: str = ""
+        self, num_layers: int, layer_order: Sequence[int], target_skip_ratio: float = 0.0, criterion: str = ""
     ) -> None:
         super().__init__()
         self.num_layers, self.layer_order, self.criterion = num_layers, list(layer_order), criterion
@@ -38,10 +38,10 @@ class StaticRouter(Router):
         places = torch.full((num_layers,), num_layers)
         places[self.layer_order] = torch.arange(len(self.layer_order))
         self.register_buffer("places", places, persistent=False)  # the order stands in the settings
-        self.set_budget(skip_rate)
+        self.set_skip_rate(target_skip_ratio)
 
     @property
-    def max_skip_rate(self) -> float:
+    def max_skip_ratio(self) -> float:
         """All layers of the order."""
         return len(self.layer_order) / self.num_layers
 
@@ -54,7 +54,11 @@ class StaticRouter(Router):
 
     def settings(self) -> dict[str, Any]:
         """The order, the budget and the criterion."""
-        return {"layer_order": self.layer_order, "skip_rate": self.skip_rate, "criterion": self.criterion}
+        return {
+            "layer_order": self.layer_order,
+            "target_skip_ratio": self.target_skip_ratio,
+            "criterion": self.criterion,
+        }
 
     @classmethod
     def from_checkpoint(

@@ -19,7 +19,7 @@ from llava.data.preprocess import encode_prompt
 from llava.image_tokens import count_image_tokens
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
-from llava.model.routing import prompt_routing, set_budget
+from llava.model.routing import prompt_routing, set_skip_rate
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def explain_question(
     """
     model = checkpoint.model.eval()
     router = _find_router(checkpoint)
-    set_budget(model, float(router.skip_rate) if skip_rate is None else skip_rate)
+    set_skip_rate(model, float(router.target_skip_ratio) if skip_rate is None else skip_rate)
     inputs = _encode(checkpoint, question, image, template)
     routing = prompt_routing(image_token_id=model.config.image_token_index, **inputs)
     model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
@@ -87,7 +87,7 @@ def explain_question(
         rules=explain_features(rule_base, routing.features[0, 0].tolist(), max_rules),
         raw_features=dict(zip(router.antecedents, raw_features, strict=True)),
         percentile=float(router.percentiles(routing.scores)[0, 0]),
-        skip_rate=float(router.skip_rate),
+        skip_rate=float(router.target_skip_ratio),
         thresholds=tuple(router.thresholds().tolist()),
         kept=tuple(layer for layer, keep in enumerate(keeps) if keep),
         skipped=tuple(layer for layer, keep in enumerate(keeps) if not keep),

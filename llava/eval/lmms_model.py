@@ -23,7 +23,7 @@ from llava.eval.queue import SCHEDULES, answer_queue
 from llava.eval.routing_log import RequestRecord, remove_routing_log, write_routing_log
 from llava.eval.task_rates import check_tasks, read_skip_rate, read_task_rates
 from llava.model.builder import load_checkpoint
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 from llava.model.token_pruning import set_token_pruning
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -108,7 +108,7 @@ class FuzzyRoE(lmms):
         checkpoint = load_checkpoint(pretrained, _read_dtype(dtype, self._device), attn_implementation, **placement)
         self.model = checkpoint.model.to(self._device).eval()
         if skip_rate is not None:
-            set_budget(self.model, rate)
+            set_skip_rate(self.model, rate)
         self._rate = _planned_skip_rate(self.model)
         self._check_task_rates()
         self._pretrained = str(pretrained)
@@ -171,7 +171,7 @@ class FuzzyRoE(lmms):
                 "trained for, which is no rate that one can come back to; give skip_rate as well."
             )
         for rate in self._task_rates.values():
-            set_budget(self.model, rate)
+            set_skip_rate(self.model, rate)
 
     def _rate_of(self, request: Instance) -> float | None:
         """Mean skip rate to answer a request at; None for the dense model."""
@@ -199,7 +199,7 @@ class FuzzyRoE(lmms):
             documents.append(document)
             messages.append(make_message(text, _read_images(doc_to_visual(document), task)))
         if self._task_rates:
-            set_budget(self.model, self._rate_of(requests[0]))
+            set_skip_rate(self.model, self._rate_of(requests[0]))
         options = GenerationOptions.from_gen_kwargs(requests[0].args[1])
         for batch, output in answer_queue(self._generator, messages, options, self._batch_size, self._schedule):
             chosen = ([column[row] for row in batch] for column in (requests, documents, messages))
@@ -268,7 +268,7 @@ def _read_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _planned_skip_rate(model: torch.nn.Module) -> float | None:
     router = getattr(find_decoder(model), "router", None)
-    return float(router.skip_rate) if router is not None and router.enabled else None
+    return float(router.target_skip_ratio) if router is not None and router.enabled else None
 
 
 def _read_images(visuals: Any, task: str) -> list[Any]:

@@ -15,7 +15,7 @@ from fuzzyroe.state_dict import load_routing_state_dict
 from llava.model.checkpoints.backbone import Backbone
 from llava.model.checkpoints.reading import read_backbone
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing, set_budget
+from llava.model.routing import attach_routing, set_skip_rate
 from llava.model.token_pruning import resume_token_pruning, set_token_pruning
 
 WHOLE_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
@@ -113,7 +113,7 @@ def load_pretrained_model(
     checkpoint = load_checkpoint(model_path, dtype, attn_implementation, model_base, **options)
     model = checkpoint.model.eval()
     if skip_rate is not None:
-        set_budget(model, skip_rate)
+        set_skip_rate(model, skip_rate)
     if visual_tokens is not None:
         set_token_pruning(model, visual_tokens)
     return checkpoint.tokenizer, model, checkpoint.image_processor, model.config.text_config.max_position_embeddings

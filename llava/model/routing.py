@@ -56,7 +56,7 @@ def refuse_skip_rate_if_dense(model: LlavaForConditionalGeneration, skip_rate: T
         raise ValueError(f"Skip rate {skip_rate} was asked of a dense checkpoint; load one that a stage has routed.")
 
 
-def set_budget(model: LlavaForConditionalGeneration, skip_rate: float | None) -> None:
+def set_skip_rate(model: LlavaForConditionalGeneration, skip_rate: float | None) -> None:
     """Ask for a mean skip rate from now on; None switches routing off, which gives the dense model bit for bit.
 
     One call or one row asks for another with ``skip_rate`` of ``forward`` and ``generate``, also while routing is off.
@@ -69,7 +69,7 @@ def set_budget(model: LlavaForConditionalGeneration, skip_rate: float | None) ->
     if router is None:
         return
     if skip_rate is not None:
-        router.set_budget(skip_rate)
+        router.set_skip_rate(skip_rate)
     router.enabled = skip_rate is not None
 
 

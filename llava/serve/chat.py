@@ -145,7 +145,7 @@ class Chat:
     @property
     def skip_rate(self) -> float:
         """Mean skip rate that a routed model plans for."""
-        return float(self._router.skip_rate)
+        return float(self._router.target_skip_ratio)
 
     @property
     def _router(self) -> Any:

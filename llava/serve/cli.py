@@ -72,7 +72,7 @@ def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
     from transformers.utils import logging
 
     from llava.model.builder import load_pretrained_model
-    from llava.model.routing import set_budget
+    from llava.model.routing import set_skip_rate
 
     logging.disable_progress_bar()
     loaded = load_pretrained_model(
@@ -85,7 +85,7 @@ def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
     )
     model = loaded[1]
     if options.skip_rate == DENSE:
-        set_budget(model, None)
+        set_skip_rate(model, None)
     template, reason = choose_template(options.conv_mode, model.config)
     chat = Chat(*loaded, template=template, options=settings, image=image)
     router = "no layer is skipped"

@@ -88,7 +88,7 @@ def refit(
         router, report = _fit_offsets(decoder.router, measurer, routing_args)
     else:
         router, report = decoder.router, {}
-        router.set_budget(routing_args.skip_ratio)
+        router.set_skip_rate(routing_args.skip_ratio)
     decoder.router = router.to(device)
     return {
         **report,

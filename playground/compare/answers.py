@@ -16,7 +16,7 @@ from llava.conversation import get_template
 from llava.eval.generation import Generator, Message, make_message
 from llava.eval.generation_options import GenerationOptions
 from llava.model.builder import Checkpoint
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 from playground.digits.lmms_eval.utils import IMAGE_MARKER, doc_to_target, normalise
 
 BATCH_SIZE = 64
@@ -73,10 +73,10 @@ def message_of(record: dict[str, Any], images: Path) -> Message:
 def choose_point(model: Any, point: Point) -> None:
     """Set what a model skips from now on: a mean skip rate, ``TRAINED``, or None for nothing."""
     if point != TRAINED:
-        set_budget(model, point)
+        set_skip_rate(model, point)
         return
     router = find_decoder(model).router
-    router.reset_budget()
+    router.reset_target()
     router.enabled = True
 
 

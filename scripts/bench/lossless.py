@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llava.conversation import get_template
 from llava.eval.generation import Generator
 from llava.model.builder import load_checkpoint
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 from llava.model.speculative import LosslessReport, generate_lossless
 from scripts.bench.speed.prompts import load_prompts
 from scripts.bench.speed.report import conditions
@@ -90,7 +90,7 @@ def compare(
 ) -> Row:
     """Answer every prompt twice and put the two beside each other."""
     identical, ratios, reports = 0, [], []
-    set_budget(model, None)
+    set_skip_rate(model, None)
     for prompt in prompts:
         dense, dense_seconds = timed(model.device, lambda: model.generate(**prompt, **generate))  # noqa: B023
         (tokens, report), seconds = timed(
@@ -129,7 +129,7 @@ def summarise(
 @torch.no_grad()
 def rounding(model: nn.Module, prompts: list[Inputs], generate: dict, width: int) -> float:
     """Largest difference in a logit between the answer read token by token and ``width`` tokens at once."""
-    set_budget(model, None)
+    set_skip_rate(model, None)
     largest = 0.0
     for prompt in prompts:
         tokens = model.generate(**prompt, **generate)

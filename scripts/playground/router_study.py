@@ -33,7 +33,7 @@ from scripts.playground.feature_study import make_measurer
 @torch.no_grad()
 def run(measurer: Measurer, router: Router, batches: list[dict[str, Tensor]], rate: float) -> dict[str, float]:
     """Mean answer loss and met skip rate of one router at one requested rate."""
-    router.set_budget(rate)
+    router.set_skip_rate(rate)
     losses, kept = [], []
     for batch in batches:
         state = measurer._describe(batch)

@@ -34,7 +34,7 @@ STEP = 0.05
 def met_rates(router: FuzzyRouter, raw_features: torch.Tensor) -> list[tuple[float, float]]:
     """Requested and met mean skip rates, from raw features of the router's antecedents, (n, K)."""
     scores = router.rules(router.scale(raw_features)).unsqueeze(1)  # (n, 1), or (n, 1, L) with a table per layer
-    steps = int(router.max_skip_rate / STEP + 1e-6)
+    steps = int(router.max_skip_ratio / STEP + 1e-6)
     rates = [STEP * step for step in range(1, steps + 1)]
     return [(rate, float(1 - router.keep_weights(scores, rate).mean())) for rate in rates]
 

@@ -19,9 +19,9 @@ def sigmoid_at(centre: float, width: float):
 def test_any_rate_up_to_the_largest_is_met_by_interpolation(centre: float, width: float) -> None:
     rate_at = sigmoid_at(centre, width)
     router = LinearRouter(2, 8, budgets=search_offsets(rate_at, 0.5, 24))
-    assert router.budgets[0][0] <= LOWEST_RATE and router.max_skip_rate >= 0.5
+    assert router.budgets[0][0] <= LOWEST_RATE and router.max_skip_ratio >= 0.5
     for wanted in (0.1, 0.2, 0.3, 0.45):
-        router.set_budget(wanted)
+        router.set_skip_rate(wanted)
         assert rate_at(router.offset) == pytest.approx(wanted, abs=0.04)
 
 

@@ -10,7 +10,7 @@ from fuzzyroe.config import FORMAT_VERSION, FuzzyRoEConfig
 
 
 def test_the_block_survives_json() -> None:
-    options = {"seed": 3, "skip_rate": 0.25}
+    options = {"seed": 3, "target_skip_ratio": 0.25}
     config = FuzzyRoEConfig(16, "random", options, "attention", base_model="../base", stage="adapter")
     assert FuzzyRoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -66,7 +66,7 @@ def test_the_oracle_replays_its_plans_for_the_same_prompts_without_answers(tiny_
     attach(tiny_llama, 4, "xavier")
     batch = labelled(padded_prompts)
     router = OracleRouter.from_search(*search_plans(tiny_llama, [batch], 3))
-    router.set_budget(0.5)
+    router.set_skip_rate(0.5)
     set_router(tiny_llama, router)
     asked = {name: value[:, :-2] for name, value in padded_prompts.items()}
     state = RoutingState.for_prompt(asked["attention_mask"])

@@ -22,7 +22,7 @@ class LastTokenRouter(Router):
 
     def __init__(self, num_layers: int, hidden_size: int, sharpness: float = 3.0) -> None:
         super().__init__()
-        self.skip_rate, self.sharpness = 0.5, sharpness
+        self.target_skip_ratio, self.sharpness = 0.5, sharpness
         with torch.random.fork_rng():
             torch.manual_seed(3)
             self.layers = torch.nn.ModuleList(torch.nn.Linear(hidden_size, 1) for _ in range(num_layers))

@@ -21,7 +21,7 @@ def write_routing(model: LlavaForConditionalGeneration, folder: Path, base_model
     router = FuzzyRouter(load_rule_base("default").interpolate(), num_layers, num_budgets=2)
     router.budget_rates.copy_(torch.tensor([0.0, 0.5]))
     router.budget_thresholds[1] = torch.linspace(0, 1, num_layers)
-    router.set_budget(0.25)
+    router.set_skip_rate(0.25)
     attach_routing(model, router, adapter_width=4)
     save_routing(routing_state_dict(model), folder / ROUTING_FILE)
     router.save_files(folder)

@@ -14,7 +14,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.preprocess import encode_prompt
-from llava.model.routing import attach_routing, set_budget
+from llava.model.routing import attach_routing, set_skip_rate
 
 
 def route(model: LlavaForConditionalGeneration, skip_unit: str = "layer") -> LlavaForConditionalGeneration:
@@ -25,7 +25,7 @@ def route(model: LlavaForConditionalGeneration, skip_unit: str = "layer") -> Lla
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
     set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
     attach_routing(model, router, adapter_width=4, adapter_init="xavier", skip_unit=skip_unit)
-    set_budget(model, 0.4)
+    set_skip_rate(model, 0.4)
     return model
 
 

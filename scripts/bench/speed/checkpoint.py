@@ -14,7 +14,7 @@ from fuzzyroe.cache import kept_layers
 from llava.conversation import get_template
 from llava.eval.generation import Generator
 from llava.model.builder import load_checkpoint
-from llava.model.routing import detach_routing, set_budget
+from llava.model.routing import detach_routing, set_skip_rate
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.prompts import load_prompts
 from scripts.bench.speed.shapes import shorten
@@ -76,14 +76,14 @@ def measure_prompts(
     layers, clock = find_decoder_layers(model), Clock("cpu")
     removed = max(1, round(skip_rate * len(layers)))
     short = shorten(model, len(layers) - removed, detach_routing)
-    set_budget(model, skip_rate)
+    set_skip_rate(model, skip_rate)
     caches = [model(**prompt, use_cache=True, logits_to_keep=1).past_key_values for prompt in prompts]
     skipped = statistics.mean(int((~kept_layers(cache, 1)).sum()) for cache in caches)
     times: dict[str, list[float]] = {"dense": [], "routed": [], "short": []}
     for _ in range(repeats):
         for name, variant, rate in (("dense", model, None), ("routed", model, skip_rate), ("short", short, None)):
             if variant is model:
-                set_budget(model, rate)
+                set_skip_rate(model, rate)
             times[name].append(clock.seconds(lambda m=variant: [_prefill(m, prompt) for prompt in prompts]))
     states = torch.randn(1, prompts[0]["input_ids"].shape[1], layers[0].input_layernorm.weight.shape[0])
     adapter = statistics.median(

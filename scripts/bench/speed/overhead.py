@@ -38,7 +38,7 @@ def policies(num_layers: int, width: int) -> dict[str, Router]:
         "linear, routing tokens": LinearRouter(num_layers, width, "tokens"),
         "linear, routing tokens as published": LinearRouter(num_layers, width, "tokens", PUBLISHED),
         "linear, pooled": LinearRouter(num_layers, width, "pooled"),
-        "random": RandomRouter(num_layers, skip_rate=0.5),
+        "random": RandomRouter(num_layers, target_skip_ratio=0.5),
         "static": StaticRouter(num_layers, list(range(1, num_layers)), 0.5),
         "oracle": oracle,
         "none": KeepAllRouter(num_layers),

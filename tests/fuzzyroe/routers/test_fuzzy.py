@@ -59,7 +59,7 @@ def test_a_new_router_skips_nothing(rule_base: FuzzyRuleBase) -> None:
     router.plan(states, routing)
     assert routing.keep_weights.all()
     with pytest.raises(ValueError, match=r"range \[0, 0.000\]"):
-        router.set_budget(0.3)
+        router.set_skip_rate(0.3)
 
 
 def test_an_incomplete_rule_base_is_completed_by_interpolation(rule_base: FuzzyRuleBase) -> None:
@@ -79,7 +79,7 @@ def test_plan_fills_the_state(router: FuzzyRouter) -> None:
 
 
 def test_a_plan_ignores_the_neighbours_of_an_example(router: FuzzyRouter) -> None:
-    router.set_budget(0.4)
+    router.set_skip_rate(0.4)
     states, routing = make_batch()
     router.plan(states, routing)
     other_states, other = make_batch()
@@ -94,7 +94,7 @@ def test_a_plan_ignores_the_neighbours_of_an_example(router: FuzzyRouter) -> Non
 def test_non_finite_states_keep_every_layer_and_spare_the_neighbours(
     router: FuzzyRouter, value: float, position: int
 ) -> None:
-    router.set_budget(0.5)
+    router.set_skip_rate(0.5)
     half_share_the_top_score = torch.linspace(0, 2, NUM_QUANTILES).clamp(max=1)
     router.score_quantiles.copy_(half_share_the_top_score)
     states, expected = make_batch()
@@ -169,11 +169,11 @@ def test_a_budget_per_example_is_that_budget_alone(router: FuzzyRouter) -> None:
 
 def test_set_budget_is_the_default_and_refuses_what_was_not_calibrated(router: FuzzyRouter) -> None:
     scores = torch.linspace(0, 1, 50).unsqueeze(1)
-    router.set_budget(0.25)
+    router.set_skip_rate(0.25)
     assert torch.equal(router.keep_weights(scores), router.keep_weights(scores, 0.25))
     with pytest.raises(ValueError, match="outside the calibrated range"):
-        router.set_budget(0.51)
-    assert router.skip_rate == 0.25
+        router.set_skip_rate(0.51)
+    assert router.target_skip_ratio == 0.25
 
 
 def test_changing_one_term_of_the_scikit_fuzzy_system_changes_the_router(
@@ -226,7 +226,7 @@ def test_states_in_half_precision_are_routed_as_their_values(router: FuzzyRouter
 
 def test_planning_never_reads_a_value_back(router: FuzzyRouter) -> None:
     """On meta tensors any transfer from the device, and any decision by a value, is an error."""
-    router.set_budget(0.3)
+    router.set_skip_rate(0.3)
     states, routing = make_batch(num_turns=2)
     for skip_rate in (None, torch.full((len(states),), 0.2, device="meta")):
         masks = (routing.turn_ids.to("meta"), routing.image_mask.to("meta"), routing.question_mask.to("meta"))
@@ -238,7 +238,7 @@ def test_planning_never_reads_a_value_back(router: FuzzyRouter) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_planning_never_waits_for_a_gpu(router: FuzzyRouter) -> None:
-    router.set_budget(0.3)
+    router.set_skip_rate(0.3)
     states, routing = make_batch(num_turns=2)
     masks = (routing.turn_ids.cuda(), routing.image_mask.cuda(), routing.question_mask.cuda())
     router, states = router.cuda(), states.cuda()

@@ -133,26 +133,26 @@ def test_every_router_that_plans_ahead_is_tested_here() -> None:
 @planners
 def test_keep_weights_are_decisions_and_the_first_layer_is_kept(name, make, prompts) -> None:
     router = make(name)
-    weights = plan(router, prompts, skip_rate=router.max_skip_rate)
+    weights = plan(router, prompts, skip_rate=router.max_skip_ratio)
     assert set(weights.unique().tolist()) <= {0.0, 1.0} and weights[:, 0].all()
 
 
 @planners
 def test_budgets_are_met_in_the_mean_and_at_both_ends(name, make, prompts) -> None:
     router = make(name)
-    for rate in (0.0, 0.25 * router.max_skip_rate, 0.5 * router.max_skip_rate, router.max_skip_rate):
+    for rate in (0.0, 0.25 * router.max_skip_ratio, 0.5 * router.max_skip_ratio, router.max_skip_ratio):
         tolerance = 0.5 / NUM_LAYERS + 1e-6 if name == "static" else 0.03
         asked = plan(router, prompts, skip_rate=rate)
         assert 1 - asked.mean() == pytest.approx(rate, abs=tolerance)
-        router.set_budget(rate)
-        assert torch.equal(plan(router, prompts), asked) and float(router.skip_rate) == pytest.approx(rate)
+        router.set_skip_rate(rate)
+        assert torch.equal(plan(router, prompts), asked) and float(router.target_skip_ratio) == pytest.approx(rate)
     assert plan(router, prompts, skip_rate=0.0).all()
 
 
 @planners
 def test_each_row_gets_the_budget_it_asks_for(name, make, prompts) -> None:
     router = make(name)
-    low, high = 0.2 * router.max_skip_rate, 0.9 * router.max_skip_rate
+    low, high = 0.2 * router.max_skip_ratio, 0.9 * router.max_skip_ratio
     rates = torch.tensor([low, high]).repeat(NUM_PROMPTS // 2)
     mixed = plan(router, prompts, skip_rate=rates)
     assert torch.equal(mixed[::2], plan(router, prompts, skip_rate=low)[::2])
@@ -162,7 +162,7 @@ def test_each_row_gets_the_budget_it_asks_for(name, make, prompts) -> None:
 @planners
 def test_a_plan_does_not_depend_on_the_batch(name, make, prompts) -> None:
     router = make(name)
-    router.set_budget(0.5 * router.max_skip_rate)
+    router.set_skip_rate(0.5 * router.max_skip_ratio)
     together = plan(router, prompts)
     for row in (0, 7, 50):
         assert torch.equal(plan(router, prompts, slice(row, row + 1)), together[row : row + 1])
@@ -188,23 +188,23 @@ def test_a_plan_does_not_depend_on_the_batch(name, make, prompts) -> None:
 )
 def test_budgets_that_mean_nothing_are_refused(name, make, skip_rate, error, message) -> None:
     with pytest.raises(error, match=message):
-        make(name).check_budget(skip_rate, num_rows=3)
+        make(name).check_target(skip_rate, num_rows=3)
 
 
 @planners
 def test_a_refused_budget_changes_nothing(name, make) -> None:
     router = make(name)
-    router.set_budget(0.5 * router.max_skip_rate)
-    for wrong in (router.max_skip_rate + 0.01, torch.zeros(3)):
+    router.set_skip_rate(0.5 * router.max_skip_ratio)
+    for wrong in (router.max_skip_ratio + 0.01, torch.zeros(3)):
         with pytest.raises(ValueError):
-            router.set_budget(wrong)
-    assert float(router.skip_rate) == pytest.approx(0.5 * router.max_skip_rate)
+            router.set_skip_rate(wrong)
+    assert float(router.target_skip_ratio) == pytest.approx(0.5 * router.max_skip_ratio)
 
 
 @planners
 def test_a_saved_router_is_rebuilt_with_its_plans(name, make, prompts, tiny_llama, tmp_path: Path) -> None:
     router = make(name)
-    router.set_budget(0.5 * router.max_skip_rate)
+    router.set_skip_rate(0.5 * router.max_skip_ratio)
     attach(tiny_llama, 4, "xavier", router)
     assert get_router_name(router) == name
     options, tensors = json.loads(json.dumps(router.settings())), routing_state_dict(tiny_llama)
@@ -213,21 +213,23 @@ def test_a_saved_router_is_rebuilt_with_its_plans(name, make, prompts, tiny_llam
     set_router(tiny_llama, rebuilt)
     load_routing_state_dict(tiny_llama, tensors)
     assert torch.equal(plan(rebuilt, prompts), plan(router, prompts))
-    assert float(rebuilt.skip_rate) == float(router.skip_rate) and rebuilt.settings() == router.settings()
+    assert (
+        float(rebuilt.target_skip_ratio) == float(router.target_skip_ratio) and rebuilt.settings() == router.settings()
+    )
 
 
 @planners
 def test_plans_are_those_of_float32_whatever_the_models_type(name, make, prompts) -> None:
     router = make(name)
-    expected = plan(router, prompts, skip_rate=0.5 * router.max_skip_rate)
+    expected = plan(router, prompts, skip_rate=0.5 * router.max_skip_ratio)
     router.to(torch.bfloat16)
-    assert torch.equal(plan(router, prompts, skip_rate=0.5 * router.max_skip_rate), expected)
+    assert torch.equal(plan(router, prompts, skip_rate=0.5 * router.max_skip_ratio), expected)
 
 
 @pytest.mark.parametrize("name", ["random", "static", "none"])
 def test_a_generation_follows_the_plan_of_its_prompt(name, make, tiny_llama, padded_prompts) -> None:
     router = make(name)
-    router.set_budget(0.5 * router.max_skip_rate)
+    router.set_skip_rate(0.5 * router.max_skip_ratio)
     attach(tiny_llama, 4, "xavier", router)
     state = RoutingState.for_prompt(padded_prompts["attention_mask"])
     tiny_llama(**padded_prompts, routing=state)
@@ -268,7 +270,7 @@ def test_a_router_is_replaced_only_in_an_attached_model(tiny_llama, padded_promp
     attach(tiny_llama, 4)
     with pytest.raises(TypeError, match="no plan and no enabled"):
         set_router(tiny_llama, torch.nn.Linear(1, 1))
-    set_router(tiny_llama, StaticRouter(NUM_LAYERS, [3], skip_rate=0.25))
+    set_router(tiny_llama, StaticRouter(NUM_LAYERS, [3], target_skip_ratio=0.25))
     assert is_attached(tiny_llama) and find_decoder(tiny_llama).router.layer_order == [3]
 
 

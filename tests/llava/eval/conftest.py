@@ -26,10 +26,10 @@ class LengthRouter(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self.skip_rate = 0.3
+        self.target_skip_ratio = 0.3
 
-    def set_budget(self, skip_rate: float) -> None:
-        self.skip_rate = skip_rate
+    def set_skip_rate(self, skip_rate: float) -> None:
+        self.target_skip_ratio = skip_rate
 
     def plan(self, hidden_states: torch.Tensor, routing: RoutingState) -> None:
         lengths = routing.question_mask.sum(dim=1, keepdim=True)

@@ -21,7 +21,7 @@ def fuzzy(checkpoint: Checkpoint) -> Checkpoint:
     router = FuzzyRouter(load_rule_base("default").interpolate(), num_layers=4, num_budgets=2)
     router.budget_rates.copy_(torch.tensor([0.0, 0.5]))
     router.budget_thresholds[1] = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    router.set_budget(0.5)
+    router.set_skip_rate(0.5)
     attach_routing(checkpoint.model, router, adapter_width=4)
     return checkpoint
 

@@ -11,7 +11,7 @@ from llava.conversation import get_template
 from llava.eval.generation import Generator, make_message, pad_left
 from llava.eval.generation_options import GenerationOptions
 from llava.model.builder import Checkpoint
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 
 GREEDY = GenerationOptions(max_new_tokens=6)
 IMAGE_TOKENS = 16
@@ -54,7 +54,7 @@ def test_decisions_are_the_rows_that_ran(generator: Generator, images: list[Imag
 
 
 def test_without_routing_every_layer_is_kept(generator: Generator, images: list[Image.Image]) -> None:
-    set_budget(generator.model, None)
+    set_skip_rate(generator.model, None)
     output = generator.generate(mixed_messages(images), GREEDY)
     assert output.kept_layers.shape == (4, 4) and output.kept_layers.all()
 

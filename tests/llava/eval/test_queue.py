@@ -14,7 +14,7 @@ from llava.eval.generation import Generator, Message, make_message
 from llava.eval.generation_options import GenerationOptions
 from llava.eval.queue import answer_all, answer_queue
 from llava.model.planned_prompts import plan_prompts
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 from llava.model.token_pruning import set_token_pruning
 
 GREEDY = GenerationOptions(max_new_tokens=5)
@@ -135,7 +135,7 @@ def test_a_pruned_queue_is_answered_as_each_message_alone(generator, messages) -
 
 
 def test_a_dense_model_is_answered_as_it_comes(generator, messages) -> None:
-    set_budget(generator.model, None)
+    set_skip_rate(generator.model, None)
     batches = [batch for batch, _ in answer_queue(generator, messages, GREEDY, 4)]
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     with pytest.raises(ValueError, match="does not plan ahead"):

@@ -34,7 +34,7 @@ def fuzzy(folder: Path) -> Checkpoint:
     """The checkpoint with a fuzzy router whose own rate is 1/3."""
     checkpoint = load_checkpoint(folder)
     route(checkpoint.model)
-    checkpoint.model.get_decoder().router.set_budget(1 / 3)
+    checkpoint.model.get_decoder().router.set_skip_rate(1 / 3)
     checkpoint.model.get_decoder().router.enabled = True
     return checkpoint
 
@@ -75,7 +75,7 @@ def test_every_task_runs_at_its_own_rate(
     alone = {}
     for task, one in {"toy": own, **{task: {"skip_rate": asked} for task, asked in rates.items()}}.items():
         alone[task] = answer(fuzzy, tmp_path / "alone.jsonl", monkeypatch, batch_size=2, **one)
-        fuzzy.model.get_decoder().router.set_budget(1 / 3)
+        fuzzy.model.get_decoder().router.set_skip_rate(1 / 3)
         fuzzy.model.get_decoder().router.enabled = True
     pairs = "/".join(f"{task}:{asked}" for task, asked in rates.items())
     arguments = {"batch_size": 2, "schedule": schedule, "task_skip_rates": pairs, **own}
@@ -109,7 +109,7 @@ def test_rates_that_cannot_be_met_are_refused(
     with pytest.raises(ValueError, match="Skip rate 0.99 lies outside"):
         answer(fuzzy, tmp_path / "log", monkeypatch, task_skip_rates="pope:0.99")
     router = fuzzy.model.get_decoder().router
-    router.skip_rate.fill_(math.nan)
+    router.target_skip_ratio.fill_(math.nan)
     with pytest.raises(ValueError, match="give skip_rate as well"):
         answer(fuzzy, tmp_path / "log", monkeypatch, task_skip_rates="pope:0.2")
     detach_routing(fuzzy.model)

@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 from fuzzyroe.attach import find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routers import KeepAllRouter, RandomRouter
-from llava.model.routing import attach_routing, detach_routing, prompt_routing, set_budget
+from llava.model.routing import attach_routing, detach_routing, prompt_routing, set_skip_rate
 from routed_llava import encode_questions, route
 
 
@@ -37,9 +37,9 @@ def run(model: LlavaForConditionalGeneration, prompts: dict, **options) -> tuple
 def test_a_call_gets_its_own_budget_and_leaves_the_routers_alone(reading_llava, prompts, unit) -> None:
     model = route(reading_llava, unit)
     before = run(model, prompts)
-    set_budget(model, 0.7)
+    set_skip_rate(model, 0.7)
     expected = run(model, prompts)
-    set_budget(model, 0.4)
+    set_skip_rate(model, 0.4)
     found = run(model, prompts, skip_rate=0.7)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert not torch.equal(found[1], before[1]) and torch.equal(run(model, prompts)[0], before[0])
@@ -56,7 +56,7 @@ def test_each_row_gets_its_own_budget(routed, prompts) -> None:
 
 def test_a_call_may_ask_while_routing_is_off(routed, prompts) -> None:
     expected = run(routed, prompts)
-    set_budget(routed, None)
+    set_skip_rate(routed, None)
     assert run(routed, prompts)[1].all()
     found = run(routed, prompts, skip_rate=0.4)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
@@ -99,19 +99,19 @@ def test_a_dense_model_refuses_a_budget_also_after_detaching(routed, prompts) ->
     detach_routing(routed)
     assert not routed._forward_pre_hooks and not routed.model._forward_pre_hooks
     with pytest.raises(ValueError, match="asked of a dense checkpoint"):
-        set_budget(routed, 0.2)
+        set_skip_rate(routed, 0.2)
 
 
 def test_attaching_again_describes_a_prompt_once(routed, prompts) -> None:
     detach_routing(routed)
-    attach_routing(routed, RandomRouter(4, skip_rate=0.5), 4)
+    attach_routing(routed, RandomRouter(4, target_skip_ratio=0.5), 4)
     assert len(routed._forward_pre_hooks) == len(routed.model._forward_pre_hooks) == 1
     kept = run(routed, prompts)[1]
     assert (kept.sum(dim=1) == 2).all()
 
 
 def test_a_random_plan_follows_from_question_and_image_in_any_batch(reading_llava, prompts) -> None:
-    attach_routing(reading_llava, RandomRouter(4, skip_rate=0.4), 4)
+    attach_routing(reading_llava, RandomRouter(4, target_skip_ratio=0.4), 4)
     kept = run(reading_llava, prompts)[1]
     images = {0: prompts["pixel_values"][:1], 2: prompts["pixel_values"][1:]}
     for row in range(4):
@@ -134,7 +134,7 @@ def test_the_router_none_keeps_all_and_refuses_to_skip(reading_llava, prompts) -
     attach_routing(reading_llava, KeepAllRouter(4), 4, "xavier")
     assert torch.equal(run(reading_llava, prompts)[0], expected)
     with pytest.raises(ValueError, match=r"outside the calibrated range \[0, 0.000\]"):
-        set_budget(reading_llava, 0.1)
+        set_skip_rate(reading_llava, 0.1)
 
 
 def test_drafts_behind_a_prompt_change_no_decision(routed, prompts) -> None:

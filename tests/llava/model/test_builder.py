@@ -22,7 +22,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.model.builder import WHOLE_MODULES, Checkpoint, load_checkpoint, load_pretrained_model
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import attach_routing, set_budget
+from llava.model.routing import attach_routing, set_skip_rate
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoint import save_stage
 from llava.train.stages import STAGES
@@ -55,7 +55,7 @@ def routed(dense: Checkpoint) -> Checkpoint:
     losses = np.random.default_rng(0).exponential(size=(80, 4)).cumsum(axis=1)
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
     set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
-    router.set_budget(0.4)
+    router.set_skip_rate(0.4)
     attach_routing(dense.model, router, 4, "xavier")
     return dense
 
@@ -91,7 +91,7 @@ def test_a_loaded_checkpoint_with_routing_off_is_the_dense_one_bit_for_bit(
     for stage in ("finetune", "router"):
         loaded = load_checkpoint(save(routed, stage, tmp_path / stage)).model
         assert not torch.equal(logits(loaded, image_prompts), expected)
-        set_budget(loaded, None)
+        set_skip_rate(loaded, None)
         assert torch.equal(logits(loaded, image_prompts), expected)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "finetune").eval()
     assert torch.equal(logits(stock, image_prompts), expected), "transformers alone loads the dense part"
@@ -125,9 +125,9 @@ def test_load_pretrained_model_returns_what_lmms_eval_unpacks(routed: Checkpoint
     assert tokenizer("USER: Which digit?").input_ids == routed.tokenizer("USER: Which digit?").input_ids
     assert image_processor.crop_size["height"] == 32 and context_length == 256
     assert not model.training and model.dtype == torch.float32
-    assert find_decoder(model).router.skip_rate == pytest.approx(0.4)
+    assert find_decoder(model).router.target_skip_ratio == pytest.approx(0.4)
     _, model, *_ = load_pretrained_model(folder, device="cpu", skip_rate=0.2, torch_dtype=torch.bfloat16)
-    assert find_decoder(model).router.skip_rate == pytest.approx(0.2) and model.dtype == torch.bfloat16
+    assert find_decoder(model).router.target_skip_ratio == pytest.approx(0.2) and model.dtype == torch.bfloat16
 
 
 def test_a_dense_checkpoint_has_no_routing(dense: Checkpoint, image_prompts: dict, tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_a_base_that_has_no_part_in_a_checkpoint_is_refused(dense: Checkpoint, t
 def test_missing_or_foreign_routing_tensors_are_named(routed: Checkpoint, tmp_path: Path) -> None:
     folder = save(routed, "router", tmp_path / "router")
     tensors = load_file(folder / ROUTING_FILE)
-    tensors["router.extra"] = tensors.pop("router.skip_rate")
+    tensors["router.extra"] = tensors.pop("router.target_skip_ratio")
     save_file(tensors, folder / ROUTING_FILE)
-    with pytest.raises(ValueError, match=r"missing \['router.skip_rate'\], unexpected \['router.extra'\]"):
+    with pytest.raises(ValueError, match=r"missing \['router.target_skip_ratio'\], unexpected \['router.extra'\]"):
         load_checkpoint(folder)
 
 

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria, process_images
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 from llava_calls import IMAGE_TOKEN_ID, ROWS, Call, expand_labels, make_call, pad
 from routed_llava import route
 
@@ -306,7 +306,7 @@ def test_the_black_image_that_llavas_collator_gives_to_text_is_dropped(models) -
 def test_a_skip_rate_holds_for_one_call_and_for_each_row(tiny_llava) -> None:
     ours = LlavaLlamaForCausalLM.adopt(route(tiny_llava))
     call = make_call()
-    set_budget(ours, 0.2)
+    set_skip_rate(ours, 0.2)
     usual = ours.generate(call.input_ids, **call.llava, **GREEDY)
     rates = torch.tensor([0.0, 0.6, 0.2, 0.6])
     mixed = ours.generate(call.input_ids, skip_rate=rates, **call.llava, **GREEDY)

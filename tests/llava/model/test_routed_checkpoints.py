@@ -18,7 +18,7 @@ from fuzzyroe.routers import KeepAllRouter, OracleRouter, RandomRouter, StaticRo
 from fuzzyroe.skip_units import SKIP_UNITS, get_unit_name
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import prompt_routing, set_budget
+from llava.model.routing import prompt_routing, set_skip_rate
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoint import save_stage
 from llava.train.stages import STAGES
@@ -79,7 +79,7 @@ ROUTER_MAKERS = {
 def test_a_router_is_loaded_as_it_was_saved(dense: Checkpoint, prompts: dict, tmp_path: Path, name, stage) -> None:
     model = route(dense.model)
     router = ROUTER_MAKERS[name](model, prompts)
-    router.set_budget(0.5 * router.max_skip_rate)
+    router.set_skip_rate(0.5 * router.max_skip_ratio)
     set_router(model, router)
     expected = run(model, prompts)
     loaded = load_checkpoint(save(dense, stage, tmp_path / "routed"))
@@ -87,7 +87,7 @@ def test_a_router_is_loaded_as_it_was_saved(dense: Checkpoint, prompts: dict, tm
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert loaded.routing.router == name and found[1].all() == (name == "none")
     assert type(find_decoder(loaded.model).router) is type(router)
-    set_budget(loaded.model, 0.0)
+    set_skip_rate(loaded.model, 0.0)
     assert run(loaded.model, prompts)[1].all()
     assert (tmp_path / "routed" / "rule_base.yaml").exists() == (name == "fuzzy")
 

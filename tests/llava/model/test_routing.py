@@ -15,7 +15,7 @@ from llava.conversation import get_template
 from llava.data.collator import SFTCollator
 from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import Turn
-from llava.model.routing import attach_routing, prompt_routing, set_budget
+from llava.model.routing import attach_routing, prompt_routing, set_skip_rate
 from llava.train.batch_routing import describe_batch
 from routed_llava import encode_questions, route
 
@@ -76,7 +76,7 @@ def test_routing_off_is_the_dense_model_bit_for_bit(
     expected = reading_llava(**prompts).logits
     attach_routing(reading_llava, FuzzyRouter(load_rule_base("default"), 4), 4, "xavier")
     assert torch.equal(reading_llava(**prompts).logits, expected), "a new router skips nothing"
-    set_budget(reading_llava, None)
+    set_skip_rate(reading_llava, None)
     assert torch.equal(reading_llava(**prompts).logits, expected)
 
 
@@ -85,7 +85,7 @@ def test_a_budget_can_be_changed_and_switched_off_and_on(
     routed: LlavaForConditionalGeneration, prompts: dict[str, torch.Tensor]
 ) -> None:
     def logits(skip_rate: float | None) -> torch.Tensor:
-        set_budget(routed, skip_rate)
+        set_skip_rate(routed, skip_rate)
         return routed(**prompts).logits
 
     sparse, dense = logits(0.4), logits(None)
@@ -127,9 +127,9 @@ def test_decisions_of_generation_are_the_plan_of_the_prompt(
 def test_training_does_not_plan_prompts_by_itself(
     routed: LlavaForConditionalGeneration, prompts: dict[str, torch.Tensor]
 ) -> None:
-    set_budget(routed, None)
+    set_skip_rate(routed, None)
     dense = routed(**prompts).logits
-    set_budget(routed, 0.4)
+    set_skip_rate(routed, 0.4)
     assert torch.equal(routed.train()(**prompts).logits, dense)
 
 
@@ -139,26 +139,26 @@ def test_a_detached_model_is_dense_and_can_be_attached_again(
 ) -> None:
     expected, router = routed(**prompts).logits, find_decoder(routed).router
     adapters = [layer.adapter.state_dict() for layer in find_decoder_layers(routed)]
-    set_budget(routed, None)
+    set_skip_rate(routed, None)
     dense = routed(**prompts).logits
     detach(routed)
     assert torch.equal(routed(**prompts).logits, dense)
     attach_routing(routed, router, 4)
     for layer, adapter in zip(find_decoder_layers(routed), adapters, strict=True):
         layer.adapter.load_state_dict(adapter)
-    set_budget(routed, 0.4)
+    set_skip_rate(routed, 0.4)
     assert torch.equal(routed(**prompts).logits, expected)
 
 
 def test_a_budget_for_a_dense_model_is_refused(reading_llava: LlavaForConditionalGeneration) -> None:
-    set_budget(reading_llava, None)
+    set_skip_rate(reading_llava, None)
     with pytest.raises(ValueError, match="Skip rate 0.3 was asked of a dense checkpoint"):
-        set_budget(reading_llava, 0.3)
+        set_skip_rate(reading_llava, 0.3)
 
 
 def test_a_budget_that_was_not_calibrated_is_refused_and_changes_nothing(
     routed: LlavaForConditionalGeneration,
 ) -> None:
     with pytest.raises(ValueError, match=r"outside the calibrated range \[0, 0.750\]"):
-        set_budget(routed, 0.8)
-    assert find_decoder(routed).router.skip_rate == pytest.approx(0.4)
+        set_skip_rate(routed, 0.8)
+    assert find_decoder(routed).router.target_skip_ratio == pytest.approx(0.4)

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from fuzzyroe.attach import find_decoder, find_decoder_layers
-from llava.model.routing import attach_routing, set_budget
+from llava.model.routing import attach_routing, set_skip_rate
 from llava.model.speculative import LosslessReport, generate_lossless
 
 PLANS = {
@@ -40,7 +40,7 @@ def routed(tiny_llava, fixed_router):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             attach_routing(tiny_llava, fixed_router(torch.tensor([plan])), 4, "xavier", skip_unit)
-        set_budget(tiny_llava, None)
+        set_skip_rate(tiny_llava, None)
         return tiny_llava
 
     return attach

@@ -16,7 +16,7 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.image_tokens import count_image_features, count_image_tokens
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing, prompt_routing, set_budget
+from llava.model.routing import attach_routing, prompt_routing, set_skip_rate
 from llava.model.speculative import generate_lossless
 from llava.model.text_only import make_text_only_safe
 from llava.model.token_pruners import PRUNERS
@@ -161,7 +161,7 @@ def test_lossless_mode_composes(llava, image_prompts, fixed_router) -> None:
     attach_routing(llava, fixed_router(torch.tensor([[1, 0, 1, 0]])), 4, "xavier")
     set_token_pruning(llava, 5)
     inputs = prune_inputs(llava, alone(image_prompts, 1), 5)
-    set_budget(llava, None)
+    set_skip_rate(llava, None)
     expected = generate(llava, inputs, 12).sequences
     options = {"max_new_tokens": 12, "suppress_tokens": [IMAGE_TOKEN]}
     found, report = generate_lossless(llava, **inputs, **options, min_confidence=0.0)

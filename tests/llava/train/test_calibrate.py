@@ -152,7 +152,7 @@ def test_enough_layers_are_ordered_for_the_largest_ratio(routed, sft_dataset, ra
 def test_measurements_calibrate_a_router(routed, sft_dataset) -> None:
     measured = make_measurer(routed, sft_dataset).measure()
     router, report = calibrate_router(load_rule_base("default"), measured, 4, 0.3)
-    assert report["examples"] == NUM_TURNS and router.skip_rate == pytest.approx(0.3)
+    assert report["examples"] == NUM_TURNS and router.target_skip_ratio == pytest.approx(0.3)
 
 
 def test_single_layers_are_measured_on_request_and_calibrate_tables_of_their_own(routed, sft_dataset) -> None:
@@ -166,7 +166,7 @@ def test_single_layers_are_measured_on_request_and_calibrate_tables_of_their_own
         expected = [measurer._losses(batches, skipped) for skipped in ([], [1], [2], [3])]
     np.testing.assert_allclose(measured.layer_losses, torch.stack(expected, dim=1).numpy(), atol=1e-6)
     router, _ = calibrate_layers(load_rule_base("default"), measured, 4, 0.3)
-    assert router.skip_rate == pytest.approx(0.3)
+    assert router.target_skip_ratio == pytest.approx(0.3)
 
 
 def test_measuring_leaves_the_model_as_it_was(routed, sft_dataset) -> None:

@@ -58,11 +58,11 @@ def test_roe_is_given_budgets_and_keeps_its_trained_point(tiny: Tiny, tmp_path: 
     assert summary["calibration"]["samples"] == 16 and summary["calibration"]["passes"] == 16 * 14
     model = load_checkpoint(tmp_path / "r").model
     router = find_decoder(model).router
-    assert isinstance(router, LinearRouter) and router.offset == 0 and router.max_skip_rate >= 0.5
+    assert isinstance(router, LinearRouter) and router.offset == 0 and router.max_skip_ratio >= 0.5
     assert [list(pair) for pair in router.budgets] == [pytest.approx(pair) for pair in table]
-    router.set_budget(0.5)
+    router.set_skip_rate(0.5)
     assert router.offset != 0
-    router.reset_budget()
+    router.reset_target()
     assert router.offset == 0
 
 

@@ -20,7 +20,7 @@ from llava.conversation import get_template
 from llava.eval.generation import Generator, make_message
 from llava.eval.generation_options import GenerationOptions
 from llava.model.builder import load_checkpoint
-from llava.model.routing import set_budget
+from llava.model.routing import set_skip_rate
 from llava.train.stages import PARTS
 from tiny_training import Tiny
 
@@ -172,7 +172,7 @@ def test_every_output_loads_and_answers_at_every_budget(trained: Path, name: str
     generator = Generator(checkpoint, get_template("digits"))
     messages = [make_message("Which digit?", [Image.new("RGB", (32, 32))]), make_message("Two plus two?", [])]
     for skip_rate in (None, 0.0, 0.25, 0.5):
-        set_budget(checkpoint.model, skip_rate)
+        set_skip_rate(checkpoint.model, skip_rate)
         batch = generator.generate(messages, GenerationOptions(max_new_tokens=3))
         assert len(batch.texts) == 2 and (skip_rate or batch.kept_layers.all())
     saved = load_file(trained / f"{name}.gathered.safetensors")
