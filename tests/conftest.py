@@ -67,7 +67,7 @@ def build_llava() -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**TEXT_SIZES),
-        image_token_index=IMAGE_TOKEN_ID,
+        image_token_id=IMAGE_TOKEN_ID,
         image_seq_length=16,
         tie_word_embeddings=False,
     )

@@ -86,7 +86,7 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
     from llava.conversation import get_template
     from llava.data.lengths import LengthMeter
     from llava.image_tokens import count_image_tokens
-    from llava.model.checkpoints.reading import read_text_side
+    from llava.model.checkpoints.reading import read_config_and_tokenizer
     from llava.model.checkpoints.vision import VisionSettings
 
     if version is None:
@@ -94,9 +94,9 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
             "--model measures rendered conversations; name their template.", param_hint="--version"
         )
     settings = None if vision_tower is None else VisionSettings(vision_tower)
-    config, tokenizer = read_text_side(model, settings)
+    config, tokenizer = read_config_and_tokenizer(model, settings)
     template, num_image_tokens = get_template(version), count_image_tokens(config)
-    return LengthMeter(tokenizer, template, num_image_tokens, config.image_token_index, max_length)
+    return LengthMeter(tokenizer, template, num_image_tokens, config.image_token_id, max_length)
 
 
 def _print_report(console: Console, report: DataReport) -> None:

@@ -31,7 +31,7 @@ def estimate_command(
     from pathlib import Path
 
     from llava.cli.terminal import make_table, open_console
-    from llava.model.checkpoints.reading import read_text_side
+    from llava.model.checkpoints.reading import read_config_and_tokenizer
     from llava.train.memory import GIB, Workload, estimate_memory, llava_config, what_fits
 
     if gpu_mem <= 0:
@@ -39,7 +39,7 @@ def estimate_command(
     workload = Workload(
         stage, gpus, sharding, batch, length, adapter_hidden_dim, gradient_checkpointing, lora_rank=lora_r
     )
-    config = read_text_side(model)[0] if Path(model).is_dir() else llava_config(model)
+    config = read_config_and_tokenizer(model)[0] if Path(model).is_dir() else llava_config(model)
     estimate = estimate_memory(config, workload)
     gpu_bytes = int(gpu_mem * GIB)
     rows = [*estimate.per_gpu.items(), ("total", estimate.total), ("available", gpu_bytes)]

@@ -76,7 +76,7 @@ def explain_question(
     router = _find_router(checkpoint)
     set_skip_rate(model, float(router.target_skip_ratio) if skip_rate is None else skip_rate)
     inputs = _encode(checkpoint, question, image, template)
-    routing = prompt_routing(image_token_id=model.config.image_token_index, **inputs)
+    routing = prompt_routing(image_token_id=model.config.image_token_id, **inputs)
     model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
     raw_features = compute_features(routing.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()
@@ -113,7 +113,7 @@ def _encode(checkpoint: Checkpoint, question: str, image: str | Path | None, tem
     conversation.append_message(conversation.roles[0], text)
     conversation.append_message(conversation.roles[1], None)
     config = model.config
-    ids, _ = encode_prompt(conversation, checkpoint.tokenizer, count_image_tokens(config), config.image_token_index)
+    ids, _ = encode_prompt(conversation, checkpoint.tokenizer, count_image_tokens(config), config.image_token_id)
     input_ids = torch.tensor([ids], device=model.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if image is not None:

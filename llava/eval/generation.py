@@ -187,7 +187,7 @@ class Generator:
         conversation = self.template.copy()
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
-        image_token = self.model.config.image_token_index
+        image_token = self.model.config.image_token_id
         return encode_prompt(conversation, self.tokenizer, self.num_image_tokens, image_token)[0]
 
     def _without_padding(self, row: list[int]) -> list[int]:

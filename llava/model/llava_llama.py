@@ -22,7 +22,7 @@ from llava.model.answer_view import drop_prompts, show_answers_only
 from llava.model.image_inputs import match_images, stack_images
 from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
 from llava.model.routing import refuse_skip_rate_if_dense
-from llava.model.vision_tower_view import VisionTowerView
+from llava.model.vision_tower_facade import VisionTowerFacade
 
 _NOT_GIVEN: Any = object()
 """Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
@@ -183,9 +183,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         """The model without its output head."""
         return self.model
 
-    def get_vision_tower(self) -> VisionTowerView:
+    def get_vision_tower(self) -> VisionTowerFacade:
         """The vision tower under LLaVA's names."""
-        return VisionTowerView(self, self.image_processor)
+        return VisionTowerFacade(self, self.image_processor)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Features that the decoder reads: (images, 3, H, W) to (images, patches, D)."""
@@ -223,7 +223,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             input_ids,
             attention_mask,
             [count * num_positions for count in num_views],
-            self.config.image_token_index,
+            self.config.image_token_id,
             padding_id,
             bool((~attention_mask[:, 0]).any()) if is_padded_left is None else is_padded_left,
             labels,
@@ -262,7 +262,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixel_values is not None and input_ids is not None and expand_size > 1:
-            counts = images_per_row(input_ids, self.config.image_token_index, len(pixel_values))
+            counts = images_per_row(input_ids, self.config.image_token_id, len(pixel_values))
             rows = pixel_values.split(counts)
             options["pixel_values"] = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
         return repeated, options

@@ -59,7 +59,7 @@ def plan_prompts(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]
             "The model does not plan ahead: its routing is off, absent, or decides at each layer. Let generate decide."
         )
     input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
-    routing = prompt_routing(input_ids, mask, model.config.image_token_index, pixel_values)
+    routing = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
     states = embed_prompts(model.model, input_ids, pixel_values, routing)
     find_decoder(model).router.plan(states, routing)
     keep, is_token = routing.decisions(), mask.bool()

@@ -140,7 +140,7 @@ def _describe_prompt(llava_model: Any, args: tuple, kwargs: dict[str, Any]) -> t
     if is_silent or routing is not None or has_started(kwargs.get("past_key_values")):
         return args, kwargs
     if input_ids is not None:
-        image_token_id, pixel_values = llava_model.config.image_token_index, kwargs.get("pixel_values")
+        image_token_id, pixel_values = llava_model.config.image_token_id, kwargs.get("pixel_values")
         state = prompt_routing(input_ids, attention_mask, image_token_id, pixel_values, num_drafted)
     elif skip_rate is None:
         return args, kwargs

@@ -90,8 +90,8 @@ def embed_prompts(
     else:
         features = _prune(encode_images(llava_model, pixel_values, **options), lengths, get_pruner(config.token_pruner))
     if routing is not None and len(set(lengths)) > 1:
-        routing.images_per_row = first_positions(input_ids, config.image_token_index).sum(dim=1)
-    is_image = (input_ids == config.image_token_index).unsqueeze(-1)
+        routing.images_per_row = first_positions(input_ids, config.image_token_id).sum(dim=1)
+    is_image = (input_ids == config.image_token_id).unsqueeze(-1)
     return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
 
@@ -165,7 +165,7 @@ def prune_inputs(
     if padding is None:
         padding = getattr(config, "pad_token_id", None)
     return shorten_images(
-        inputs, config.image_token_index, count_image_features(config), num_kept, 0 if padding is None else padding
+        inputs, config.image_token_id, count_image_features(config), num_kept, 0 if padding is None else padding
     )
 
 
@@ -195,11 +195,11 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
         name = "no router" if router is None else f"a {type(router).__name__}"
         raise ValueError(f"The model has {name}, which gives no scores; plan with a fuzzy router.")
     config, input_ids, pixel_values = model.config, inputs["input_ids"], inputs["pixel_values"]
-    routing = prompt_routing(input_ids, inputs.get("attention_mask"), config.image_token_index, pixel_values)
+    routing = prompt_routing(input_ids, inputs.get("attention_mask"), config.image_token_id, pixel_values)
     router.plan(embed_prompts(model.model, input_ids, pixel_values, routing), routing)
     percentiles = router.percentiles(routing.scores)[:, 0]  # (B,)
     level = (percentiles * len(counts)).long().clamp(max=len(counts) - 1)
-    images_per_row = (input_ids == config.image_token_index).sum(dim=1) // count_image_features(config)
+    images_per_row = (input_ids == config.image_token_id).sum(dim=1) // count_image_features(config)
     return torch.tensor(list(counts), device=level.device)[level].repeat_interleave(images_per_row.to(level.device))
 
 
@@ -215,7 +215,7 @@ def _pruning_class(base: type[LlavaModel]) -> type[LlavaModel]:
 def _lengths(config: Any, input_ids: Tensor, pixel_values: Tensor) -> list[int]:
     """Positions of each image, none of which has more than features."""
     num_features = count_image_features(config)
-    lengths = image_lengths(input_ids, config.image_token_index, len(pixel_values))
+    lengths = image_lengths(input_ids, config.image_token_id, len(pixel_values))
     if max(lengths) > num_features:
         raise ValueError(
             f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to {num_features} or "

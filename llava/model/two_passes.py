@@ -98,7 +98,7 @@ def prefill_and_plan(
     """Run the full model over the prompt while the router plans on it; give logits and kept layers, (L,) bool."""
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     mask, pixel_values = inputs.get("attention_mask"), inputs.get("pixel_values")
-    prompt = prompt_routing(input_ids, mask, model.config.image_token_index, pixel_values)
+    prompt = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
     routing = ObservedRouting(**{field.name: getattr(prompt, field.name) for field in fields(prompt) if field.init})
     routing.skip_rate = skip_rate
     logits = model(**inputs, routing=routing).logits

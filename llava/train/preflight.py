@@ -19,7 +19,7 @@ from llava.data.records import RecordFile
 from llava.image_tokens import count_image_tokens
 from llava.model.checkpoints.layout import LANGUAGE_MODELS, is_language_model, read_config_dict
 from llava.model.checkpoints.projector import PROJECTOR_NAMES, read_projector
-from llava.model.checkpoints.reading import read_text_side
+from llava.model.checkpoints.reading import read_config_and_tokenizer
 from llava.train.arguments import (
     DEFAULT_PLAN_ROUTER,
     DEFAULT_RULE_BASE,
@@ -30,11 +30,11 @@ from llava.train.arguments import (
     stage_of,
 )
 from llava.train.hard_skip import check_hard_skip
+from llava.train.load_model import check_agreement, vision_settings
 from llava.train.lora import import_peft
 from llava.train.quantized import check_quantized
 from llava.train.roe_preflight import check_roe
 from llava.train.stages import Stage, StageInputError
-from llava.train.start import check_agreement, vision_settings
 from llava.train.step_checkpoint import describe_run, find_resume, partial_folder
 from llava.train.task_targets import check_task_targets, parse_task_targets
 from llava.train.unused_flags import check_unused
@@ -176,10 +176,10 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict, list[P
                 f"{path} is a language model, stage {stage.name} routes a LLaVA checkpoint; run the stages pretrain "
                 "and dense first, or name a LLaVA checkpoint."
             )
-        text_side = read_text_side(path, vision_settings(model_args))[0]
+        text_side = read_config_and_tokenizer(path, vision_settings(model_args))[0]
     elif config.get("model_type") in LLAVA_TYPES:
         check_agreement(config, model_args)
-        text_side = read_text_side(path)[0]
+        text_side = read_config_and_tokenizer(path)[0]
     else:
         raise StageInputError(
             f"{path} is a model of type {config.get('model_type')}; {', '.join((*LLAVA_TYPES, *LANGUAGE_MODELS))} can "
@@ -299,12 +299,12 @@ def _check_records(model_args: ModelArguments, data_args: DataArguments, trainin
     """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
     is_composed = is_language_model(read_config_dict(model_args.model_name_or_path))
     settings = vision_settings(model_args) if is_composed else None
-    config, tokenizer = read_text_side(model_args.model_name_or_path, settings)
+    config, tokenizer = read_config_and_tokenizer(model_args.model_name_or_path, settings)
     meter = LengthMeter(
         tokenizer,
         get_template(model_args.version),
         count_image_tokens(config),
-        config.image_token_index,
+        config.image_token_id,
         training_args.model_max_length,
     )
     report = check_data(

@@ -73,7 +73,7 @@ def refit(
         per_layer,
         routing_args.budget_samples,
     )
-    image_token = checkpoint.model.config.image_token_index
+    image_token = checkpoint.model.config.image_token_id
     dataset, device = trainer.train_dataset, trainer.args.device
     measurer = Measurer(
         engine, dataset, trainer.data_collator, image_token, num_layers, size, device, trainer.args.seed, say

@@ -21,7 +21,7 @@ from llava.data.dataset import SFTDataset
 from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint
 from llava.model.routing import attach_routing
-from llava.model.text_only import make_text_only_safe
+from llava.model.zero3_text_batches import make_text_batches_safe
 from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
     DEFAULT_COMPAT,
@@ -39,6 +39,7 @@ from llava.train.checkpoint import save_stage, write_json, write_model
 from llava.train.engine import describe_engine, init_engine_communication
 from llava.train.forecast import Forecast
 from llava.train.hard_skip import ZeroMissingGradients, prepare_hard_skip
+from llava.train.load_model import load_model
 from llava.train.lora import add_lora
 from llava.train.loss_guard import LossGuard
 from llava.train.movement import MovementCheck
@@ -50,7 +51,6 @@ from llava.train.rehearsal import rehearse_save
 from llava.train.roe_routing import RelaxedRouting, RoEObjective
 from llava.train.routing_metrics import RoutingMeter, Throughput
 from llava.train.stages import PARTS, Stage
-from llava.train.start import load_start
 from llava.train.step_checkpoint import StepSaving, describe_run, find_resume, partial_folder, read_facts, step_of
 from llava.train.task_targets import TaskTargets, parse_task_targets
 from llava.train.trainer import LlavaTrainer
@@ -83,7 +83,7 @@ def run_stage(
     described = describe_run(model_args, data_args, routing_args, training_args)
     resumed = _begin_folder(partial, described, training_args)
     dtype = torch_dtype(training_args)
-    checkpoint = load_start(model_args, dtype, training_args.seed, **loading_options(training_args, dtype))
+    checkpoint = load_model(model_args, dtype, training_args.seed, **loading_options(training_args, dtype))
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
     if stage.routing != "off" and checkpoint.routing is None:
         _attach_new_router(checkpoint, stage, routing_args)
@@ -92,7 +92,7 @@ def run_stage(
     if "lora" in stage.trains:
         rank, alpha, dropout = training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout
         add_lora(checkpoint.model, rank, alpha, dropout)
-    make_text_only_safe(checkpoint.model)
+    make_text_batches_safe(checkpoint.model)
     if routing_args.train_hard_skip:
         prepare_hard_skip(checkpoint.model, training_args)
     trained = freeze_all_but(checkpoint.model, stage)
@@ -200,7 +200,7 @@ def _build_trainer(
         checkpoint.image_processor,
         model_args.version,
         count_image_tokens(config),
-        config.image_token_index,
+        config.image_token_id,
         training_args.model_max_length,
         data_args.image_aspect_ratio,
     )
@@ -209,9 +209,9 @@ def _build_trainer(
     forecast = Forecast(checkpoint.model) if routing_args.adapter_objective == "forecast" else None
     if stage.routing == "plan" and routing_args.skip_pattern == "random":
         num_layers = config.text_config.num_hidden_layers
-        routing = RandomRouting(config.image_token_index, num_layers, routing_args.max_skip_ratio, mode)
+        routing = RandomRouting(config.image_token_id, num_layers, routing_args.max_skip_ratio, mode)
     elif stage.routing == "plan" and routing_args.adapter_objective == "answers":
-        budgets = (config.image_token_index, routing_args.max_skip_ratio, routing_args.dense_ratio)
+        budgets = (config.image_token_id, routing_args.max_skip_ratio, routing_args.dense_ratio)
         targets = _task_targets(dataset, routing_args)
         if routing_args.anneal_softness > 0:
             routing = AnnealedRouting(*budgets, routing_args.anneal_softness, targets)
@@ -225,7 +225,7 @@ def _build_trainer(
     if stage.routing == "relaxed":
         compat, skip_ratio = find_decoder(checkpoint.model).router.compat, routing_args.skip_ratio
         num_layers = config.text_config.num_hidden_layers
-        routing = RelaxedRouting(config.image_token_index, num_layers, stage.span, skip_ratio, compat)
+        routing = RelaxedRouting(config.image_token_id, num_layers, stage.span, skip_ratio, compat)
         objective = RoEObjective(skip_ratio, compat.damping, routing_args.skip_loss_weight)
         callbacks.append(routing)
     observers = _build_observers(checkpoint, dataset, stage, training_args)

@@ -59,11 +59,11 @@ def _batches(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: 
         checkpoint.image_processor,
         "digits",
         count_image_tokens(config),
-        config.image_token_index,
+        config.image_token_id,
         MAX_LENGTH,
         config.image_aspect_ratio,
     )
     asked = Subset(dataset, [places[record["id"]] for record in questions])
     for batch in DataLoader(asked, BATCH_SIZE, collate_fn=SFTCollator(checkpoint.tokenizer.pad_token_id)):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        yield LabelledBatch(inputs, batch["labels"], describe_batch(batch, config.image_token_index, "hard"))
+        yield LabelledBatch(inputs, batch["labels"], describe_batch(batch, config.image_token_id, "hard"))

@@ -178,7 +178,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     from fuzzyroe.rules import load_rule_base
     from llava.model.builder import load_checkpoint
     from llava.model.routing import attach_routing
-    from llava.model.text_only import make_text_only_safe
+    from llava.model.zero3_text_batches import make_text_batches_safe
     from llava.train.hard_skip import prepare_hard_skip
     from llava.train.param_groups import freeze_all_but
     from llava.train.stages import PARTS, STAGES
@@ -188,7 +188,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     model = load_checkpoint(folder).model
     if mode != "dense":
         attach_routing(model, FuzzyRouter(load_rule_base("default"), shape.layers), shape.width // ADAPTER_SHARE)
-    make_text_only_safe(model)
+    make_text_batches_safe(model)
     if mode == "hard":
         prepare_hard_skip(model, args)
     freeze_all_but(model, stage)
@@ -196,7 +196,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     trainer = LlavaTrainer(
         stage=stage,
         learning_rates=dict.fromkeys(PARTS, 1e-4),
-        batch_routing=None if mode == "dense" else ForcedPlans(mode, model.config.image_token_index, keep),
+        batch_routing=None if mode == "dense" else ForcedPlans(mode, model.config.image_token_id, keep),
         model=model,
         args=args,
         train_dataset=[{}] * 1024,  # steps are taken by hand, on one batch

@@ -74,7 +74,7 @@ def make_measurer(
     from llava.image_tokens import count_image_tokens
     from llava.model.builder import load_checkpoint
     from llava.model.routing import attach_routing
-    from llava.model.text_only import make_text_only_safe
+    from llava.model.zero3_text_batches import make_text_batches_safe
     from llava.train.calibrate import CalibrationSize, Measurer
 
     seed = options.pop("seed", 0)
@@ -82,8 +82,8 @@ def make_measurer(
     network, config = checkpoint.model.eval(), checkpoint.model.config
     if checkpoint.routing is None:  # adapters of an unrouted model are the identity
         attach_routing(network, FuzzyRouter(load_rule_base("default"), config.text_config.num_hidden_layers), 1)
-    make_text_only_safe(network)
-    image_places = count_image_tokens(config), config.image_token_index
+    make_text_batches_safe(network)
+    image_places = count_image_tokens(config), config.image_token_id
     dataset = SFTDataset(
         str(records),
         str(images),
@@ -99,7 +99,7 @@ def make_measurer(
         network,
         dataset,
         SFTCollator(checkpoint.tokenizer.pad_token_id),
-        config.image_token_index,
+        config.image_token_id,
         config.text_config.num_hidden_layers,
         size,
         torch.device("cpu"),

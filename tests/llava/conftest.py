@@ -66,7 +66,7 @@ def reading_llava(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tiny_llava.resize_token_embeddings(len(bpe_tokenizer), mean_resizing=False)
-    tiny_llava.config.image_token_index = bpe_tokenizer.convert_tokens_to_ids("<image>")
+    tiny_llava.config.image_token_id = bpe_tokenizer.convert_tokens_to_ids("<image>")
     return tiny_llava
 
 

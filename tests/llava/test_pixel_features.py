@@ -52,11 +52,11 @@ def test_prompts_and_training_batches_see_the_same_pixels(model, image_prompts: 
     torch.testing.assert_close(features[:, 0, 1], coding_cost(pixels))
     assert (features[0, 0, :2] > features[1, 0, :2]).all()
 
-    is_image = image_prompts["input_ids"] == model.config.image_token_index
+    is_image = image_prompts["input_ids"] == model.config.image_token_id
     after_image = is_image.flip(1).cumsum(1).flip(1) == 0
     turn_ids = (after_image.long() - (image_prompts["attention_mask"] == 0).long()).clamp(min=-1)
     batch = {**image_prompts, "labels": torch.full_like(turn_ids, IGNORE_INDEX), "turn_ids": turn_ids}
-    state = describe_batch(batch, model.config.image_token_index)
+    state = describe_batch(batch, model.config.image_token_id)
     torch.testing.assert_close(planned_features(model, image_prompts, routing=state), features)
 
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_is_measured_by_its_own_plans(tiny_llava) -> None:
     prompts = []
     for length in range(3, 9):
         text = torch.randint(3, 90, (1, length), generator=generator)
-        ids = torch.cat([torch.full((1, 16), tiny_llava.config.image_token_index), text], dim=1)
+        ids = torch.cat([torch.full((1, 16), tiny_llava.config.image_token_id), text], dim=1)
         pixels = torch.randn(1, 3, 32, 32, generator=generator)
         prompts.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels})
     found = checkpoint.measure_prompts(tiny_llava, prompts, 0.4, 2)

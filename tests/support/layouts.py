@@ -118,7 +118,7 @@ def build_parts(folder: Path) -> Parts:
     config = LlavaConfig(
         text_config=LlamaConfig(vocab_size=vocab_size + 1, **TEXT),
         vision_config=CLIPVisionConfig(**VISION),
-        image_token_index=vocab_size,
+        image_token_id=vocab_size,
         image_seq_length=NUM_PATCHES,
         tie_word_embeddings=False,
     )

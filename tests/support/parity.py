@@ -49,7 +49,7 @@ def stock_logits(
         image_processor: Its vision tower's.
         side: Side of the padding, "left" or "right".
     """
-    image_id, rows = reference.config.image_token_index, []
+    image_id, rows = reference.config.image_token_id, []
     for text, _ in PROMPTS.values():
         ids = [[number] for number in tokenizer_image_token(text, tokenizer)]
         rows.append([n for one in ids for n in ([image_id] * NUM_PATCHES if one[0] == IMAGE_TOKEN_INDEX else one)])

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train.arguments import LlavaTrainingArguments, ModelArguments
 from llava.train.engine import init_engine_communication
-from llava.train.start import load_start
+from llava.train.load_model import load_model
 from zero3_cases import gather_all
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     init_engine_communication()
     for case in cases:
         name = case.pop("name")
-        model = load_start(ModelArguments(**case), torch.float32, seed=0).model
+        model = load_model(ModelArguments(**case), torch.float32, seed=0).model
         sharded = [hasattr(parameter, "ds_id") for name, parameter in model.named_parameters() if "adapter" not in name]
         assert all(sharded) and distributed.get_world_size() == 2 and arguments.deepspeed
         tensors = gather_all(model)

@@ -189,7 +189,7 @@ def _describe(backbone: Backbone) -> dict[str, Any]:
     config = backbone.config
     text = {key: value for key, value in config.text_config.to_dict().items() if key not in NOT_COMPUTED}
     vision = {f"vision {key}": getattr(config.vision_config, key) for key in VISION_KEYS}
-    keys = ("image_token_index", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
+    keys = ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
     routing = None if backbone.routing is None else {**backbone.routing.config.to_dict(), "base_model": None}
     extra = ("image_aspect_ratio", "num_visual_tokens", "token_pruner")
     return {

@@ -35,7 +35,7 @@ def join_configs(text: Any, vision: CLIPVisionConfig, settings: VisionSettings, 
     config = LlavaConfig(
         text_config=text,
         vision_config=vision,
-        image_token_index=image_token_id,
+        image_token_id=image_token_id,
         projector_hidden_act="gelu",
         vision_feature_layer=settings.select_layer,
         vision_feature_select_strategy=SELECT_FEATURES[settings.select_feature],

@@ -67,7 +67,7 @@ def read_backbone(path: str | Path, model_base: str | None = None) -> Backbone:
     )
 
 
-def read_text_side(
+def read_config_and_tokenizer(
     path: str | Path, settings: VisionSettings | None = None, model_base: str | None = None
 ) -> tuple[LlavaConfig, Any]:
     """Configuration and tokenizer of a LLaVA, or of the LLaVA that a language model will become; no weights are read.

@@ -29,7 +29,7 @@ def original_vocab_size(config: Any, tokenizer: Any) -> int:
     Returns:
         The image token's id if only special tokens, which serve transformers alone, have ids behind it; else all.
     """
-    first = config.image_token_index
+    first = config.image_token_id
     behind = {token: number for token, number in tokenizer.get_vocab().items() if number >= first}
     if set(behind) <= set(tokenizer.get_added_vocab()):
         return first

@@ -75,7 +75,7 @@ def _build(shape: Shape) -> tuple[LlavaLlamaForCausalLM, Replayed]:
         vocab_size=shape.vocabulary,
         pad_token_id=0,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=576)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=576)
     model = LlavaLlamaForCausalLM.adopt(LlavaForConditionalGeneration(config).eval())
     router = Replayed(FuzzyRouter(load_rule_base("default"), shape.layers), shape.layers)
     attach_routing(model, router, shape.adapter, "xavier")

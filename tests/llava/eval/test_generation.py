@@ -104,7 +104,7 @@ def test_sampling_and_greedy_need_no_other_settings_of_the_model(
 
 def test_prompts_hold_the_images_where_training_has_them(generator: Generator, images: list[Image.Image]) -> None:
     inputs = generator.encode([make_message("w1 ?", images[:2]), make_message("w2 ?", [])])
-    image_token = generator.model.config.image_token_index
+    image_token = generator.model.config.image_token_id
     words = generator.tokenizer.convert_ids_to_tokens
     first, second = inputs["input_ids"].tolist()
     assert words(first[:3]) == ["<s>", "USER", ":"]

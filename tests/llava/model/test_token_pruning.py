@@ -18,10 +18,10 @@ from llava.image_tokens import count_image_features, count_image_tokens
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing, prompt_routing, set_skip_rate
 from llava.model.speculative import generate_lossless
-from llava.model.text_only import make_text_only_safe
 from llava.model.token_pruners import PRUNERS
 from llava.model.token_pruning import plan_visual_tokens, prune_inputs, set_token_pruning
 from llava.model.visual_tokens import encode_images
+from llava.model.zero3_text_batches import make_text_batches_safe
 
 IMAGE_TOKEN = 95
 PRUNER_NAMES = list(PRUNERS)
@@ -191,7 +191,7 @@ def training_batch(image_prompts) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("is_safe", [False, True])
 def test_training_learns_through_pruned_images_under_soft_routing(llava, training_batch, pruner, is_safe) -> None:
     if is_safe:
-        make_text_only_safe(llava)
+        make_text_batches_safe(llava)
     attach_routing(llava, _Watching(), 4, "xavier")
     set_token_pruning(llava, 5, pruner)
     batch = prune_inputs(llava, training_batch, 5)

@@ -16,7 +16,7 @@ from fuzzyroe.features import FEATURES
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.collator import SFTCollator
-from llava.model.text_only import make_text_only_safe
+from llava.model.zero3_text_batches import make_text_batches_safe
 from llava.train.calibrate import CalibrationSize, Measurer, answered_turns, turn_losses
 
 NUM_TURNS = 9  # of all records together
@@ -26,7 +26,7 @@ SIZE = CalibrationSize(order_samples=4, loss_samples=6, score_samples=6, batch_s
 @pytest.fixture
 def routed(reading_llava: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     attach(reading_llava, 4, "xavier")
-    make_text_only_safe(reading_llava)
+    make_text_batches_safe(reading_llava)
     return reading_llava
 
 

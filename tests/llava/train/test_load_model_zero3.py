@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from launching import ROOT, Launch
 from layouts import build_parts, write_hub, write_original, write_original_lora, write_projector_only
 from llava.train.arguments import ModelArguments
-from llava.train.start import load_start
+from llava.train.load_model import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_every_layout_is_loaded_onto_two_ranks_as_onto_one(tmp_path: Path) -> No
     assert code == 0, output[-6000:]
     for case in cases:
         name = case.pop("name")
-        alone = load_start(ModelArguments(**case), torch.float32, seed=0).model.state_dict()
+        alone = load_model(ModelArguments(**case), torch.float32, seed=0).model.state_dict()
         sharded = load_file(tmp_path / f"{name}.safetensors")
         wrong = [key for key, tensor in sharded.items() if not torch.equal(tensor, alone[key])]
         assert sharded.keys() == alone.keys() and not wrong, (name, wrong)

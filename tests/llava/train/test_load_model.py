@@ -9,11 +9,11 @@ import torch
 
 from layouts import Parts, build_parts, original_names, write_original, write_projector_only
 from llava.model.builder import load_checkpoint
-from llava.model.checkpoints.reading import read_text_side
+from llava.model.checkpoints.reading import read_config_and_tokenizer
 from llava.model.checkpoints.vision import VisionSettings
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.arguments import ModelArguments
-from llava.train.start import load_start
+from llava.train.load_model import load_model
 from roe_checkpoint import write_roe
 
 
@@ -25,7 +25,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 def start(model: Path, seed: int = 0, **flags: object) -> LlavaLlamaForCausalLM:
     """The model that a stage starts from."""
-    checkpoint = load_start(ModelArguments(model_name_or_path=str(model), **flags), torch.float32, seed)
+    checkpoint = load_model(ModelArguments(model_name_or_path=str(model), **flags), torch.float32, seed)
     assert isinstance(checkpoint.model, LlavaLlamaForCausalLM) and checkpoint.weights_path == str(model)
     return checkpoint.model
 
@@ -68,19 +68,19 @@ def test_a_pretrained_projector_takes_its_place(parts: Parts, tmp_path: Path) ->
 def test_the_text_side_is_that_of_the_model_without_its_weights(parts: Parts, tmp_path: Path, layout: str) -> None:
     if layout == "original":
         write_original(parts, tmp_path / "foo", "llava", "bin", 1, True)
-        config, tokenizer = read_text_side(tmp_path / "foo")
+        config, tokenizer = read_config_and_tokenizer(tmp_path / "foo")
         (tmp_path / "foo" / "pytorch_model.bin").rename(tmp_path / "weights")
         with pytest.raises(ValueError, match="holds no weights"):
-            read_text_side(tmp_path / "foo")
+            read_config_and_tokenizer(tmp_path / "foo")
         (tmp_path / "weights").rename(tmp_path / "foo" / "pytorch_model.bin")
         model = load_checkpoint(tmp_path / "foo").model
     else:
-        config, tokenizer = read_text_side(parts.vicuna, VisionSettings(str(parts.tower)))
+        config, tokenizer = read_config_and_tokenizer(parts.vicuna, VisionSettings(str(parts.tower)))
         model = start(parts.vicuna, vision_tower=str(parts.tower))
         with pytest.raises(ValueError, match="a CLIP checkpoint must be named as its vision tower"):
-            read_text_side(parts.vicuna)
+            read_config_and_tokenizer(parts.vicuna)
     assert config.text_config.to_dict() | {"dtype": 0} == model.config.text_config.to_dict() | {"dtype": 0}
-    assert config.image_token_index == model.config.image_token_index == parts.vocab_size
+    assert config.image_token_id == model.config.image_token_id == parts.vocab_size
     assert tokenizer("Read it.").input_ids[0] == 1
 
 

@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach
 from fuzzyroe.routing_state import RoutingState
-from llava.model.text_only import make_text_only_safe
+from llava.model.zero3_text_batches import make_text_batches_safe
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 9, 8, 7, 2, 0]])
 LABELS = torch.tensor([[-100, -100, 6, 7, 8, 2], [-100, -100, 8, 7, 2, -100]])
@@ -27,7 +27,7 @@ def test_a_text_only_training_batch_has_the_loss_of_the_stock_model(tiny_llava: 
     expected = tiny_llava(**BATCH)
     runs = count_tower_runs(tiny_llava)
     names = list(tiny_llava.state_dict())
-    make_text_only_safe(tiny_llava)
+    make_text_batches_safe(tiny_llava)
     found = tiny_llava(**BATCH)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
     assert runs == [1] and list(tiny_llava.state_dict()) == names
@@ -38,7 +38,7 @@ def test_every_parameter_of_the_projector_has_a_gradient_of_zero(tiny_llava: Lla
     tiny_llava(**BATCH).loss.backward()
     expected = {name: p.grad.clone() for name, p in tiny_llava.named_parameters() if p.grad is not None}
     tiny_llava.zero_grad(set_to_none=True)
-    make_text_only_safe(tiny_llava)
+    make_text_batches_safe(tiny_llava)
     tiny_llava(**BATCH).loss.backward()
     projector = dict(tiny_llava.model.multi_modal_projector.named_parameters())
     assert projector
@@ -51,7 +51,7 @@ def test_every_parameter_of_the_projector_has_a_gradient_of_zero(tiny_llava: Lla
 def test_large_image_features_do_not_turn_the_loss_into_nan(tiny_llava: LlavaForConditionalGeneration) -> None:
     tiny_llava.train()
     expected = tiny_llava(**BATCH).loss
-    make_text_only_safe(tiny_llava)
+    make_text_batches_safe(tiny_llava)
     with torch.no_grad():  # each feature is finite, their sum is not: in float16 this happens from about 65,504 on
         tiny_llava.model.multi_modal_projector.linear_2.bias.fill_(2e38)
     assert torch.equal(tiny_llava(**BATCH).loss, expected)
@@ -59,7 +59,7 @@ def test_large_image_features_do_not_turn_the_loss_into_nan(tiny_llava: LlavaFor
 
 def test_soft_routing_runs_the_tower_outside_training_too(tiny_llava: LlavaForConditionalGeneration) -> None:
     attach(tiny_llava, 4)
-    make_text_only_safe(tiny_llava)
+    make_text_batches_safe(tiny_llava)
     runs = count_tower_runs(tiny_llava)
     state = RoutingState.forced(torch.ones(2, 4), MASK, mode="soft")
     tiny_llava(**BATCH, routing=state)
@@ -75,7 +75,7 @@ def test_image_batches_and_inference_are_left_alone(
     tiny_llava.train(is_training)
     runs = count_tower_runs(tiny_llava)
     expected = tiny_llava(**image_prompts).logits
-    make_text_only_safe(tiny_llava)
+    make_text_batches_safe(tiny_llava)
     assert torch.equal(tiny_llava(**image_prompts).logits, expected)
     assert runs == [1, 1]
     tiny_llava.eval()(**BATCH)

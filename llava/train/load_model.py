@@ -19,7 +19,7 @@ from llava.train.engine import assign_parameters
 DEFAULT_VISION = VisionSettings("")
 
 
-def load_start(model_args: ModelArguments, dtype: torch.dtype, seed: int, **options: Any) -> Checkpoint:
+def load_model(model_args: ModelArguments, dtype: torch.dtype, seed: int, **options: Any) -> Checkpoint:
     """Load or put together the model a stage starts from; call on all ranks.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
 
-class TextOnlySafeLlavaModel(LlavaModel):
+class TextBatchSafeLlavaModel(LlavaModel):
     """``LlavaModel`` whose soft-routed and training forward always passes through vision tower and projector.
 
     A batch without images gets one blank image whose features are multiplied by zero and added to the embeddings: the
@@ -29,6 +29,6 @@ class TextOnlySafeLlavaModel(LlavaModel):
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
 
 
-def make_text_only_safe(model: LlavaForConditionalGeneration) -> None:
+def make_text_batches_safe(model: LlavaForConditionalGeneration) -> None:
     """Swap the class of a loaded model's inner model; names and weights stay."""
-    model.model.__class__ = TextOnlySafeLlavaModel
+    model.model.__class__ = TextBatchSafeLlavaModel

@@ -12,7 +12,7 @@ from llava.image_tokens import count_image_features
 from llava.model.checkpoints.vision import SELECT_FEATURES
 
 
-class VisionTowerView:
+class VisionTowerFacade:
     """A loaded model's vision tower; what is not named here is the tower module's own (``parameters``, ``to``, ...).
 
     Args:
