@@ -1,26 +1,37 @@
-"""Task-complexity features: what the rules know of an example before the first decoder layer runs.
+"""Task-complexity features: the rules' antecedents, known of an example before the first decoder layer runs.
 
 Positions of an image and of each question are pooled once (``summarise``); every feature is a function of the pooled
 states, or of the pixels. All are computed in float32, per example, from nothing but that example, and lie in [0, 1].
 How a raw feature fills that range is left to calibration (``calibrate.feature_range``), as some vary by little. Only
 features that a rule base names are computed; ``docs/rules.md`` says what each costs and which way it should act.
+
+Pixels come as a CLIP image processor gives them, with a standard deviation of about 1, so full contrast between
+neighbours is about 4. The two statistics of pixels grow with the amount of detail. Each is a handful of elementwise
+passes over one grey image: at 336 x 336 pixels about a millionth of the vision tower's arithmetic.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fuzzyroe import image_statistics
 from fuzzyroe.routing_state import RoutingState
 
 MAX_QUESTION_LENGTH = 512
 """Questions of this many tokens or more have length 1."""
+
+EDGE_STEP = 0.4
+"""A brightness step of a tenth of full contrast counts as a whole edge, a smaller one in proportion."""
+
+CODING_STEP = 0.05
+"""Differences are coded in steps of this size, about three of an eight-bit image's 256."""
+
+FULL_CONTRAST = 4.0
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,12 @@ def summarise(hidden_states: Tensor, routing: RoutingState, num_turns: int | Non
     states = hidden_states.float()
     if num_turns is None:
         num_turns = max(int(routing.turn_ids.max()), 1)
-    image = routing.image_mask.unsqueeze(1)  # (B, 1, N)
-    if num_turns == 1:
-        question = routing.question_mask.unsqueeze(1)
-    else:
+    question = routing.question_mask.unsqueeze(1)  # (B, 1, N)
+    if num_turns > 1:
         turns = torch.arange(1, num_turns + 1, device=states.device).view(1, -1, 1)
-        question = routing.question_mask.unsqueeze(1) & (routing.turn_ids.unsqueeze(1) == turns)  # (B, T, N)
-    members = torch.cat([image, question], dim=1).float()  # (B, 1 + T, N)
+        question = question & (routing.turn_ids.unsqueeze(1) == turns)  # (B, T, N)
+    # image and questions are pooled by one matrix product, since all states pass through the memory for each
+    members = torch.cat([routing.image_mask.unsqueeze(1), question], dim=1).float()  # (B, 1 + T, N)
     counts = members.sum(dim=-1)  # (B, 1 + T)
     members = members / counts.clamp(min=1).unsqueeze(-1)
     pooled = members @ torch.cat([states, F.normalize(states, dim=-1)], dim=-1)  # (B, 1 + T, 2D)
@@ -87,7 +97,7 @@ def summarise(hidden_states: Tensor, routing: RoutingState, num_turns: int | Non
 
 def image_entropy(summary: Summary) -> Tensor:
     """Entropy of the softmax over the coordinates of the mean image state, divided by log D (FuzzyRoE, batch-free)."""
-    return (_entropy(summary.image_mean).unsqueeze(1) * summary.has_image).expand_as(summary.question_length)
+    return _in_every_turn(_entropy(summary.image_mean).unsqueeze(1) * summary.has_image, summary)
 
 
 def text_entropy(summary: Summary) -> Tensor:
@@ -103,8 +113,7 @@ def cross_modal_similarity(summary: Summary) -> Tensor:
 
 def image_dispersion(summary: Summary) -> Tensor:
     """``1 - |mean of unit states|`` over image positions: 0 if all point one way, near 1 if they scatter."""
-    dispersion = _dispersion(summary.image_direction).unsqueeze(1)
-    return (dispersion * summary.has_image).expand_as(summary.question_length)
+    return _in_every_turn(_dispersion(summary.image_direction).unsqueeze(1) * summary.has_image, summary)
 
 
 def text_dispersion(summary: Summary) -> Tensor:
@@ -118,33 +127,13 @@ def question_length(summary: Summary) -> Tensor:
 
 
 def edge_density(summary: Summary) -> Tensor:
-    """Share of pixels on an edge, mean over the images of a row (``image_statistics.edge_density``)."""
-    return _mean_statistic(summary, image_statistics.edge_density)
+    """Share of pixels on an edge, mean over the images of a row (``edge_share``)."""
+    return _mean_over_images(summary, edge_share)
 
 
 def coding_cost(summary: Summary) -> Tensor:
-    """How badly the images compress, mean over those of a row (``image_statistics.coding_cost``)."""
-    return _mean_statistic(summary, image_statistics.coding_cost)
-
-
-def _mean_statistic(summary: Summary, statistic: Callable[[Tensor], Tensor]) -> Tensor:
-    """A statistic of the pixels for every turn, (B, T); 0 where there is no image or its pixels are unknown."""
-    if summary.pixel_values is None:
-        return torch.zeros_like(summary.question_length)
-    values = statistic(summary.pixel_values.flatten(0, -4)).to(summary.image_length.device)
-    return (
-        image_statistics.mean_over_images(values, summary.image_length).unsqueeze(1).expand_as(summary.question_length)
-    )
-
-
-def _entropy(states: Tensor) -> Tensor:
-    log_probabilities = states.log_softmax(dim=-1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-    return (entropy / math.log(states.shape[-1])).clamp(0, 1)  # rounding passes the ends of the range
-
-
-def _dispersion(directions: Tensor) -> Tensor:
-    return (1 - directions.norm(dim=-1)).clamp(0, 1)
+    """How badly the images compress, mean over those of a row (``code_length``)."""
+    return _mean_over_images(summary, code_length)
 
 
 FEATURES: dict[str, Callable[[Summary], Tensor]] = {
@@ -163,7 +152,7 @@ FEATURES: dict[str, Callable[[Summary], Tensor]] = {
 """Features by name, each from a summary to values in [0, 1], (B, T); the names are antecedents in rule bases."""
 
 
-def compute_features(summary: Summary, names: tuple[str, ...] | list[str]) -> Tensor:
+def compute_features(summary: Summary, names: Sequence[str]) -> Tensor:
     """Compute several features.
 
     Returns:
@@ -176,3 +165,85 @@ def compute_features(summary: Summary, names: tuple[str, ...] | list[str]) -> Te
         if name not in FEATURES:
             raise KeyError(f"Feature '{name}' is unknown; a rule base may use {', '.join(FEATURES)}.")
     return torch.stack([FEATURES[name](summary) for name in names], dim=-1)
+
+
+def edge_share(pixel_values: Tensor) -> Tensor:
+    """Mean over pixels of ``min(1, |gradient| / EDGE_STEP)``: the share of pixels on an edge, soft at weak edges.
+
+    Args:
+        pixel_values: Normalised images, (images, channels, H, W).
+
+    Returns:
+        Values in [0, 1], (images,); nan for an image with a non-finite pixel.
+    """
+    across, down = _pixel_differences(pixel_values)
+    gradient = (across[:, :-1].square() + down[:, :, :-1].square()).sqrt()  # (images, H - 1, W - 1)
+    return (gradient / EDGE_STEP).clamp(max=1).mean(dim=(1, 2))
+
+
+def code_length(pixel_values: Tensor) -> Tensor:
+    """Mean length of a code for each pixel's difference to its left neighbour: how badly the image compresses.
+
+    A difference d costs ``log(1 + |d| / CODING_STEP)``, as lengths of universal codes do; the mean is divided by the
+    cost of ``FULL_CONTRAST``. PNG predicts pixels in the same manner before it compresses.
+
+    Args:
+        pixel_values: Normalised images, (images, channels, H, W).
+
+    Returns:
+        Values in [0, 1], (images,); nan for an image with a non-finite pixel.
+    """
+    across, _ = _pixel_differences(pixel_values)
+    cost = torch.log1p(across.abs() / CODING_STEP).mean(dim=(1, 2))
+    return (cost / math.log1p(FULL_CONTRAST / CODING_STEP)).clamp(max=1)
+
+
+def mean_over_images(values: Tensor, image_tokens: Tensor) -> Tensor:
+    """Average a statistic over the images of each row.
+
+    Images stand in the order of the rows and take equally many positions each, so the positions say whose they are.
+
+    Args:
+        values: One number per image, (images,).
+        image_tokens: Image positions of each row, (B,).
+
+    Returns:
+        Means, (B,); 0 for a row without an image.
+    """
+    ends = image_tokens.cumsum(0)  # (B,)
+    tokens_per_image = ends[-1] / len(values)
+    middles = (torch.arange(len(values), device=values.device) + 0.5) * tokens_per_image  # (images,)
+    is_own = (middles >= (ends - image_tokens).unsqueeze(1)) & (middles < ends.unsqueeze(1))  # (B, images)
+    sums = torch.where(is_own, values, 0.0).sum(dim=1)  # no product: nan of one row stays out of the others
+    return sums / is_own.sum(dim=1).clamp(min=1)
+
+
+def _pixel_differences(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of grey values to the left and the upper neighbour, (images, H, W - 1) and (images, H - 1, W)."""
+    grey = pixel_values.float().mean(dim=1)
+    grey = torch.where(torch.isfinite(grey), grey, torch.nan)  # an infinite pixel must not be cut to a large one
+    return grey.diff(dim=2), grey.diff(dim=1)
+
+
+def _mean_over_images(summary: Summary, statistic: Callable[[Tensor], Tensor]) -> Tensor:
+    """A statistic of the pixels for every turn, (B, T); 0 where there is no image or its pixels are unknown."""
+    if summary.pixel_values is None:
+        return torch.zeros_like(summary.question_length)
+    # a processor may give (B, images, channels, H, W)
+    values = statistic(summary.pixel_values.flatten(0, -4)).to(summary.image_length.device)
+    return _in_every_turn(mean_over_images(values, summary.image_length).unsqueeze(1), summary)
+
+
+def _in_every_turn(values: Tensor, summary: Summary) -> Tensor:
+    """Repeat what is known of an image, (B, 1), for every turn, (B, T)."""
+    return values.expand_as(summary.question_length)
+
+
+def _entropy(states: Tensor) -> Tensor:
+    log_probabilities = states.log_softmax(dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+    return (entropy / math.log(states.shape[-1])).clamp(0, 1)  # rounding passes the ends of the range
+
+
+def _dispersion(directions: Tensor) -> Tensor:
+    return (1 - directions.norm(dim=-1)).clamp(0, 1)

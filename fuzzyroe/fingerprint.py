@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fuzzyroe.image_statistics import mean_over_images
+from fuzzyroe.features import mean_over_images
 from fuzzyroe.routing_state import RoutingState
 
 NUM_COORDINATES = 8

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import find_decoder
-from fuzzyroe.image_statistics import coding_cost, edge_density
+from fuzzyroe.features import code_length, edge_share
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
@@ -48,8 +48,8 @@ def test_prompts_and_training_batches_see_the_same_pixels(model, image_prompts: 
     pixels = image_prompts["pixel_values"]
     pixels[1] *= 0.1  # a plainer image
     features = planned_features(model, image_prompts)
-    torch.testing.assert_close(features[:, 0, 0], edge_density(pixels))
-    torch.testing.assert_close(features[:, 0, 1], coding_cost(pixels))
+    torch.testing.assert_close(features[:, 0, 0], edge_share(pixels))
+    torch.testing.assert_close(features[:, 0, 1], code_length(pixels))
     assert (features[0, 0, :2] > features[1, 0, :2]).all()
 
     is_image = image_prompts["input_ids"] == model.config.image_token_id
@@ -66,4 +66,4 @@ def test_a_prompt_without_an_image_beside_one_with_an_image_has_no_detail(model,
     inputs["pixel_values"] = inputs["pixel_values"][1:]
     features = planned_features(model, inputs)
     assert features[0, 0, :2].tolist() == [0, 0]
-    torch.testing.assert_close(features[1, 0, 0], edge_density(inputs["pixel_values"])[0])
+    torch.testing.assert_close(features[1, 0, 0], edge_share(inputs["pixel_values"])[0])
