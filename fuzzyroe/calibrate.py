@@ -108,7 +108,7 @@ def prepare(rule_base: FuzzyRuleBase, measured: Measurements) -> Prepared:
     prior = prior if prior.is_complete else prior.interpolate()
     # A constant feature contradicts nothing, and a direction that the rules leave open cannot be contradicted.
     flips = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
-    prior = prior.reorient(flips).with_quantile_knots(scale(unlabelled, low, high))
+    prior = prior.flip_direction(flips).with_quantile_knots(scale(unlabelled, low, high))
     return Prepared(prior, targets, low, high, labelled, unlabelled, correlations, flips)
 
 

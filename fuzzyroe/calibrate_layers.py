@@ -9,8 +9,8 @@ import torch
 
 from fuzzyroe.calibrate import TARGET_RANGE, Measurements, prepare, rank_correlation, set_scales
 from fuzzyroe.routers.fuzzy_per_layer import PerLayerFuzzyRouter
-from fuzzyroe.rules.calibration import PRIOR_STRENGTHS, effective_examples, fit_consequents
-from fuzzyroe.rules.isotonic import order_edges
+from fuzzyroe.rules.fitting import PRIOR_STRENGTHS, effective_examples, fit_consequents
+from fuzzyroe.rules.monotone import order_edges
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 
 

@@ -14,7 +14,7 @@ from import_graph import Import, build_graph, find_cycle, find_modules, is_insid
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fuzzyroe", "llava")
-MAX_LINES = 400
+MAX_LINES = 600
 
 MODULES = find_modules(ROOT, PACKAGES)
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
@@ -61,7 +61,7 @@ def allowed_in_the_method(item: Import) -> bool:
     if name in METHOD_LAZILY:
         return item.function is not None or item.type_checking
     if name in ("skfuzzy", "networkx"):  # networkx holds scikit-fuzzy's rules and is imported by it
-        return item.importer == "fuzzyroe.rules.oracle"
+        return item.importer == "fuzzyroe.rules.skfuzzy_bridge"
     if name == "transformers":
         return item.type_checking or (item.importer == "fuzzyroe.cache" and item.reaches("transformers.cache_utils"))
     return False
@@ -104,7 +104,7 @@ def test_llava_imports_go_down_the_levels() -> None:
 
 def test_scikit_fuzzy_is_imported_in_one_file() -> None:
     importers = {item.importer for item in IMPORTS if item.reaches("skfuzzy")}
-    assert importers <= {"fuzzyroe.rules.oracle"}
+    assert importers <= {"fuzzyroe.rules.skfuzzy_bridge"}
 
 
 def test_deepspeed_is_imported_in_one_function() -> None:
@@ -213,10 +213,10 @@ def parse(module: str, source: str, is_package: bool = False) -> list[Import]:
         ("fuzzyroe.loss", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers", True),
         ("fuzzyroe.cache", "from transformers.cache_utils import DynamicLayer", True),
         ("fuzzyroe.cache", "from transformers import DynamicCache", False),
-        ("fuzzyroe.rules.oracle", "import skfuzzy", True),
+        ("fuzzyroe.rules.skfuzzy_bridge", "import skfuzzy", True),
         ("fuzzyroe.features", "import skfuzzy", False),
-        ("fuzzyroe.rules.calibration", "import scipy.optimize", False),
-        ("fuzzyroe.rules.calibration", "def f():\n    import scipy.optimize", True),
+        ("fuzzyroe.rules.fitting", "import scipy.optimize", False),
+        ("fuzzyroe.rules.fitting", "def f():\n    import scipy.optimize", True),
         ("fuzzyroe.features", "from .rules import rule_base", True),
     ],
 )

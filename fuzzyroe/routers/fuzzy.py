@@ -15,8 +15,8 @@ from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base, save_rule_base
-from fuzzyroe.rules.oracle import compile_rule_base
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
+from fuzzyroe.rules.skfuzzy_bridge import compile_rule_base
 
 RULE_BASE_FILE = "rule_base.yaml"
 

@@ -1,14 +1,12 @@
 """Fuzzy rule bases: definition, completion, fitting, inference."""
 
-from fuzzyroe.rules.calibration import RuleReport, effective_examples, fit_consequents
-from fuzzyroe.rules.completion import Disagreement
-from fuzzyroe.rules.consequent import Consequent
 from fuzzyroe.rules.export import to_fcl, to_fis
-from fuzzyroe.rules.inference import ZeroOrderTSK
+from fuzzyroe.rules.fitting import RuleReport, effective_examples, fit_consequents
 from fuzzyroe.rules.interpolation import InterpolationOptions, conclude
-from fuzzyroe.rules.oracle import compile_control_system, compile_rule_base, to_control_system
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
-from fuzzyroe.rules.variable import LinguisticVariable
+from fuzzyroe.rules.skfuzzy_bridge import compile_control_system, compile_rule_base, to_control_system
+from fuzzyroe.rules.tsk import ZeroOrderTSK
+from fuzzyroe.rules.variable import Consequent, LinguisticVariable
 from fuzzyroe.rules.yaml_io import (
     dump_rule_base,
     load_rule_base,
@@ -19,7 +17,6 @@ from fuzzyroe.rules.yaml_io import (
 
 __all__ = [
     "Consequent",
-    "Disagreement",
     "FuzzyRuleBase",
     "InterpolationOptions",
     "LinguisticVariable",

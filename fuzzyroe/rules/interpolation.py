@@ -1,7 +1,14 @@
-"""Fuzzy rule interpolation: what sparse rules conclude from an observation that fires none of them.
+"""Fuzzy rule interpolation: conclusions of sparse rules from observations that fire none of them.
 
-Sets may be singletons, triangles or trapezoids on both sides. This runs when a rule base is built, never in a forward
-pass; there consequents are singletons, of which only the position counts.
+Sets may be singletons, triangles or trapezoids on both sides. Interpolation runs when a rule base is built, never in a
+forward pass. A rule table is completed by observing the terms of each missing cell; its consequents are singletons, of
+which only the position counts.
+
+Reference:
+    Koczy and Hirota, "Approximate reasoning by linear rule interpolation and general approximation", IJAR 9, 1993;
+    Tikk, Joo, Koczy et al., "Stability of interpolative fuzzy KH controllers", FSS 125, 2002 (all rules);
+    Huang and Shen, IEEE TFS 14(2), 2006 (scale and move, two flanking rules); IEEE TFS 16(1), 2008 (several closest
+    rules, extrapolation).
 """
 
 from __future__ import annotations
@@ -9,19 +16,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from fuzzyroe.rules import koczy_hirota, scale_and_move
-from fuzzyroe.rules.fuzzy_set import fuzzy_set, is_valid
-from fuzzyroe.rules.sparse_rules import Shape, SparseRules
+from fuzzyroe.rules.fuzzy_sets import (
+    Shape,
+    Transformation,
+    fuzzy_set,
+    is_valid,
+    representative,
+    transform,
+    transformation_between,
+)
+from fuzzyroe.rules.monotone import project_missing
 
 _CLOSEST = re.compile(r"closest_([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
 class InterpolationOptions:
-    """How an observation without a rule is concluded.
+    """Choice of method and rules for an observation without a rule.
 
     Attributes:
         method: A key of ``METHODS``.
@@ -40,18 +55,84 @@ class InterpolationOptions:
             raise KeyError(
                 f"Unknown interpolation method {self.method!r}; known: {sorted(METHODS)}; choose one of them."
             )
-        if self.selection != "flanking" and not _CLOSEST.fullmatch(self.selection):
-            raise ValueError(
-                f"selection is {self.selection!r}; 'flanking' or 'closest_N' is allowed; write for instance "
-                "'closest_3'."
-            )
-        if not _CLOSEST.fullmatch(self.fallback):
-            raise ValueError(f"fallback is {self.fallback!r}; 'closest_N' is allowed; write for instance 'closest_3'.")
+        for name, also in (("selection", ("flanking",)), ("fallback", ())):
+            value = getattr(self, name)
+            if value not in also and not _CLOSEST.fullmatch(value):
+                allowed = " or ".join(f"'{choice}'" for choice in (*also, "closest_N"))
+                raise ValueError(f"{name} is {value!r}; {allowed} is allowed; write for instance 'closest_3'.")
 
+    @property
     def num_closest(self) -> int:
-        """Give N of the ``closest_N`` in use."""
-        name = self.fallback if self.selection == "flanking" else self.selection
-        return int(_CLOSEST.fullmatch(name).group(1))
+        """N of the ``closest_N`` in use."""
+        return int((self.fallback if self.selection == "flanking" else self.selection).removeprefix("closest_"))
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRules:
+    """N rules over D antecedents, with fuzzy sets on both sides, and no rule for much of what can be observed.
+
+    Attributes:
+        antecedents: Their sets, (N, D, 4).
+        consequents: Their conclusions, (N, 4).
+        ranges: Widths of the universes of the antecedents, > 0, (D,).
+        signs: Directions of their effects: 1, -1, or 0 (unknown), (D,).
+    """
+
+    antecedents: np.ndarray
+    consequents: np.ndarray
+    ranges: np.ndarray
+    signs: np.ndarray
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Representative values of the antecedents, in units of their universes, (N, D)."""
+        return representative(self.antecedents) / self.ranges
+
+    @cached_property
+    def slopes(self) -> np.ndarray:
+        """Change of the conclusion along the whole universe of each antecedent, by least squares over the rules, (D,).
+
+        A slope against its declared direction counts as zero, and so does one along which no two rules differ.
+        """
+        values = representative(self.consequents)
+        centred = self.positions - self.positions.mean(axis=0)
+        fitted = np.linalg.lstsq(centred, values - values.mean(), rcond=None)[0]
+        return np.where(fitted * self.signs < 0, 0.0, fitted)
+
+    def steps_from(self, observation: np.ndarray) -> np.ndarray:
+        """Give the way from an observation (D, 4) to each rule, in units of the universes, (N, D)."""
+        return self.positions - representative(observation) / self.ranges
+
+    def closest(self, observation: np.ndarray, count: int) -> np.ndarray:
+        """Give the numbers of the ``count`` rules closest to an observation (D, 4); of equal ones the first."""
+        # rounded: rules at equal distance must tie, so that their order decides and not the last bit
+        distances = np.linalg.norm(self.steps_from(observation), axis=1).round(12)
+        return np.argsort(distances, kind="stable")[:count]
+
+    def flanking_pairs(self, observation: np.ndarray) -> list[np.ndarray]:
+        """Find the rules next to an observation (D, 4) on both sides along one antecedent, all others equal.
+
+        Returns:
+            Numbers of two rules each: the narrowest pair, or all of them when several are equally narrow.
+        """
+        steps = self.steps_from(observation)
+        is_same = np.isclose(steps, 0, rtol=0, atol=1e-9)
+        pairs, widths = [], []
+        for axis, along in enumerate(steps.T):
+            is_on_line = np.delete(is_same, axis, axis=1).all(axis=1) & ~is_same[:, axis]
+            below, above = np.flatnonzero(is_on_line & (along < 0)), np.flatnonzero(is_on_line & (along > 0))
+            if below.size and above.size:
+                pair = np.array([below[np.argmax(along[below])], above[np.argmin(along[above])]])
+                pairs.append(pair)
+                widths.append(np.ptp(along[pair]))
+        return [pair for pair, width in zip(pairs, widths, strict=True) if np.isclose(width, min(widths))]
+
+    def conclude(self, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
+        """Conclude from an observation (D, 4), whose own rule decides alone if there is one; (4,)."""
+        own = np.flatnonzero((self.antecedents == observation).all(axis=(1, 2)))
+        if own.size:
+            return self.consequents[own].mean(axis=0)
+        return METHODS[options.method](self, observation, options)
 
 
 def conclude(
@@ -65,8 +146,11 @@ def conclude(
 ) -> np.ndarray:
     """Conclude from one observation by fuzzy rule interpolation.
 
-    ``conclude([([(0, 5, 6)], (0, 2, 4)), ([(11, 13, 14)], (10, 11, 13))], [(7, 8, 9)])`` is about (5.84, 6.26, 6.26,
-    7.38).
+    The benchmark of the literature: two rules over triangles, and an observation between them.
+
+    >>> rules = [([(0, 5, 6)], (0, 2, 4)), ([(11, 13, 14)], (10, 11, 13))]
+    >>> conclude(rules, [(7, 8, 9)]).round(2).tolist()
+    [5.84, 6.26, 6.26, 7.38]
 
     Args:
         rules: Pairs of D antecedents and a consequent; each set a number, a triangle or a trapezoid.
@@ -80,76 +164,202 @@ def conclude(
         The conclusion as a trapezoid, (4,).
 
     Raises:
-        ValueError: If a shape is no fuzzy set, or the method cannot conclude, saying why and what to use instead.
+        ValueError: If a shape is no fuzzy set, sets and antecedents differ in number, or the method cannot conclude,
+            saying why and what to use instead.
     """
-    sparse = SparseRules.from_shapes(rules, ranges, signs)
-    observed = np.array([fuzzy_set(shape) for shape in observation])
-    if observed.shape != sparse.antecedents.shape[1:]:
+    lengths = {len(antecedents) for antecedents, _ in rules}
+    if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
-            f"The observation has {len(observed)} sets; {sparse.antecedents.shape[1]} are allowed, one per antecedent "
-            "of the rules; add or remove some."
+            f"The rules have {sorted(lengths)} antecedents; one or more rules with equally many are allowed; correct "
+            "them."
         )
-    return interpolate(sparse, observed[None], InterpolationOptions(method, **options))[0]
+    if len(observation) not in lengths:
+        raise ValueError(
+            f"The observation has {len(observation)} sets; {lengths.pop()} are allowed, one per antecedent of the "
+            "rules; add or remove some."
+        )
+    sets = np.array([[fuzzy_set(shape) for shape in antecedents] for antecedents, _ in rules])
+    span = np.ptp(sets, axis=(0, 2))
+    sparse = SparseRules(
+        sets,
+        np.array([fuzzy_set(shape) for _, shape in rules]),
+        np.where(span > 0, span, 1.0) if ranges is None else np.asarray(ranges, dtype=np.float64),
+        np.zeros(len(observation)) if signs is None else np.asarray(signs),
+    )
+    return sparse.conclude(
+        np.array([fuzzy_set(shape) for shape in observation]),
+        InterpolationOptions(method, **options),  # type: ignore[arg-type]  # selection and fallback are texts
+    )
 
 
-def interpolate(rules: SparseRules, observations: np.ndarray, options: InterpolationOptions) -> np.ndarray:
-    """Conclude from several observations.
+def complete_table(
+    table: np.ndarray,
+    term_sets: Sequence[np.ndarray],
+    ranges: np.ndarray,
+    signs: np.ndarray,
+    options: InterpolationOptions,
+) -> np.ndarray:
+    """Conclude every missing cell of a rule table from the given ones.
 
     Args:
-        rules: One or more rules.
-        observations: Observed sets, (M, D, 4); one that equals the antecedents of a rule gets its consequent.
-        options: Method and selection of rules.
+        table: Consequents, nan where there is no rule, (K_1, ..., K_D).
+        term_sets: Terms of each antecedent as fuzzy sets, D arrays of (K_j, 4).
+        ranges: Widths of the universes of the antecedents, (D,).
+        signs: Directions of their effects: 1, -1, or 0 (unknown), (D,).
+        options: Method, selection of rules, projection.
 
     Returns:
-        Conclusions, (M, 4).
+        The complete table; given cells keep every bit. Conclusions are clipped to the hull of the given consequents.
 
     Raises:
-        ValueError: If the method cannot conclude from some observation.
+        ValueError: If the method cannot conclude some cell, saying which and what to use instead.
     """
-    conclusions = []
-    for observation in observations:
-        own = np.flatnonzero((rules.antecedents == observation).all(axis=(1, 2)))
-        if own.size:
-            conclusions.append(rules.consequents[own].mean(axis=0))
-        else:
-            conclusions.append(METHODS[options.method](rules, observation, options))
-    return np.reshape(conclusions, (len(observations), 4))
+    is_given = ~np.isnan(table)
+
+    def sets_of(cells: np.ndarray) -> np.ndarray:  # (N, D) to (N, D, 4)
+        return np.stack([sets[cells[:, axis]] for axis, sets in enumerate(term_sets)], axis=1)
+
+    singletons = np.repeat(table[is_given][:, None], 4, axis=1)  # (N, 4)
+    rules = SparseRules(sets_of(np.argwhere(is_given)), singletons, ranges, signs)
+    completed, missing = table.copy(), np.argwhere(~is_given)
+    for cell, observation in zip(map(tuple, missing.tolist()), sets_of(missing), strict=True):
+        try:
+            completed[cell] = representative(rules.conclude(observation, options))
+        except ValueError as error:
+            raise ValueError(f"Cell {cell}: {error}") from error
+    hull = np.nanmin(table), np.nanmax(table)
+    completed = completed.clip(*hull)
+    # clipped again: projection rounds, and a consequent just outside its universe would be refused
+    return project_missing(completed, is_given, signs).clip(*hull) if options.monotone else completed
 
 
-def _interpolate_locally(
-    rules: SparseRules,
+def interpolate_flanking(observation: np.ndarray, antecedents: np.ndarray, consequents: np.ndarray) -> np.ndarray:
+    """Interpolate between two rules that flank the observation, by scale and move transformations (T-FRI).
+
+    An intermediate rule is made whose antecedents have the representative values of the observation; the deformation
+    that still separates each of its antecedents from the observed set is applied to its consequent. The conclusion is
+    always a convex, normal set.
+
+    Args:
+        observation: Observed sets, (D, 4).
+        antecedents: Sets of the two rules, (2, D, 4).
+        consequents: Their consequents, (2, 4).
+
+    Returns:
+        The conclusion, (4,).
+
+    Raises:
+        ValueError: If the two rules do not differ in any antecedent, or do not flank the observation.
+    """
+    first, second = representative(antecedents)  # (D,) each
+    differs = first != second
+    if not differs.any():
+        raise ValueError(
+            "The two rules have equal antecedents; flanking rules differ in at least one; choose other rules."
+        )
+    gap = np.where(differs, second - first, 1.0)
+    ratios = np.where(differs, (representative(observation) - first) / gap, 0.0)
+    if ratios.min() < 0 or ratios.max() > 1:
+        raise ValueError(
+            f"The observation lies at {ratios.tolist()} between the two rules; 0 to 1 is flanked; use closest rules."
+        )
+    intermediate = (1 - ratios[:, None]) * antecedents[0] + ratios[:, None] * antecedents[1]  # (D, 4)
+    ratio = ratios[differs].mean()
+    return _deform((1 - ratio) * consequents[0] + ratio * consequents[1], intermediate, observation)
+
+
+def interpolate_closest(
     observation: np.ndarray,
-    options: InterpolationOptions,
-    from_pair: Callable[..., np.ndarray],
-    from_closest: Callable[..., np.ndarray],
+    antecedents: np.ndarray,
+    consequents: np.ndarray,
+    ranges: np.ndarray,
+    slopes: np.ndarray,
 ) -> np.ndarray:
-    """Conclude from the flanking pairs, of equally narrow ones in the mean, else from the closest rules."""
+    """Interpolate, or extrapolate, from N rules with weights ``1 / (1 + distance)`` per antecedent (T-FRI).
+
+    Where the rules are centred beside the observation, the conclusion moves along ``slopes``, so that rules on a plane
+    are continued exactly. Huang and Shen shift each antecedent by itself and take the range of the consequent divided
+    by D for its slope; measured slopes (``SparseRules.slopes``) are closer on five of seven kinds of random monotone
+    tables.
+
+    Args:
+        observation: Observed sets, (D, 4).
+        antecedents: Sets of the N rules, (N, D, 4).
+        consequents: Their consequents, (N, 4).
+        ranges: Widths of the universes, (D,), for distances.
+        slopes: Change of the conclusion along the whole universe of each antecedent, (D,).
+
+    Returns:
+        The conclusion, (4,); it can leave the hull of the consequents.
+    """
+    observed = representative(observation)
+    distances = np.abs(representative(antecedents) - observed) / ranges  # (N, D)
+    weights = 1 / (1 + distances)
+    weights = weights / weights.sum(axis=0)
+    intermediate = np.einsum("nd,ndp->dp", weights, antecedents)
+    shares = weights.mean(axis=1)  # (N,)
+    # the weighted rules lie beside the observation by this much, of each universe
+    beside = (observed - shares @ representative(antecedents)) / ranges
+    return _deform(shares @ consequents + slopes @ beside, intermediate, observation)
+
+
+def interpolate_cuts(
+    observation: np.ndarray,
+    antecedents: np.ndarray,
+    consequents: np.ndarray,
+    ranges: np.ndarray,
+    power: float = 1.0,
+) -> np.ndarray:
+    """Interpolate both ends of every alpha-cut by themselves, with weights ``distance ** -power`` (Koczy-Hirota).
+
+    For trapezoids only the cuts at 0 and 1 are computed and the sides are taken to be straight, as usual.
+
+    Args:
+        observation: Observed sets, (D, 4).
+        antecedents: Sets of the N rules, (N, D, 4); two flanking ones in the original method.
+        consequents: Their consequents, (N, 4).
+        ranges: Widths of the universes, (D,).
+        power: 1 for the original method; the number of antecedents D for the stabilised one.
+
+    Returns:
+        The conclusion, (4,).
+
+    Raises:
+        ValueError: If ends cross, so that the conclusion is no fuzzy set.
+    """
+    distances = np.linalg.norm((antecedents - observation) / ranges[:, None], axis=1)  # (N, 4)
+    conclusion = np.array([_weighted_mean(distances[:, end], consequents[:, end], power) for end in range(4)])
+    _check_order(conclusion, "Koczy-Hirota", 1e-9)
+    return conclusion
+
+
+def _select(
+    rules: SparseRules, observation: np.ndarray, options: InterpolationOptions
+) -> tuple[list[np.ndarray], bool]:
+    """Give groups of rules to average over, and whether they are flanking pairs; else it is one group, the closest."""
     pairs = rules.flanking_pairs(observation) if options.selection == "flanking" else []
-    if pairs:
-        return np.mean([from_pair(observation, rules.antecedents[p], rules.consequents[p]) for p in pairs], axis=0)
-    rows = rules.closest(observation, options.num_closest())
-    return from_closest(observation, rules.antecedents[rows], rules.consequents[rows])
+    return (pairs, True) if pairs else ([rules.closest(observation, options.num_closest)], False)
 
 
 def _by_scale_and_move(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
-    def from_closest(observation: np.ndarray, sets: np.ndarray, consequents: np.ndarray) -> np.ndarray:
-        return scale_and_move.interpolate_closest(observation, sets, consequents, rules.ranges, rules.slopes)
-
-    return _interpolate_locally(rules, observation, options, scale_and_move.interpolate_flanking, from_closest)
+    groups, are_flanking = _select(rules, observation, options)
+    sets = [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups]
+    if are_flanking:
+        return np.mean([interpolate_flanking(observation, *pair) for pair in sets], axis=0)
+    return interpolate_closest(observation, *sets[0], rules.ranges, rules.slopes)
 
 
 def _by_koczy_hirota(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
-    def conclude(observation: np.ndarray, sets: np.ndarray, consequents: np.ndarray) -> np.ndarray:
-        return koczy_hirota.conclude(observation, sets, consequents, rules.ranges)
-
-    return _interpolate_locally(rules, observation, options, conclude, conclude)
+    groups, _ = _select(rules, observation, options)
+    sets = [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups]
+    return np.mean([interpolate_cuts(observation, *group, rules.ranges) for group in sets], axis=0)
 
 
 def _by_stabilised_koczy_hirota(
     rules: SparseRules, observation: np.ndarray, options: InterpolationOptions
 ) -> np.ndarray:
     power = len(rules.ranges)
-    return koczy_hirota.conclude(observation, rules.antecedents, rules.consequents, rules.ranges, power)
+    return interpolate_cuts(observation, rules.antecedents, rules.consequents, rules.ranges, power)
 
 
 def _by_main_effects(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
@@ -165,21 +375,17 @@ def _by_main_effects(rules: SparseRules, observation: np.ndarray, options: Inter
             )
         columns.append(np.eye(len(terms))[numbers.ravel()])
         row.append(is_observed.astype(np.float64))
-    # the published rules pair medium with medium, so two effects cannot be told apart: least norm shares them evenly
+    # the published rules pair medium with medium, so two effects are not distinguished: least norm shares them evenly
     effects = np.linalg.lstsq(np.hstack(columns), rules.consequents, rcond=None)[0]
     conclusion = np.concatenate(row) @ effects
-    if not is_valid(conclusion, 1e-9 * (1 + np.abs(rules.consequents).max())):
-        raise ValueError(
-            f"The additive conclusion {conclusion.round(4).tolist()} is no fuzzy set: its points must not decrease; "
-            "use method 'scale_and_move'."
-        )
+    _check_order(conclusion, "additive", 1e-9 * (1 + np.abs(rules.consequents).max()))
     return conclusion
 
 
 def _by_nearest_two(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
     """Weigh the two nearest rules by inverse distance, as published; ties keep the order of the rules."""
     rows = rules.closest(observation, 2)
-    distances = np.linalg.norm(rules.positions[rows] - rules.positions_of(observation), axis=1)
+    distances = np.linalg.norm(rules.steps_from(observation)[rows], axis=1)
     if not distances.all():
         return rules.consequents[rows[distances == 0]].mean(axis=0)
     weights = 1 / distances
@@ -194,3 +400,27 @@ METHODS: dict[str, Callable[[SparseRules, np.ndarray, InterpolationOptions], np.
     "nearest_two": _by_nearest_two,
 }
 """Methods by name, each from rules and one observation (D, 4) to a conclusion (4,)."""
+
+
+def _deform(conclusion: np.ndarray, intermediate: np.ndarray, observation: np.ndarray) -> np.ndarray:
+    """Deform a conclusion, (4,), as the intermediate sets deform into the observed ones, (D, 4), on average."""
+    parts = [transformation_between(*pair) for pair in zip(intermediate, observation, strict=True)]
+    means = (float(np.mean([getattr(part, key) for part in parts])) for key in ("scale", "top", "move"))
+    return transform(conclusion, Transformation(*means))
+
+
+def _weighted_mean(distances: np.ndarray, values: np.ndarray, power: float) -> float:
+    """Average with inverse distances; rules at distance zero decide alone."""
+    if (distances == 0).any():
+        return float(values[distances == 0].mean())
+    weights = (distances / distances.min()) ** -power
+    return float(weights @ values / weights.sum())
+
+
+def _check_order(conclusion: np.ndarray, method: str, tolerance: float) -> None:
+    """Refuse a conclusion whose ends cross."""
+    if not is_valid(conclusion, tolerance):
+        raise ValueError(
+            f"The {method} conclusion {conclusion.round(4).tolist()} is no fuzzy set: its points must not decrease; "
+            "use method 'scale_and_move'."
+        )

@@ -1,4 +1,4 @@
-"""The review of a rule base before it is used: what its author left open, contradicted, or left to the method."""
+"""Reviews and differences: gaps and contradictions of one rule base, and what changed between two."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuzzyroe.rules.completion import Disagreement
+from fuzzyroe.rules.explain import origin_of
+from fuzzyroe.rules.interpolation import InterpolationOptions
 from fuzzyroe.rules.rule_base import NO_RULE, FuzzyRuleBase
 
 IDLE = 1.0
 """Effective examples below which a rule keeps its prior and hardly counts."""
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A missing cell on which completion methods differ.
+
+    Attributes:
+        terms: Terms of the cell, in the order of the antecedents.
+        values: Conclusion of each method, in units of the consequent's universe.
+        spread: Largest minus smallest conclusion, as a share of that universe.
+    """
+
+    terms: tuple[str, ...]
+    values: dict[str, float]
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,118 @@ def review_rule_base(
         contradictions=tuple(expert.monotonicity_violations()),
         fitted_contradictions=() if is_same_table else tuple(rule_base.monotonicity_violations()),
         undirected=tuple(variable.name for variable in expert.antecedents if not variable.sign),
-        disagreements=expert.method_disagreements(methods, tolerance) if is_comparable else (),
+        disagreements=find_disagreements(expert, methods, tolerance) if is_comparable else (),
         idle=idle,
     )
+
+
+def find_disagreements(
+    rule_base: FuzzyRuleBase, methods: Sequence[str] = ("scale_and_move", "additive"), tolerance: float = 0.1
+) -> tuple[Disagreement, ...]:
+    """List the missing cells on which completion methods differ by more than a tolerance.
+
+    Args:
+        rule_base: A sparse rule base.
+        methods: Two or more keys of ``interpolation.METHODS``; each with its default selection.
+        tolerance: Allowed spread, as a share of the consequent's universe.
+
+    Returns:
+        The cells beyond the tolerance, the largest spread first.
+    """
+    tables = {method: rule_base.complete_table(InterpolationOptions(method)) for method in methods}
+    lower, upper = rule_base.consequent.universe
+    disagreements = []
+    for cell in map(tuple, np.argwhere(np.isnan(rule_base.table))):
+        values = {method: float(table[cell]) for method, table in tables.items()}
+        spread = (max(values.values()) - min(values.values())) / (upper - lower)
+        if spread > tolerance:
+            disagreements.append(Disagreement(rule_base.terms_of(cell), values, spread))
+    return tuple(sorted(disagreements, key=lambda item: -item.spread))
+
+
+@dataclass(frozen=True)
+class RuleDifference:
+    """One combination of terms on which two rule bases differ.
+
+    Attributes:
+        terms: The combination.
+        first, second: Consequents in output units; None where there is no rule.
+        first_origin, second_origin: Where they come from.
+    """
+
+    terms: tuple[str, ...]
+    first: float | None
+    second: float | None
+    first_origin: str
+    second_origin: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two rule bases.
+
+    Attributes:
+        settings: One sentence per differing variable, consequent or option.
+        rules: Differing rules in row-major order; None where the terms differ, so that rules cannot be lined up.
+    """
+
+    settings: tuple[str, ...]
+    rules: tuple[RuleDifference, ...] | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether both rule bases infer the same from the same rules."""
+        return not self.settings and self.rules == ()
+
+
+def compare_rule_bases(first: FuzzyRuleBase, second: FuzzyRuleBase, tolerance: float = 1e-9) -> Difference:
+    """List what differs; names, descriptions and provenance do not count.
+
+    Args:
+        first: A rule base.
+        second: Another one.
+        tolerance: Differences of consequents and peaks up to this size are rounding.
+    """
+    settings = [*_compare_variables(first, second, tolerance), *_compare_options(first, second)]
+    terms = [[(v.name, v.terms) for v in rule_base.antecedents] for rule_base in (first, second)]
+    if terms[0] != terms[1]:
+        return Difference(tuple(settings), None)
+    rules = []
+    for cell in first.cells():
+        values = [_value(rule_base, cell) for rule_base in (first, second)]
+        origins = [origin_of(rule_base, cell) for rule_base in (first, second)]
+        is_same = values[0] == values[1] or (None not in values and abs(values[0] - values[1]) <= tolerance)
+        if not is_same or origins[0] != origins[1]:
+            rules.append(RuleDifference(first.terms_of(cell), *values, *origins))
+    return Difference(tuple(settings), tuple(rules))
+
+
+def _value(rule_base: FuzzyRuleBase, cell: tuple[int, ...]) -> float | None:
+    value = float(rule_base.output_table[cell])
+    return None if np.isnan(value) else value
+
+
+def _compare_variables(first: FuzzyRuleBase, second: FuzzyRuleBase, tolerance: float) -> list[str]:
+    names = [[variable.name for variable in rule_base.antecedents] for rule_base in (first, second)]
+    if names[0] != names[1]:
+        return [f"antecedents: {', '.join(names[0])} -> {', '.join(names[1])}"]
+    found = []
+    for one, other in zip(first.antecedents, second.antecedents, strict=True):
+        if one.terms != other.terms:
+            found.append(f"{one.name}: terms {', '.join(one.terms)} -> {', '.join(other.terms)}")
+        elif not np.allclose(one.peaks, other.peaks, rtol=0, atol=tolerance):
+            before, after = (", ".join(f"{peak:.3f}" for peak in variable.peaks) for variable in (one, other))
+            found.append(f"{one.name}: peaks {before} -> {after}")
+        if one.universe != other.universe:
+            found.append(f"{one.name}: universe {list(one.universe)} -> {list(other.universe)}")
+        if one.monotone != other.monotone:
+            found.append(f"{one.name}: direction {one.monotone or 'unknown'} -> {other.monotone or 'unknown'}")
+    return found
+
+
+def _compare_options(first: FuzzyRuleBase, second: FuzzyRuleBase) -> list[str]:
+    return [
+        f"{name}: {getattr(first, name)} -> {getattr(second, name)}"
+        for name in ("consequent", "interpolation", "non_finite")
+        if getattr(first, name) != getattr(second, name)
+    ]

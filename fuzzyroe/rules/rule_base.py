@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fuzzyroe.rules import calibration, isotonic
-from fuzzyroe.rules.completion import Disagreement, SparseTable, complete_table, find_disagreements
-from fuzzyroe.rules.consequent import Consequent
-from fuzzyroe.rules.interpolation import InterpolationOptions
-from fuzzyroe.rules.variable import LinguisticVariable, check_identifier
+from fuzzyroe.rules.fitting import PRIOR_STRENGTHS, RuleReport, effective_examples, fit_consequents
+from fuzzyroe.rules.interpolation import InterpolationOptions, complete_table
+from fuzzyroe.rules.monotone import find_contradictions, make_monotone_exactly, order_edges
+from fuzzyroe.rules.variable import Consequent, LinguisticVariable, check_identifier
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +196,8 @@ class FuzzyRuleBase:
             The cell that should not be larger, the cell that should not be smaller, and by how much they violate it.
             Only given cells are compared, each with all comparable ones.
         """
-        found = isotonic.find_contradictions(self.table, self.signs, tolerance)
-        return [(self.terms_of(lower), self.terms_of(upper), excess) for lower, upper, excess in found]
+        pairs = find_contradictions(self.table, self.signs, tolerance)
+        return [(self.terms_of(lower), self.terms_of(upper), excess) for lower, upper, excess in pairs]
 
     def firing_strengths(self, points: np.ndarray) -> np.ndarray:
         """Fire all cells in double precision (the torch module does the same on devices).
@@ -244,26 +243,25 @@ class FuzzyRuleBase:
             logger.warning("Rule base '%s': given rules contradict its directions: %s", self.name, conflicts)
         if int((~np.isnan(self.table)).sum()) == 1:
             logger.warning("Rule base '%s' has a single rule, so its output hardly depends on the features.", self.name)
-        table = complete_table(self._sparse(), chosen)
         source = np.where(np.isnan(self.table), "interpolated", self.source)
-        return replace(self, table=table, source=source, interpolation=chosen)
+        return replace(self, table=self.complete_table(chosen), source=source, interpolation=chosen)
 
-    def method_disagreements(
-        self, methods: Sequence[str] = ("scale_and_move", "additive"), tolerance: float = 0.1
-    ) -> tuple[Disagreement, ...]:
-        """List missing cells on which completion methods differ; see ``completion.find_disagreements``."""
-        return find_disagreements(self._sparse(), [v.terms for v in self.antecedents], methods, tolerance)
+    def complete_table(self, options: InterpolationOptions) -> np.ndarray:
+        """Give the table that ``interpolate`` would, without a word on contradictions, (K_1, ..., K_D)."""
+        term_sets = [variable.fuzzy_sets() for variable in self.antecedents]
+        ranges = np.ptp([variable.universe for variable in self.antecedents], axis=1)
+        return complete_table(self.table, term_sets, ranges, self.signs, options)
 
     def fit(
         self,
         features: np.ndarray,
         targets: np.ndarray,
         *,
-        prior_strength: float | Mapping[str, float] = calibration.PRIOR_STRENGTHS,
+        prior_strength: float | Mapping[str, float] = PRIOR_STRENGTHS,
         monotone: bool = True,
         max_change: float | None = None,
     ) -> FuzzyRuleBase:
-        """Fit the consequents to examples, see ``calibration.fit_consequents``.
+        """Fit the consequents to examples, see ``fitting.fit_consequents``.
 
         Fitting a fitted rule base starts from its prior again, so no example counts twice.
 
@@ -282,24 +280,33 @@ class FuzzyRuleBase:
         firing = self.firing_strengths(features)
         signs = self.signs if monotone else np.zeros(len(self.antecedents), dtype=np.int64)
         lower, upper = self.consequent.output_range
-        strengths = calibration.strengths_of(prior.source.ravel().tolist(), prior_strength)
-        constraints = {"edges": isotonic.order_edges(self.shape, signs), "lower": lower, "upper": upper}
-        start = prior.output_table.ravel()
-        fitted = calibration.fit_consequents(
-            firing, targets, start, prior_strength=strengths, max_change=max_change, **constraints
+        fitted = fit_consequents(
+            firing,
+            targets,
+            prior.output_table.ravel(),
+            prior_strength=_strengths(prior.source.ravel().tolist(), prior_strength),
+            edges=order_edges(self.shape, signs),
+            lower=lower,
+            upper=upper,
+            max_change=max_change,
         )
-        table = isotonic.make_monotone_exactly(self.consequent.from_output(fitted.reshape(self.shape)), signs)
         record = {
             "examples": len(firing),
             "prior_strength": dict(prior_strength) if isinstance(prior_strength, Mapping) else prior_strength,
             "monotone": monotone,
             "max_change": max_change,
-            "effective_examples": calibration.effective_examples(firing).round(2).tolist(),
+            "effective_examples": effective_examples(firing).round(2).tolist(),
             "root_mean_square_error": float(np.sqrt(np.mean(np.square(firing @ fitted - targets)))),
         }
-        arrays = {"table": table, "source": np.full(self.shape, "fitted")}
-        arrays |= {"prior_table": prior.table, "prior_source": prior.source}
-        return replace(prior, provenance={**self.provenance, "fit": record}, **arrays)
+        return replace(
+            prior,
+            # the fit is monotone up to rounding; in units of the universe it then is exactly
+            table=make_monotone_exactly(self.consequent.from_output(fitted.reshape(self.shape)), signs),
+            source=np.full(self.shape, "fitted"),
+            prior_table=prior.table,
+            prior_source=prior.source,
+            provenance={**self.provenance, "fit": record},
+        )
 
     def unfitted(self) -> FuzzyRuleBase:
         """Give the rule base as it was before fitting; an unfitted one is returned as it is."""
@@ -307,7 +314,7 @@ class FuzzyRuleBase:
             return self
         return replace(self, table=self.prior_table, source=self.prior_source, prior_table=None, prior_source=None)
 
-    def report(self, features: np.ndarray) -> tuple[calibration.RuleReport, ...]:
+    def report(self, features: np.ndarray) -> tuple[RuleReport, ...]:
         """Say for each rule what the expert gave, what was interpolated, what was fitted, and on how many examples.
 
         Args:
@@ -316,10 +323,14 @@ class FuzzyRuleBase:
         Returns:
             One entry per cell, in row-major order, in output units.
         """
-        prior, counts = self.unfitted(), calibration.effective_examples(self.firing_strengths(features))
-        terms, sources = [self.terms_of(cell) for cell in self.cells()], prior.source.ravel().tolist()
-        before, after = prior.output_table.ravel(), self.output_table.ravel()
-        return calibration.report_rules(terms, sources, before, after, counts)
+        prior = self.unfitted()
+        counts = effective_examples(self.firing_strengths(features)).tolist()
+        entries = []
+        for cell, count in zip(self.cells(), counts, strict=True):
+            source, before, after = prior.source[cell], float(prior.output_table[cell]), float(self.output_table[cell])
+            expert, interpolated = (before if source == origin else None for origin in ("expert", "interpolated"))
+            entries.append(RuleReport(self.terms_of(cell), expert, interpolated, after, count, after - before))
+        return tuple(entries)
 
     def with_knots(self, peaks: Sequence[Sequence[float]]) -> FuzzyRuleBase:
         """Move the peaks of the terms; the consequents stay with their terms.
@@ -339,16 +350,16 @@ class FuzzyRuleBase:
         ]
         return replace(self.with_knots(moved), provenance={**self.provenance, "knots": {"examples": len(features)}})
 
-    def reorient(self, signs: Sequence[int]) -> FuzzyRuleBase:
-        """Flip the table along the antecedents that turn out to act the other way.
+    def flip_direction(self, signs: Sequence[int]) -> FuzzyRuleBase:
+        """Flip the table along the antecedents that act the other way than the rules declare.
 
         Args:
             signs: 1 (as written) or -1 (flip) per antecedent, (D,).
 
         Returns:
             A rule base in which, for each flipped antecedent, the consequents of its lowest and highest terms are
-            exchanged (and so on inwards) and the declared direction is turned; terms and peaks stay. Comments, if any
-            antecedent is flipped, are dropped: they argue for what turned out otherwise.
+            exchanged (and so on inwards), and so is the declared direction; terms and peaks stay. If any antecedent is
+            flipped, comments are dropped: they argue for the opposite.
         """
         if len(signs) != len(self.antecedents) or any(sign not in (1, -1) for sign in signs):
             raise ValueError(
@@ -356,21 +367,11 @@ class FuzzyRuleBase:
                 "pass 1 where nothing changes."
             )
         axes = tuple(axis for axis, sign in enumerate(signs) if sign < 0)
-        variables = [v.turned() if axis in axes else v for axis, v in enumerate(self.antecedents)]
+        variables = [v.flip_direction() if axis in axes else v for axis, v in enumerate(self.antecedents)]
         arrays = {key: np.flip(getattr(self, key), axes) for key in _ARRAYS if getattr(self, key) is not None}
         kept = {key: value for key, value in self.provenance.items() if key != "fit"}  # its examples fired other cells
         comments = {} if axes else self.comments
         return replace(self, antecedents=tuple(variables), provenance=kept, comments=comments, **arrays)
-
-    def _sparse(self) -> SparseTable:
-        """Give the table with the geometry that interpolation needs."""
-        return SparseTable(
-            self.table,
-            tuple(variable.fuzzy_sets() for variable in self.antecedents),
-            np.array([variable.universe[1] - variable.universe[0] for variable in self.antecedents]),
-            self.signs,
-            self.consequent.universe[1] - self.consequent.universe[0],
-        )
 
     def _check_columns(self, points: np.ndarray) -> None:
         if np.ndim(points) != 2 or np.shape(points)[1] != len(self.antecedents) or not np.isfinite(points).all():
@@ -385,6 +386,16 @@ class FuzzyRuleBase:
                 f"Rule base '{self.name}' has no rule for {self.missing_cells()}, but to {purpose} it every "
                 "combination needs one; call interpolate() first."
             )
+
+
+def _strengths(sources: Sequence[str], strength: float | Mapping[str, float]) -> np.ndarray | float:
+    """Give each rule the strength of its prior, by its origin if strengths are given by origin, (R,)."""
+    if not isinstance(strength, Mapping):
+        return float(strength)
+    unknown = set(sources) - set(strength)
+    if unknown:
+        raise KeyError(f"No prior strength for rules of origin {sorted(unknown)}; known: {sorted(strength)}; add them.")
+    return np.array([float(strength[source]) for source in sources])
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -18,10 +18,9 @@ from typing import Any, NoReturn
 import numpy as np
 import yaml
 
-from fuzzyroe.rules.consequent import Consequent
 from fuzzyroe.rules.interpolation import InterpolationOptions
 from fuzzyroe.rules.rule_base import NO_RULE, SOURCES, FuzzyRuleBase
-from fuzzyroe.rules.variable import ANY_TERM, LinguisticVariable
+from fuzzyroe.rules.variable import ANY_TERM, Consequent, LinguisticVariable
 from fuzzyroe.rules.yaml_nodes import NodeReader
 
 SCHEMA = "fuzzy-rule-base/1"

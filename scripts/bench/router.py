@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,20 @@ from fuzzyroe.calibrate import Measurements, calibrate_router
 from fuzzyroe.features import FEATURES
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.rules import Consequent, FuzzyRuleBase, LinguisticVariable, compile_rule_base, load_rule_base, oracle
-from fuzzyroe.rules.compat import BORDERS
-from fuzzyroe.rules.isotonic import project_missing
+from fuzzyroe.rules import (
+    Consequent,
+    FuzzyRuleBase,
+    LinguisticVariable,
+    compile_rule_base,
+    load_rule_base,
+    skfuzzy_bridge,
+)
+from fuzzyroe.rules.monotone import project_missing
 
 NUM_LAYERS, BATCH, WIDTH, TOKENS = 32, 64, 4096, 640
 THREE_TERMS = ("low", "medium", "high")
+BORDERS = (0.0, 0.33, 0.67, 1.0)
+"""Borders of the published boxes, open at the top: a feature of exactly 1.0 matches none, nor does a negative one."""
 EQUAL_MASS = (1 / 6, 1 / 2, 5 / 6)
 """Knots at which three terms share uniform features equally."""
 
@@ -86,19 +94,40 @@ def calibrated_router() -> FuzzyRouter:
     return calibrate_router(load_rule_base("default"), planted_measurements(), NUM_LAYERS, 0.3)[0].eval()
 
 
-def published_loop(points: list[list[float]], rules: list[tuple[tuple[int, ...], float]]) -> list[float]:
+PublishedRules = list[tuple[tuple[int, ...], float]]
+"""Box, as the number of its interval per feature, and raw score in [0, 1.5], in the published order."""
+
+
+def published_rules() -> PublishedRules:
+    """The fifteen published rules."""
+    table = load_rule_base("published_raw").table
+    return [(cell, float(table[cell])) for cell in map(tuple, np.argwhere(~np.isnan(table)).tolist())]
+
+
+def match_box(point: Sequence[float], rules: PublishedRules) -> float | None:
+    """Score of the box that a point lies in, None where no rule has it."""
+    for levels, value in rules:
+        if all(BORDERS[k] <= x < BORDERS[k + 1] for x, k in zip(point, levels, strict=True)):
+            return value
+    return None
+
+
+def interpolate_nearest_two(point: Sequence[float], rules: PublishedRules) -> float:
+    """Score by the two nearest box centres, each weighted by the distance of the other; of equal ones the first."""
+    pairs = []
+    for levels, value in rules:
+        centre = [(BORDERS[k] + BORDERS[k + 1]) / 2 for k in levels]
+        pairs.append((sum((x - c) ** 2 for x, c in zip(point, centre, strict=True)) ** 0.5, value))
+    (d1, v1), (d2, v2) = sorted(pairs, key=lambda pair: pair[0])[:2]
+    return (d2 * v1 + d1 * v2) / (d1 + d2)
+
+
+def published_loop(points: Sequence[Sequence[float]], rules: PublishedRules) -> list[float]:
     """Score elements as published: one by one, box by box, else by the two nearest centres."""
-    centres = [[(BORDERS[level] + BORDERS[level + 1]) / 2 for level in levels] for levels, _ in rules]
     scores = []
     for point in points:
-        for levels, value in rules:
-            if all(BORDERS[k] <= x < BORDERS[k + 1] for x, k in zip(point, levels, strict=True)):
-                scores.append(value)
-                break
-        else:
-            distances = [sum((x - c) ** 2 for x, c in zip(point, centre, strict=True)) ** 0.5 for centre in centres]
-            (d1, v1), (d2, v2) = sorted(zip(distances, (value for _, value in rules), strict=True))[:2]
-            scores.append((d2 * v1 + d1 * v2) / (d1 + d2))
+        matched = match_box(point, rules)
+        scores.append(interpolate_nearest_two(point, rules) if matched is None else matched)
     return scores
 
 
@@ -108,11 +137,9 @@ def time_decisions(repeats: int) -> list[Line]:
     router = calibrated_router()
     linears = [nn.Linear(2 * WIDTH, 2) for _ in range(NUM_LAYERS)]
     states, raw = torch.randn(BATCH, 2 * WIDTH), torch.rand(BATCH, 1, 3)
-    table = load_rule_base("published_raw").table
-    rules = [(cell, float(table[cell])) for cell in map(tuple, np.argwhere(~np.isnan(table)).tolist())]
-    points = raw[:, 0].tolist()
+    rules, points = published_rules(), raw[:, 0].tolist()
     names = list(router.antecedents)
-    system = oracle.to_control_system(router.rule_base)
+    system = skfuzzy_bridge.to_control_system(router.rule_base)
     fast = median_seconds(
         repeats,
         10,
@@ -123,7 +150,7 @@ def time_decisions(repeats: int) -> list[Line]:
         max(2, repeats // 20),
         1,
         loop=lambda: published_loop(points, rules),
-        skfuzzy=lambda: oracle.evaluate(system, np.array(points), names, "execute_weight"),
+        skfuzzy=lambda: skfuzzy_bridge.evaluate(system, np.array(points), names, "execute_weight"),
     )
     return [
         Line(
@@ -193,7 +220,7 @@ def firing_error(count: int = 10_000) -> list[Line]:
     """Largest difference of firing strengths between the float32 module and scikit-fuzzy."""
     rule_base = load_rule_base("default").interpolate()
     points = np.random.default_rng(0).random((count, 3)).astype(np.float32)
-    expected = oracle.firing_strengths(rule_base, points.astype(np.float64))
+    expected = skfuzzy_bridge.firing_strengths(rule_base, points.astype(np.float64))
     actual = compile_rule_base(rule_base).firing_strengths(torch.from_numpy(points)).double().numpy()
     return [
         Line(f"firing strengths against scikit-fuzzy, float32, {count} points", np.abs(actual - expected).max(), 1e-6)

@@ -109,7 +109,7 @@ def test_calibrating_again_flips_nothing_back(rule_base: FuzzyRuleBase) -> None:
 
 
 def test_a_feature_that_says_nothing_is_not_flipped(rule_base: FuzzyRuleBase) -> None:
-    turned = rule_base.interpolate().reorient([1, 1, -1])  # question length declared as decreasing
+    turned = rule_base.interpolate().flip_direction([1, 1, -1])  # question length declared as decreasing
     measured = measure({"image_dispersion": 1.0, "text_dispersion": 1.0})
     for array in (measured.features, measured.score_features):
         array[:, NAMES.index("question_length")] = 0.5

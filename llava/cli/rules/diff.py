@@ -7,7 +7,7 @@ from llava.cli.rules.source import RuleBaseName, open_rule_base
 
 def diff_command(first: RuleBaseName, second: RuleBaseName) -> None:
     """List differing variables, options and rules; names and descriptions do not count."""
-    from fuzzyroe.rules.difference import compare_rule_bases
+    from fuzzyroe.rules.review import compare_rule_bases
     from llava.cli.terminal import make_table, open_console
 
     rules = open_rule_base(first)

@@ -14,7 +14,7 @@ from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routers.fuzzy import NUM_QUANTILES
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.rules import FuzzyRuleBase, load_rule_base, oracle
+from fuzzyroe.rules import FuzzyRuleBase, load_rule_base, skfuzzy_bridge
 
 NUM_LAYERS, ORDER = 6, [4, 2, 5]
 
@@ -180,7 +180,7 @@ def test_changing_one_term_of_the_scikit_fuzzy_system_changes_the_router(
     rule_base: FuzzyRuleBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = FuzzyRouter(rule_base, NUM_LAYERS)
-    build = oracle.to_control_system
+    build = skfuzzy_bridge.to_control_system
 
     def with_another_medium(given: FuzzyRuleBase):
         system = build(given)
@@ -189,7 +189,7 @@ def test_changing_one_term_of_the_scikit_fuzzy_system_changes_the_router(
         variable.universe = np.array([0, 0.3, 1])
         return system
 
-    monkeypatch.setattr(oracle, "to_control_system", with_another_medium)
+    monkeypatch.setattr(skfuzzy_bridge, "to_control_system", with_another_medium)
     moved = FuzzyRouter(rule_base, NUM_LAYERS)
     assert moved.rules.knots[1].tolist() == pytest.approx([0, 0.3, 1])
     assert torch.equal(moved.rules.knots[[0, 2]], plain.rules.knots[[0, 2]])

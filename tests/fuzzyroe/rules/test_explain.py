@@ -7,12 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from fuzzyroe.rules.consequent import Consequent
-from fuzzyroe.rules.difference import compare_rule_bases
 from fuzzyroe.rules.explain import describe_memberships, explain_features
-from fuzzyroe.rules.review import evidence_of, expert_rules, review_rule_base
+from fuzzyroe.rules.review import compare_rule_bases, evidence_of, expert_rules, review_rule_base
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
-from fuzzyroe.rules.variable import LinguisticVariable
+from fuzzyroe.rules.variable import Consequent, LinguisticVariable
 from fuzzyroe.rules.yaml_io import load_rule_base, shipped_rule_bases
 
 DETAIL = LinguisticVariable("detail", (0.0, 1.0), ("low", "high"), (0.0, 1.0), "increasing")
@@ -122,7 +120,7 @@ def test_review_lists_rules_that_no_example_informed():
     idle = dict(review_rule_base(fitted).idle)
     assert len(idle) == 5 and ("high", "low") not in idle and set(idle.values()) == {0.0}
     assert evidence_of(fitted)[1, 0] == 3 and evidence_of(fitted.unfitted()) is None
-    assert evidence_of(fitted.reorient([-1, 1])) is None
+    assert evidence_of(fitted.flip_direction([-1, 1])) is None
 
 
 def test_expert_rules_come_back_after_completion_and_fit():

@@ -7,19 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzzyroe.rules import (
-    Consequent,
-    FuzzyRuleBase,
-    InterpolationOptions,
-    LinguisticVariable,
-    conclude,
-    koczy_hirota,
+from fuzzyroe.rules import Consequent, FuzzyRuleBase, InterpolationOptions, LinguisticVariable, conclude
+from fuzzyroe.rules.fuzzy_sets import fuzzy_set, is_valid, representative, transform, transformation_between
+from fuzzyroe.rules.interpolation import (
+    METHODS,
+    SparseRules,
+    interpolate_closest,
+    interpolate_cuts,
+    interpolate_flanking,
 )
-from fuzzyroe.rules import scale_and_move as tfri
-from fuzzyroe.rules.fuzzy_set import fuzzy_set, is_valid, representative
-from fuzzyroe.rules.interpolation import METHODS
-from fuzzyroe.rules.isotonic import project_missing
-from fuzzyroe.rules.sparse_rules import SparseRules
+from fuzzyroe.rules.monotone import project_missing
+from fuzzyroe.rules.review import find_disagreements
 
 # consequents of the 12 missing cells on the raw scale, in row-major order, before any projection
 MISSING = ["001", "010", "012", "021", "101", "110", "112", "121", "201", "210", "212", "221"]
@@ -91,14 +89,14 @@ BENCHMARK = (
 
 def test_scale_and_move_gives_the_benchmark_of_the_literature():
     antecedents, consequents, observation = BENCHMARK
-    conclusion = tfri.interpolate_flanking(observation, antecedents, consequents)
+    conclusion = interpolate_flanking(observation, antecedents, consequents)
     np.testing.assert_allclose(conclusion, (5.84, 6.26, 6.26, 7.38), atol=5e-3)
 
 
 def test_koczy_hirota_refuses_its_invalid_benchmark_conclusion():
     antecedents, consequents, observation = BENCHMARK
     with pytest.raises(ValueError, match=r"\[6.3636, 5.375, 5.375, 7.375\] is no fuzzy set"):
-        koczy_hirota.conclude(observation, antecedents, consequents, np.ones(1))
+        interpolate_cuts(observation, antecedents, consequents, np.ones(1))
 
 
 SETS = st.lists(st.integers(0, 100), min_size=4, max_size=4).map(lambda points: fuzzy_set(sorted(points)))
@@ -109,7 +107,7 @@ def test_a_transformation_carries_its_source_into_its_target(source, target):
     if source[3] == source[0]:
         return
     source = source + representative(target) - representative(source)
-    carried = tfri.transform(source, tfri.transformation_between(source, target))
+    carried = transform(source, transformation_between(source, target))
     slopes = np.diff(source)[[0, 2]]
     if slopes.min() > 0 and target[3] > target[0]:  # else there is no slope to move along
         np.testing.assert_allclose(carried[[0, 3]], target[[0, 3]], atol=1e-8)
@@ -123,10 +121,10 @@ def test_scale_and_move_always_concludes_a_fuzzy_set(sets, one, other):
     if representative(first) == representative(second):
         return
     rules, consequents = np.stack([first, second])[:, None], np.stack([one, other])
-    conclusion = tfri.interpolate_flanking(observation[None], rules, consequents)
+    conclusion = interpolate_flanking(observation[None], rules, consequents)
     span = np.abs(conclusion).max() + 1
     assert is_valid(conclusion, 1e-9 * span)
-    assert is_valid(tfri.interpolate_closest(observation[None], rules, consequents, np.ones(1), np.ones(1)), 1e-6)
+    assert is_valid(interpolate_closest(observation[None], rules, consequents, np.ones(1), np.ones(1)), 1e-6)
 
 
 LITERATURE = [([(0, 5, 6)], (0, 2, 4)), ([(11, 13, 14)], (10, 11, 13))]
@@ -209,18 +207,16 @@ def test_rules_and_observations_that_do_not_fit_are_refused():
 
 def test_a_rule_that_is_observed_concludes_its_own_consequent():
     antecedents, consequents, _ = BENCHMARK
-    np.testing.assert_allclose(tfri.interpolate_flanking(antecedents[1], antecedents, consequents), consequents[1])
-    np.testing.assert_allclose(
-        koczy_hirota.conclude(antecedents[1], antecedents, consequents, np.ones(1)), consequents[1]
-    )
+    np.testing.assert_allclose(interpolate_flanking(antecedents[1], antecedents, consequents), consequents[1])
+    np.testing.assert_allclose(interpolate_cuts(antecedents[1], antecedents, consequents, np.ones(1)), consequents[1])
 
 
 def test_flanking_rules_must_flank_and_differ():
     antecedents, consequents, observation = BENCHMARK
     with pytest.raises(ValueError, match="0 to 1 is flanked"):
-        tfri.interpolate_flanking(observation + 10, antecedents, consequents)
+        interpolate_flanking(observation + 10, antecedents, consequents)
     with pytest.raises(ValueError, match="equal antecedents"):
-        tfri.interpolate_flanking(observation, antecedents[[0, 0]], consequents)
+        interpolate_flanking(observation, antecedents[[0, 0]], consequents)
 
 
 def test_singletons_triangles_and_trapezoids_are_sets_and_nothing_else_is():
@@ -294,8 +290,8 @@ def test_a_single_rule_is_a_nearly_constant_router_with_a_warning(caplog):
 
 
 def test_methods_that_differ_are_reported_with_the_largest_difference_first(sparse):
-    assert sparse.method_disagreements() == ()
-    found = sparse.method_disagreements(("scale_and_move", "nearest_two"), tolerance=0.1)
+    assert find_disagreements(sparse) == ()
+    found = find_disagreements(sparse, ("scale_and_move", "nearest_two"), tolerance=0.1)
     assert found[0].terms == ("high", "medium", "high")
     assert found[0].values == pytest.approx({"scale_and_move": 1.25, "nearest_two": 1.0})
     assert found[0].spread == pytest.approx(0.25 / 1.5)

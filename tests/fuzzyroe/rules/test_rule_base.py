@@ -18,7 +18,7 @@ def test_rule_bases_are_immutable_and_compare_by_value(complete):
     with pytest.raises(ValueError, match="read-only"):
         complete.table[0, 0, 0] = 1
     assert complete == copy.deepcopy(complete) == pickle.loads(pickle.dumps(complete))
-    assert complete != complete.reorient((-1, 1, 1))
+    assert complete != complete.flip_direction((-1, 1, 1))
 
 
 def test_the_order_of_rules_does_not_matter():
@@ -32,21 +32,23 @@ def test_the_order_of_rules_does_not_matter():
 
 
 def test_reorienting_mirrors_the_surface_and_undoes_itself(complete):
-    turned = complete.reorient((-1, 1, -1))
+    turned = complete.flip_direction((-1, 1, -1))
     points = np.random.default_rng(0).random((50, 3))
     mirrored = np.where([True, False, True], 1 - points, points)  # the default peaks are symmetric
     np.testing.assert_allclose(turned.evaluate(points), complete.evaluate(mirrored))
     assert [v.monotone for v in turned.antecedents] == ["decreasing", "increasing", "decreasing"]
     assert turned.monotonicity_violations() == []
-    assert turned.reorient((-1, 1, -1)) == dataclasses.replace(complete, comments={})
+    assert turned.flip_direction((-1, 1, -1)) == dataclasses.replace(complete, comments={})
     with pytest.raises(ValueError, match="1 or -1 for each"):
-        complete.reorient((0, 1, 1))
+        complete.flip_direction((0, 1, 1))
 
 
 def test_reorienting_commutes_with_interpolating(sparse):
     signs = (1, -1, -1)
-    np.testing.assert_allclose(sparse.reorient(signs).interpolate().table, sparse.interpolate().reorient(signs).table)
-    fewer = sparse.reorient(signs).interpolate(selection="closest_3").table
+    np.testing.assert_allclose(
+        sparse.flip_direction(signs).interpolate().table, sparse.interpolate().flip_direction(signs).table
+    )
+    fewer = sparse.flip_direction(signs).interpolate(selection="closest_3").table
     np.testing.assert_allclose(fewer, np.flip(sparse.interpolate(selection="closest_3").table, (1, 2)))
 
 

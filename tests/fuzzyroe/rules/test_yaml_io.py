@@ -130,7 +130,9 @@ def test_comments_of_rules_survive_the_file_completion_and_fit():
     features = np.random.default_rng(0).random((40, 2))
     fitted = rule_base.interpolate().fit(features, features.mean(axis=1))
     assert parse_rule_base(dump_rule_base(fitted)).comments == rule_base.comments
-    assert fitted.reorient([1, 1]).comments == rule_base.comments and fitted.reorient([-1, 1]).comments == {}
+    assert (
+        fitted.flip_direction([1, 1]).comments == rule_base.comments and fitted.flip_direction([-1, 1]).comments == {}
+    )
     with pytest.raises(ValueError, match="conflicts"):
         parse_rule_base(text.replace("[high, any", "[low, any"))
 

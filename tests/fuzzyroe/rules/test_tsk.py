@@ -138,7 +138,10 @@ def test_compiles_without_a_graph_break(complete, uneven):
 
 
 def test_state_dict_round_trip(complete, uneven):
-    source, target = ZeroOrderTSK.from_rule_base(complete), ZeroOrderTSK.from_rule_base(complete.reorient((-1, 1, 1)))
+    source, target = (
+        ZeroOrderTSK.from_rule_base(complete),
+        ZeroOrderTSK.from_rule_base(complete.flip_direction((-1, 1, 1))),
+    )
     target.load_state_dict(source.state_dict())
     points = torch.rand(10, 3)
     assert torch.equal(source(points), target(points))

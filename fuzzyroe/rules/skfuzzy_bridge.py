@@ -27,10 +27,9 @@ from skfuzzy import control
 from skfuzzy.control.controlsystem import CrispValueCalculator
 from skfuzzy.control.term import Term, TermAggregate
 
-from fuzzyroe.rules.consequent import Consequent
-from fuzzyroe.rules.inference import ZeroOrderTSK
 from fuzzyroe.rules.rule_base import NO_RULE, FuzzyRuleBase
-from fuzzyroe.rules.variable import LinguisticVariable
+from fuzzyroe.rules.tsk import ZeroOrderTSK
+from fuzzyroe.rules.variable import Consequent, LinguisticVariable
 
 VERIFICATION_POINTS = 512
 _BOX_HALF_WIDTH = 1e-6  # of a consequent constant, as a share of the universe

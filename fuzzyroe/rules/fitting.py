@@ -8,20 +8,19 @@ from about 25 on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from fuzzyroe.rules.isotonic import order_constraints
-from fuzzyroe.rules.quadratic_program import solve_quadratic_program
+from fuzzyroe.rules.monotone import order_constraints, solve_quadratic_program
 
 PRIOR_STRENGTHS: Mapping[str, float] = {"expert": 8.0, "interpolated": 2.0}  # in examples
 
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What fitting did to one rule, in units of the output.
+    """One rule before and after fitting, in units of the output.
 
     Attributes:
         terms: Terms of the rule, in the order of the antecedents.
@@ -50,46 +49,6 @@ def effective_examples(firing: np.ndarray) -> np.ndarray:
         ``sum_i phi_ir ** 2``, (R,).
     """
     return np.square(firing).sum(axis=0)
-
-
-def strengths_of(sources: Sequence[str], strength: float | Mapping[str, float]) -> np.ndarray:
-    """Give each rule the strength of its prior.
-
-    Args:
-        sources: Origin of each rule, R entries.
-        strength: Pseudo-examples for every rule, or per origin.
-
-    Returns:
-        Pseudo-examples, (R,).
-
-    Raises:
-        KeyError: If an origin has no strength.
-    """
-    if not isinstance(strength, Mapping):
-        return np.full(len(sources), float(strength))
-    unknown = set(sources) - set(strength)
-    if unknown:
-        raise KeyError(f"No prior strength for rules of origin {sorted(unknown)}; known: {sorted(strength)}; add them.")
-    return np.array([float(strength[source]) for source in sources])
-
-
-def report_rules(
-    terms: Sequence[tuple[str, ...]], sources: Sequence[str], prior: np.ndarray, fitted: np.ndarray, counts: np.ndarray
-) -> tuple[RuleReport, ...]:
-    """Line up prior, fit and evidence per rule.
-
-    Args:
-        terms: Terms of each rule.
-        sources: Origin of each prior.
-        prior: Consequents before fitting, (R,).
-        fitted: Consequents in use, (R,).
-        counts: Effective examples, (R,).
-    """
-    entries = []
-    for names, source, before, after, count in zip(terms, sources, prior, fitted, counts, strict=True):
-        expert, interpolated = (float(before) if source == origin else None for origin in ("expert", "interpolated"))
-        entries.append(RuleReport(names, expert, interpolated, float(after), float(count), float(after - before)))
-    return tuple(entries)
 
 
 def fit_consequents(

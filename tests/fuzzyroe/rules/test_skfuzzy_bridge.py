@@ -10,8 +10,8 @@ import pytest
 import torch
 from skfuzzy import control
 
-from fuzzyroe.rules import ZeroOrderTSK, compile_control_system, compile_rule_base, load_rule_base, oracle
-from fuzzyroe.rules.oracle import to_control_system
+from fuzzyroe.rules import ZeroOrderTSK, compile_control_system, compile_rule_base, load_rule_base, skfuzzy_bridge
+from fuzzyroe.rules.skfuzzy_bridge import to_control_system
 
 NAMES = ["image_dispersion", "text_dispersion", "question_length"]
 
@@ -26,7 +26,7 @@ def random_points(rule_base, count, seed=0, margin=0.1):
 def test_firing_strengths_agree(name, request):
     rule_base = request.getfixturevalue(name)
     points = random_points(rule_base, 1000).astype(np.float32)
-    expected = oracle.firing_strengths(rule_base, points)
+    expected = skfuzzy_bridge.firing_strengths(rule_base, points)
     actual = compile_rule_base(rule_base).firing_strengths(torch.from_numpy(points))
     np.testing.assert_allclose(actual.numpy(), expected, atol=1e-6)
 
@@ -35,7 +35,7 @@ def test_firing_strengths_agree(name, request):
 def test_box_consequents_evaluated_by_scikit_fuzzy_agree(name, request):
     rule_base = request.getfixturevalue(name)
     points = random_points(rule_base, 1000, margin=0)
-    expected = oracle.evaluate(rule_base, points)
+    expected = skfuzzy_bridge.evaluate(rule_base, points)
     actual = compile_rule_base(rule_base)(torch.tensor(points, dtype=torch.float32))
     np.testing.assert_allclose(actual.numpy(), expected, atol=5e-5)
 
@@ -82,7 +82,7 @@ def test_verification_fails_on_wrong_knots(complete):
     module, system = compile_rule_base(complete), to_control_system(complete)
     module.knots[0, 1] += 1e-3
     with pytest.raises(RuntimeError, match="differ by"):
-        oracle.verify(module, system, NAMES, "execute_weight")
+        skfuzzy_bridge.verify(module, system, NAMES, "execute_weight")
 
 
 def test_nearly_constant_features_compile(complete):
@@ -93,14 +93,14 @@ def test_nearly_constant_features_compile(complete):
 
 def test_no_warning_escapes_and_nothing_stays_in_scikit_fuzzy(complete):
     def count():
-        owners = (control.Antecedent, control.Consequent, control.Rule, oracle.Term)
+        owners = (control.Antecedent, control.Consequent, control.Rule, skfuzzy_bridge.Term)
         return sum(len(value.data) for owner in owners for value in vars(owner).values() if hasattr(value, "data"))
 
     before = count()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compile_rule_base(complete)
-        oracle.evaluate(complete, random_points(complete, 3))
+        skfuzzy_bridge.evaluate(complete, random_points(complete, 3))
     assert count() == before
 
 
@@ -110,8 +110,8 @@ def test_a_users_own_simulation_is_left_alone(complete):
     for name in NAMES:
         simulation.input[name] = 0.3
     points = random_points(complete, 5)
-    oracle.firing_strengths(system, points, NAMES)
-    oracle.evaluate(system, points, NAMES, "execute_weight")
+    skfuzzy_bridge.firing_strengths(system, points, NAMES)
+    skfuzzy_bridge.evaluate(system, points, NAMES, "execute_weight")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         simulation.compute()
@@ -125,7 +125,7 @@ def test_threads_do_not_disturb_each_other(complete):
     def work(seed):
         points = random_points(complete, 40, seed)
         for _ in range(5):
-            fired = oracle.firing_strengths(system, points, NAMES)
+            fired = skfuzzy_bridge.firing_strengths(system, points, NAMES)
         results[seed] = (fired.sum(axis=1), module(torch.tensor(points)).numpy(), fired.max(axis=1), points)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -192,4 +192,4 @@ def test_names_and_points_are_checked(complete):
     with pytest.raises(ValueError, match="all must be listed"):
         compile_control_system(system, NAMES[:2], "execute_weight")
     with pytest.raises(ValueError, match="finite"):
-        oracle.evaluate(complete, np.full((1, 3), np.nan))
+        skfuzzy_bridge.evaluate(complete, np.full((1, 3), np.nan))

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from fuzzyroe.rules import effective_examples, fit_consequents
-from fuzzyroe.rules.isotonic import order_edges, project_missing
-from fuzzyroe.rules.quadratic_program import solve_quadratic_program
+from fuzzyroe.rules.monotone import order_edges, project_missing, solve_quadratic_program
 
 EDGES = order_edges((3, 3), (1, 1))
 
