@@ -35,10 +35,11 @@ LEVELS = {
     "image_tokens": 1,
     "data": 2,
     "model": 2,
-    "serve": 3,
-    "eval": 3,
-    "train": 3,
-    "cli": 4,
+    "inference": 3,
+    "serve": 4,
+    "eval": 4,
+    "train": 4,
+    "cli": 5,
 }
 
 

@@ -56,7 +56,7 @@ def _print_explanation(console: Console, explanation: QuestionExplanation) -> No
     num_layers = len(explanation.thresholds)
     console.print(
         f"\nscore {rules.score:.3f}: higher than {explanation.percentile:.0%} of the calibration questions; mean skip "
-        f"rate planned for: {explanation.skip_rate:.0%}",
+        f"rate planned for: {explanation.target_skip_ratio:.0%}",
         soft_wrap=True,
     )
     console.print(

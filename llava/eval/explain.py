@@ -1,4 +1,4 @@
-"""Why a routed model skips the layers it skips for one question."""
+"""Explanation of the layers that a routed model skips for one question."""
 
 from __future__ import annotations
 
@@ -12,35 +12,32 @@ from fuzzyroe.attach import find_decoder
 from fuzzyroe.features import compute_features
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.rules.explain import Explanation, explain_features
-from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.data.image_files import open_rgb
-from llava.data.preprocess import encode_prompt
-from llava.image_tokens import count_image_tokens
-from llava.mm_utils import process_images
+from llava.inference.generator import Generator, make_message
 from llava.model.builder import Checkpoint
 from llava.model.routing import prompt_routing, set_skip_rate
 
 
 @dataclass(frozen=True)
 class QuestionExplanation:
-    """Everything between a question and its answer that routing decided.
+    """The decisions of routing between a question and its answer.
 
     Attributes:
-        rules: What the rule base makes of the features.
+        rules: Terms, fired rules and score that follow from the features.
         raw_features: Features before calibration scales them to [0, 1], by name.
         percentile: Share of calibration questions with a lower score, in [0, 1].
-        skip_rate: Mean skip rate that was planned for.
+        target_skip_ratio: Mean skip rate that was asked for.
         thresholds: Percentile below which each layer is skipped, (L,).
         kept: Layers that ran.
         skipped: Layers that an adapter stood in for.
-        answer: What the model said.
+        answer: The model's answer.
     """
 
     rules: Explanation
     raw_features: dict[str, float]
     percentile: float
-    skip_rate: float
+    target_skip_ratio: float
     thresholds: tuple[float, ...]
     kept: tuple[int, ...]
     skipped: tuple[int, ...]
@@ -57,37 +54,40 @@ def explain_question(
     max_rules: int = 5,
     max_new_tokens: int = 64,
 ) -> QuestionExplanation:
-    """Answer a question and say how the fuzzy router came to its decisions.
+    """Answer a question and explain how the fuzzy router came to its decisions.
 
     Args:
         checkpoint: A routed checkpoint.
         question: The question, without an image tag.
         image: Image file; None for a question without one.
         template: Conversation template of the checkpoint.
-        skip_rate: Mean skip rate to plan for; None for the checkpoint's own.
-        max_rules: How many of the fired rules to list.
+        skip_rate: Target skip rate; None for the checkpoint's own.
+        max_rules: Most fired rules to list.
         max_new_tokens: Longest answer.
 
     Raises:
         ValueError: If the checkpoint is not routed by fuzzy rules, or was not calibrated for the skip rate.
         KeyError: If the template is unknown.
     """
-    model = checkpoint.model.eval()
+    model: Any = checkpoint.model.eval()
     router = _find_router(checkpoint)
     set_skip_rate(model, float(router.target_skip_ratio) if skip_rate is None else skip_rate)
-    inputs = _encode(checkpoint, question, image, template)
-    routing = prompt_routing(image_token_id=model.config.image_token_id, **inputs)
+    images = [] if image is None else [open_rgb(image)]
+    inputs = Generator(checkpoint, get_template(template)).encode([make_message(question, images)])
+    # one pass for the router's decisions; the answer is generated apart, and routed the same way
+    input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
+    routing: Any = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
     model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
     raw_features = compute_features(routing.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()
     keeps = routing.decisions()[0].tolist()
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    answer = checkpoint.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = checkpoint.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
     return QuestionExplanation(
         rules=explain_features(rule_base, routing.features[0, 0].tolist(), max_rules),
         raw_features=dict(zip(router.antecedents, raw_features, strict=True)),
         percentile=float(router.percentiles(routing.scores)[0, 0]),
-        skip_rate=float(router.target_skip_ratio),
+        target_skip_ratio=float(router.target_skip_ratio),
         thresholds=tuple(router.thresholds().tolist()),
         kept=tuple(layer for layer, keep in enumerate(keeps) if keep),
         skipped=tuple(layer for layer, keep in enumerate(keeps) if not keep),
@@ -104,19 +104,3 @@ def _find_router(checkpoint: Checkpoint) -> FuzzyRouter:
             "adapter or finetune stage."
         )
     return router
-
-
-def _encode(checkpoint: Checkpoint, question: str, image: str | Path | None, template: str) -> dict[str, Any]:
-    """Model inputs of one prompt."""
-    model, conversation = checkpoint.model, get_template(template)
-    text = question if image is None else f"{DEFAULT_IMAGE_TOKEN}\n{question}"
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    config = model.config
-    ids, _ = encode_prompt(conversation, checkpoint.tokenizer, count_image_tokens(config), config.image_token_id)
-    input_ids = torch.tensor([ids], device=model.device)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if image is not None:
-        pixels = process_images([open_rgb(image)], checkpoint.image_processor, config)
-        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
-    return inputs

@@ -1,10 +1,11 @@
-"""The model that lmms-eval runs: a LLaVA checkpoint, dense or routed at a skip rate of the caller's choice."""
+"""The model that lmms-eval runs: a LLaVA checkpoint, dense or routed at a target skip rate of the caller's choice."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,21 @@ from tqdm import tqdm
 
 from fuzzyroe.attach import find_decoder
 from llava.conversation import get_template
-from llava.eval.generation import GeneratedBatch, Generator, Message, make_message
-from llava.eval.generation_options import GenerationOptions
-from llava.eval.queue import SCHEDULES, answer_queue
 from llava.eval.routing_log import RequestRecord, remove_routing_log, write_routing_log
-from llava.eval.task_rates import check_tasks, read_skip_rate, read_task_rates
+from llava.inference.generator import (
+    GeneratedBatch,
+    GenerationOptions,
+    Generator,
+    make_message,
+    parse_skip_rate,
+)
+from llava.inference.scheduler import SCHEDULES, answer_queue
 from llava.model.builder import load_checkpoint
 from llava.model.routing import set_skip_rate
 from llava.model.token_pruning import set_token_pruning
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-KNOWN_ARGS = (
-    "pretrained",
-    "skip_rate",
-    "conv_template",
-    "device",
-    "dtype",
-    "attn_implementation",
-    "batch_size",
-    "routing_log",
-    "schedule",
-    "visual_tokens",
-    "task_skip_rates",
-)
+
 WINDOW = 8
 """Batches that are planned together: their images and states are in memory at once."""
 
@@ -49,10 +42,10 @@ class FuzzyRoE(lmms):
 
     Args:
         pretrained: Checkpoint folder or hub id.
-        skip_rate: Mean skip rate to route at; "off" runs the dense model; None takes the checkpoint's own.
+        skip_rate: Target skip rate; "off" runs the dense model; None takes the checkpoint's own.
         conv_template: Name of the conversation template that the checkpoint was trained with.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one. With several processes each takes its own.
-        dtype: A key of ``DTYPES``; "auto" is float32 on a CPU and float16 elsewhere, as in LLaVA.
+        dtype: A key of ``DTYPES``; "auto" is float32 on a CPU and float16 elsewhere, as LLaVA has it.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
         batch_size: Requests per batch, at least 1; no answer depends on it.
         routing_log: Where to write the routing log (``llava.eval.routing_log``) when all requests are answered. A log
@@ -60,8 +53,8 @@ class FuzzyRoE(lmms):
         schedule: "plan" puts requests together whose plans nearly agree, within ``WINDOW`` batches of similar length;
             "arrival" goes by length alone. No answer depends on it.
         visual_tokens: Tokens that the decoder reads of each image; several numbers, ascending and joined by "/", let
-            the router's score pick one for each request. None reads what the checkpoint says.
-        task_skip_rates: Rates of single tasks, such as "pope:0.4/mme:off"; all others run at ``skip_rate``.
+            the router's score pick one for each request. None takes the checkpoint's own number.
+        task_skip_rates: Target rates of single tasks, such as "pope:0.4/mme:off"; all others run at ``skip_rate``.
         **unknown: Refused.
 
     Raises:
@@ -89,14 +82,18 @@ class FuzzyRoE(lmms):
     ) -> None:
         super().__init__()
         if unknown:
+            known = [
+                name for name in inspect.signature(FuzzyRoE.__init__).parameters if name not in ("self", "unknown")
+            ]
             raise TypeError(
                 f"--model_args has {', '.join(sorted(unknown))}, which fuzzyroe does not know; it knows "
-                f"{', '.join(KNOWN_ARGS)}. Correct the name or leave it out."
+                f"{', '.join(known)}. Correct the name or leave it out."
             )
+        # everything that can be refused without the weights comes first: loading them takes minutes
         template = get_template(conv_template)
-        self._batch_size, self._schedule = _read_batch_size(batch_size), _read_schedule(schedule)
-        numbers = _read_visual_tokens(visual_tokens)
-        rate, self._task_rates = read_skip_rate(skip_rate), read_task_rates(task_skip_rates)
+        self._batch_size, self._schedule = _parse_batch_size(batch_size), _check_schedule(schedule)
+        numbers = _parse_visual_tokens(visual_tokens)
+        rate, self._task_rates = parse_skip_rate(skip_rate), parse_task_rates(task_skip_rates)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._device = self._choose_device(device)
@@ -104,12 +101,14 @@ class FuzzyRoE(lmms):
         if self._routing_log is not None and self._rank == 0:
             self._routing_log.parent.mkdir(parents=True, exist_ok=True)
             remove_routing_log(self._routing_log)
-        placement = {} if self._device.type == "cpu" else {"device_map": {"": str(self._device)}}
-        checkpoint = load_checkpoint(pretrained, _read_dtype(dtype, self._device), attn_implementation, **placement)
-        self.model = checkpoint.model.to(self._device).eval()
+        placement: dict[str, Any] = {} if self._device.type == "cpu" else {"device_map": {"": str(self._device)}}
+        checkpoint = load_checkpoint(pretrained, _parse_dtype(dtype, self._device), attn_implementation, **placement)
+        self.model: Any = checkpoint.model
+        self.model.to(self._device).eval()
         if skip_rate is not None:
             set_skip_rate(self.model, rate)
-        self._rate = _planned_skip_rate(self.model)
+        router = getattr(find_decoder(self.model), "router", None)
+        self._rate = float(router.target_skip_ratio) if router is not None and router.enabled else None
         self._check_task_rates()
         self._pretrained = str(pretrained)
         if len(numbers) == 1:
@@ -128,17 +127,17 @@ class FuzzyRoE(lmms):
 
     @property
     def batch_size(self) -> int:
-        """Requests per batch."""
+        """Number of requests per batch."""
         return self._batch_size
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self._device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer the requests, in their order; then write the routing log."""
-        check_tasks(self._task_rates, self.task_dict)
+        _check_tasks(self._task_rates, self.task_dict)
         answers: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), desc="Answering requests", disable=self._rank != 0) as progress:
             for window in self._windows(requests):
@@ -174,11 +173,11 @@ class FuzzyRoE(lmms):
             set_skip_rate(self.model, rate)
 
     def _rate_of(self, request: Instance) -> float | None:
-        """Mean skip rate to answer a request at; None for the dense model."""
+        """Target skip rate of a request; None for the dense model."""
         return self._task_rates.get(request.args[4], self._rate)
 
     def _windows(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Indices of requests of one rate and the same options, longest texts first: similar prompts share a window."""
+        """Indices of requests of one rate and the same options, longest texts first, so that similar prompts meet."""
         texts = [request.args[0] for request in requests]
         lengths = [len(self._generator.tokenizer(text).input_ids) for text in texts]
         groups: dict[str, list[int]] = {}
@@ -191,40 +190,41 @@ class FuzzyRoE(lmms):
                 yield group[start : start + size]
 
     def _answer(self, requests: list[Instance]) -> Iterator[tuple[list[int], list[str]]]:
-        """Places in ``requests`` of each batch, with its answers."""
+        """Answer the requests of a window; yields the indices of each batch with its answers."""
         documents, messages = [], []
+        # images are opened window by window: a whole benchmark would not fit in memory
         for request in requests:
             text, _, doc_to_visual, doc_id, task, split = request.args
             document = self.task_dict[task][split][doc_id]
             documents.append(document)
-            messages.append(make_message(text, _read_images(doc_to_visual(document), task)))
+            messages.append(make_message(text, _check_images(doc_to_visual(document), task)))
         if self._task_rates:
             set_skip_rate(self.model, self._rate_of(requests[0]))
-        options = GenerationOptions.from_gen_kwargs(requests[0].args[1])
+        options = GenerationOptions.from_gen_kwargs(requests[0].args[1])  # a window shares its options
         for batch, output in answer_queue(self._generator, messages, options, self._batch_size, self._schedule):
-            chosen = ([column[row] for row in batch] for column in (requests, documents, messages))
-            self._records += self._describe(*chosen, output)
+            answered = [(requests[row], documents[row], len(messages[row].images)) for row in batch]
+            self._records += self._describe(answered, output)
             yield batch, output.texts
 
-    def _describe(
-        self, requests: list[Instance], documents: list[dict], messages: list[Message], output: GeneratedBatch
-    ) -> Iterator[RequestRecord]:
-        rate = self._rate_of(requests[0])
-        num_later_tokens = sum(output.num_new_tokens) - len(requests)
-        for row, request in enumerate(requests):
-            if (request.metadata or {}).get("__padding_only__"):  # repeated so that all processes have as many
+    def _describe(self, answered: list[tuple[Instance, dict, int]], output: GeneratedBatch) -> Iterator[RequestRecord]:
+        """Records of a batch of (request, document, number of images)."""
+        rate = self._rate_of(answered[0][0])
+        num_later_tokens = sum(output.num_new_tokens) - len(answered)
+        for row, (request, document, num_images) in enumerate(answered):
+            # lmms-eval repeats requests so that all processes have equally many
+            if (request.metadata or {}).get("__padding_only__"):
                 continue
-            kind, complexity = documents[row].get("type"), documents[row].get("complexity")
+            kind, complexity = document.get("type"), document.get("complexity")
             yield RequestRecord(
                 task=request.args[4],
                 doc_id=int(request.args[3]),
                 type=kind if isinstance(kind, str) else None,
                 complexity=complexity if isinstance(complexity, int) else None,
-                num_images=len(messages[row].images),
+                num_images=num_images,
                 kept_layers=output.kept_layers[row].int().tolist(),
                 prefill_ms=output.prefill_ms * output.num_prompt_tokens[row] / sum(output.num_prompt_tokens),
                 decode_ms_per_token=output.decode_ms / num_later_tokens if num_later_tokens else None,
-                batch_size=len(requests),
+                batch_size=len(answered),
                 num_prompt_tokens=output.num_prompt_tokens[row],
                 num_new_tokens=output.num_new_tokens[row],
                 checkpoint=self._pretrained,
@@ -237,19 +237,51 @@ class FuzzyRoE(lmms):
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _read_batch_size(batch_size: int | str) -> int:
+def parse_task_rates(text: str | None) -> dict[str, float | None]:
+    """Read ``TASK:RATE`` pairs joined by "/"; no pair for None, and None for the rate of the dense model.
+
+    Raises:
+        ValueError: If a pair cannot be read, or a task is named twice.
+
+    Example:
+        >>> parse_task_rates("pope:0.4/mme:off")
+        {'pope': 0.4, 'mme': None}
+    """
+    rates: dict[str, float | None] = {}
+    for pair in [] if text is None else str(text).split("/"):
+        task, _, rate = pair.strip().rpartition(":")
+        if not task or task in rates:
+            raise ValueError(
+                f"task_skip_rates is {text!r}, where {pair!r} is {'there twice' if task else 'no TASK:RATE'}; allowed "
+                "are pairs joined by '/', one per task, such as pope:0.4/mme:0.2. Correct it."
+            )
+        rates[task] = parse_skip_rate(rate, f"task_skip_rates, {task}: skip_rate")
+    return rates
+
+
+def _check_tasks(rates: Collection[str], tasks: Collection[str]) -> None:
+    """Refuse rates of tasks that are not run."""
+    unknown = sorted(set(rates) - set(tasks))
+    if unknown:
+        raise ValueError(
+            f"task_skip_rates names {', '.join(unknown)}, but this run has the tasks {', '.join(sorted(tasks))}; name "
+            "one of these (of a group, its single tasks), or leave it out."
+        )
+
+
+def _parse_batch_size(batch_size: int | str) -> int:
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it is a number from 1. Give one that fits in memory.")
     return int(batch_size)
 
 
-def _read_schedule(schedule: str) -> str:
+def _check_schedule(schedule: str) -> str:
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}.")
     return schedule
 
 
-def _read_visual_tokens(visual_tokens: int | str | None) -> tuple[int, ...]:
+def _parse_visual_tokens(visual_tokens: int | str | None) -> tuple[int, ...]:
     words = [] if visual_tokens is None else str(visual_tokens).split("/")
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ValueError(
@@ -258,7 +290,7 @@ def _read_visual_tokens(visual_tokens: int | str | None) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def _read_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
     if dtype not in DTYPES:
@@ -266,13 +298,8 @@ def _read_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _planned_skip_rate(model: torch.nn.Module) -> float | None:
-    router = getattr(find_decoder(model), "router", None)
-    return float(router.target_skip_ratio) if router is not None and router.enabled else None
-
-
-def _read_images(visuals: Any, task: str) -> list[Any]:
-    """The images that ``doc_to_visual`` gave; None or an empty list for a question without image."""
+def _check_images(visuals: Any, task: str) -> list[Any]:
+    """Give the images of a document; None or an empty list stands for a question without image."""
     images = [visual for visual in visuals or [] if visual is not None]
     for image in images:
         if not hasattr(image, "convert"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.image_positions import image_lengths
+from llava.model.visual_tokens import image_lengths
 
 
 @dataclass(frozen=True)

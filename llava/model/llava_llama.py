@@ -18,7 +18,7 @@ from fuzzyroe.cache import has_started
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.image_tokens import count_image_tokens
-from llava.model.answer_view import drop_prompts, show_answers_only
+from llava.model.generation_compat import drop_prompts, show_answers_only
 from llava.model.image_inputs import match_images, stack_images
 from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
 from llava.model.routing import refuse_skip_rate_if_dense

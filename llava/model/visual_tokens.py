@@ -1,8 +1,9 @@
-"""Visual tokens: what vision tower and projector give for an image, with the evidence of which of them matter."""
+"""Visual tokens: the features of each image, the evidence of which of them matter, and their positions in prompts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class VisualTokens:
     """Tokens of a batch of images, in the order of the patches.
 
     Attributes:
-        features: What the decoder reads, (images, P, D).
+        features: Features that the decoder reads, (images, P, D).
         class_attention: Attention that the class token of the vision tower pays to each patch, mean over heads, in the
             layer that the features are taken from, (images, P), float32. The rest of 1 falls on the class token itself.
         keys: Keys of the patches in that layer, mean over heads, (images, P, head size), float32.
@@ -49,10 +50,10 @@ def encode_images(llava_model: LlavaModel, pixel_values: Tensor, **options: Any)
     """
     check_prunable(llava_model.config)
     attention = _attention_of_features(llava_model)
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks = [
-        projection.register_forward_hook(_remember_under(name, seen))
-        for name, projection in (("queries", attention.q_proj), ("keys", attention.k_proj))
+        getattr(attention, name).register_forward_hook(partial(_store_output, outputs, name))
+        for name in ("q_proj", "k_proj")
     ]
     try:
         features = llava_model.get_image_features(pixel_values, return_dict=True, **options).pooler_output
@@ -61,11 +62,16 @@ def encode_images(llava_model: LlavaModel, pixel_values: Tensor, **options: Any)
             hook.remove()
     # (images, 1 + P, heads, head size), the class token first
     queries, keys = (
-        seen[name].detach().float().unflatten(-1, (-1, attention.head_dim)) for name in ("queries", "keys")
+        outputs[name].detach().float().unflatten(-1, (-1, attention.head_dim)) for name in ("q_proj", "k_proj")
     )
     logits = torch.einsum("ihd,iphd->ihp", queries[:, 0], keys) * attention.scale
     class_attention = logits.softmax(dim=-1).mean(dim=1)  # (images, 1 + P)
     return VisualTokens(torch.stack(list(features)), class_attention[:, 1:], keys[:, 1:].mean(dim=2))
+
+
+def _store_output(outputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook: remember the output of a module under a name."""
+    outputs[name] = output
 
 
 def check_prunable(config: Any) -> None:
@@ -82,11 +88,12 @@ def check_prunable(config: Any) -> None:
         )
 
 
-def _attention_of_features(llava_model: LlavaModel) -> nn.Module:
-    """The attention of the tower's layer whose output becomes the features; of the last one, where several do."""
+def _attention_of_features(llava_model: LlavaModel) -> Any:
+    """Find the attention of the tower's layer whose output becomes the features; of the last one, where several do."""
     tower, chosen = llava_model.vision_tower, llava_model.config.vision_feature_layer
-    layers = getattr(tower, "vision_model", tower).encoder.layers
-    index = chosen if isinstance(chosen, int) else chosen[-1]  # 0 is what goes into the first layer
+    layers: nn.ModuleList = getattr(tower, "vision_model", tower).encoder.layers
+    # hidden state 0 is the input of the first layer, so state n comes from layer n - 1
+    index = chosen if isinstance(chosen, int) else chosen[-1]
     producer = (index if index >= 0 else index + len(layers) + 1) - 1
     if producer < 0:
         raise ValueError(
@@ -96,8 +103,46 @@ def _attention_of_features(llava_model: LlavaModel) -> nn.Module:
     return layers[producer].self_attn
 
 
-def _remember_under(name: str, seen: dict[str, Tensor]) -> Any:
-    def remember(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen[name] = output
+def first_positions(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """Mark the first of each run of image tokens, (B, N) bool; a run does not go on in the next row."""
+    is_image = input_ids == image_token_id
+    is_first = is_image.clone()
+    is_first[:, 1:] &= ~is_image[:, :-1]
+    return is_first
 
-    return remember
+
+def image_lengths(input_ids: Tensor, image_token_id: int, num_images: int) -> list[int]:
+    """Count the positions of each image.
+
+    Neighbouring image tokens are one image; where that does not give as many images as there are, all of them have the
+    same length.
+
+    Args:
+        input_ids: Token ids with images expanded, (B, N).
+        image_token_id: Token id of image positions.
+        num_images: Images of the batch, at least 1, in the order of its rows.
+
+    Returns:
+        Positions of each image.
+
+    Raises:
+        ValueError: If the image tokens cannot be divided among the images.
+
+    Example:
+        >>> image_lengths(torch.tensor([[1, 9, 9, 5], [9, 9, 9, 2]]), image_token_id=9, num_images=2)
+        [2, 3]
+    """
+    is_image = input_ids == image_token_id
+    runs_so_far = first_positions(input_ids, image_token_id).flatten().cumsum(0)
+    run = runs_so_far[is_image.flatten()] - 1  # the run that each image token is part of
+    lengths = run.bincount().tolist() if len(run) else []
+    if len(lengths) == num_images:
+        return lengths
+    # images side by side make one run: then only equal lengths can be told
+    length, surplus = divmod(len(run), num_images)
+    if length == 0 or surplus or any(count % length for count in lengths):
+        raise ValueError(
+            f"{num_images} images meet {len(run)} image tokens in runs of {lengths}; allowed is one run per image, or "
+            "equally many tokens for each. Put a token between images that keep different numbers."
+        )
+    return [length] * num_images

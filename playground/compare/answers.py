@@ -13,8 +13,7 @@ from PIL import Image
 
 from fuzzyroe.attach import find_decoder
 from llava.conversation import get_template
-from llava.eval.generation import Generator, Message, make_message
-from llava.eval.generation_options import GenerationOptions
+from llava.inference.generator import GenerationOptions, Generator, Message, make_message
 from llava.model.builder import Checkpoint
 from llava.model.routing import set_skip_rate
 from playground.digits.lmms_eval.utils import IMAGE_MARKER, doc_to_target, normalise

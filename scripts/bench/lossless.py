@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from llava.conversation import get_template
-from llava.eval.generation import Generator
+from llava.inference.generator import Generator
+from llava.inference.speculative import LosslessReport, generate_lossless
 from llava.model.builder import load_checkpoint
 from llava.model.routing import set_skip_rate
-from llava.model.speculative import LosslessReport, generate_lossless
 from scripts.bench.speed.prompts import load_prompts
 from scripts.bench.speed.report import conditions
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuzzyroe.batching import form_batches
 from fuzzyroe.compat import RoECompat
 from fuzzyroe.routers import LinearRouter
 from fuzzyroe.schedule import Relaxation
+from llava.inference.scheduler import form_batches
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.passes import Bench, Form, cache_bytes, prompt_state
 from scripts.bench.speed.plans import NUM_LEVELS, nested_plans, spread_skips

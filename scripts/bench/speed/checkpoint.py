@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from llava.conversation import get_template
-from llava.eval.generation import Generator
+from llava.inference.generator import Generator
 from llava.model.builder import load_checkpoint
 from llava.model.routing import detach_routing, set_skip_rate
 from scripts.bench.speed.lines import Line

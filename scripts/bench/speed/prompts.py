@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava.data.image_files import open_rgb
 from llava.data.records import RecordFile, resolve_image
-from llava.eval.generation import Generator, make_message
+from llava.inference.generator import Generator, make_message
 
 
 def load_prompts(generator: Generator, data: Path, number: int, with_image: bool = False) -> list[dict[str, Tensor]]:

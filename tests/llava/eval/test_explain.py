@@ -28,7 +28,7 @@ def fuzzy(checkpoint: Checkpoint) -> Checkpoint:
 
 def test_explanation_fits_what_the_router_does(fuzzy):
     found = explain_question(fuzzy, QUESTION, template="v1", max_new_tokens=3)
-    assert (found.kept, found.skipped, found.skip_rate) == ((2, 3), (0, 1), 0.5)
+    assert (found.kept, found.skipped, found.target_skip_ratio) == ((2, 3), (0, 1), 0.5)
     assert found.thresholds == (1.0, 1.0, 0.0, 0.0)
     assert list(found.rules.features) == ["image_dispersion", "text_dispersion", "question_length"]
     assert found.rules.score == pytest.approx(found.percentile, abs=1e-3)  # an uncalibrated router's scores are uniform

@@ -11,9 +11,8 @@ from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
 from llava.eval import lmms_model
-from llava.eval.lmms_model import FuzzyRoE
+from llava.eval.lmms_model import FuzzyRoE, parse_task_rates
 from llava.eval.routing_log import read_routing_log
-from llava.eval.task_rates import read_task_rates
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.routing import detach_routing
 from routed_llava import route
@@ -62,8 +61,8 @@ def answer(checkpoint: Checkpoint, log: Path, monkeypatch: pytest.MonkeyPatch, *
 
 def test_pairs_pass_lmms_evals_parser() -> None:
     arguments = simple_parse_args_string("pretrained=x,skip_rate=0.3,task_skip_rates=pope:0.4/mme:off/a:b:0")
-    assert read_task_rates(arguments["task_skip_rates"]) == {"pope": 0.4, "mme": None, "a:b": 0.0}
-    assert read_task_rates(None) == {}
+    assert parse_task_rates(arguments["task_skip_rates"]) == {"pope": 0.4, "mme": None, "a:b": 0.0}
+    assert parse_task_rates(None) == {}
 
 
 @pytest.mark.parametrize("schedule", ["plan", "arrival"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.model.token_pruners import PRUNERS, DominantMerged, get_pruner, spread
+from llava.model.token_pruning import PRUNERS, DominantMerged, get_pruner, spread
 from llava.model.visual_tokens import VisualTokens, encode_images
 
 

@@ -15,11 +15,10 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.image_tokens import count_image_features, count_image_tokens
+from llava.inference.speculative import generate_lossless
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing, prompt_routing, set_skip_rate
-from llava.model.speculative import generate_lossless
-from llava.model.token_pruners import PRUNERS
-from llava.model.token_pruning import plan_visual_tokens, prune_inputs, set_token_pruning
+from llava.model.token_pruning import PRUNERS, plan_visual_tokens, prune_inputs, set_token_pruning
 from llava.model.visual_tokens import encode_images
 from llava.model.zero3_text_batches import make_text_batches_safe
 

@@ -17,8 +17,7 @@ from transformers import LlavaForConditionalGeneration
 import zero3_cases
 from launching import ROOT, Launch
 from llava.conversation import get_template
-from llava.eval.generation import Generator, make_message
-from llava.eval.generation_options import GenerationOptions
+from llava.inference.generator import GenerationOptions, Generator, make_message
 from llava.model.builder import load_checkpoint
 from llava.model.routing import set_skip_rate
 from llava.train.stages import PARTS

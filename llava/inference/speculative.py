@@ -1,6 +1,6 @@
 """Lossless generation: the routed model drafts tokens, the full model verifies them.
 
-Both are the same weights and read the same cache. The full model prefills the prompt, and the router plans on it once.
+Both use the same weights and read the same cache. The full model prefills the prompt, and the router plans on it once.
 Then, in rounds, the planned layers alone propose a few tokens, and one pass of all layers over the proposal says how
 many of them the full model would have chosen; that pass also gives the token after them. Every token is thus the full
 model's own greedy choice, whatever the draft proposes.
@@ -13,21 +13,25 @@ Reference:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlavaForConditionalGeneration, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicLayer
 
-from fuzzyroe.attach import find_decoder
-from fuzzyroe.cache import has_started, refuse_unsupported
-from llava.model.two_passes import TwoPasses, prefill_and_plan
+from fuzzyroe.attach import find_decoder, find_decoder_layers
+from fuzzyroe.cache import RoutedCacheLayer, has_started, refuse_unsupported
+from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.row_split import RowSplit
+from llava.model.routing import prompt_routing
 
 
 @dataclass(frozen=True)
 class LosslessReport:
-    """What one lossless generation did.
+    """Counts of one lossless generation.
 
     Attributes:
         num_new_tokens: Tokens generated, the first one, of the prefill, included.
@@ -58,7 +62,7 @@ class LosslessReport:
 
 
 def generate_lossless(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     *,
     skip_rate: float | None = None,
     num_draft_tokens: int = 6,
@@ -68,19 +72,20 @@ def generate_lossless(
     """Generate greedily, exactly as ``model.generate`` does with routing off, with drafts from the routed model.
 
     Args:
-        model: LLaVA with routing attached; whether its routing is switched on makes no difference.
-        skip_rate: Mean skip rate of the drafts; None takes the router's own budget.
-        num_draft_tokens: Tokens to draft before each verification at most, at least 1.
-        min_confidence: A token that the draft gives a lower probability than this, in [0, 1], is the last of its
-            proposal; 0 always drafts all of them.
+        model: A ``LlavaForConditionalGeneration`` with routing attached; whether its routing is switched on makes no
+            difference.
+        skip_rate: Target skip rate of the drafts; None takes the router's own.
+        num_draft_tokens: Most tokens to draft before each verification, at least 1.
+        min_confidence: The draft ends its proposal after a token that it gives a lower probability than this, in
+            [0, 1]; 0 always drafts all of them.
         **generate_kwargs: As for ``model.generate``, one prompt: ``input_ids``, ``pixel_values``, ``max_new_tokens``,
             ``logits_processor``, ``stopping_criteria``, ``streamer`` and so on.
 
     Returns:
-        What ``model.generate`` gives for them, int64, and a report.
+        The tokens that ``model.generate`` gives for them, int64, and a report.
 
     Raises:
-        ValueError: If there is no router, more than one prompt, padding behind it, or an option other than greedy
+        ValueError: If there is no router, more than one prompt, padding after it, or an option other than greedy
             decoding of tokens.
         TypeError: If the cache cannot hold kept rows only.
     """
@@ -95,23 +100,23 @@ def generate_lossless(
     options = {"use_cache": True, **generate_kwargs}  # a checkpoint saved by training has the cache off
     decoding = _LosslessDecoding(skip_rate, num_draft_tokens, min_confidence, options.get("streamer"))
     sequences = model.generate(**options, custom_generate=decoding)
-    return sequences, decoding.report
+    return sequences, decoding.reports[-1]
 
 
 class _LosslessDecoding:
-    """The decoding loop that ``generate`` calls once it has prepared its inputs.
+    """The decoding loop that ``generate`` calls once it has prepared its inputs; each call appends a report.
 
-    ``generate`` hands no streamer to such a loop (transformers 5.17 to 5.23), so it is given here.
+    ``generate`` hands no streamer to such a loop (transformers 5.17 to 5.23), so the constructor takes it.
     """
 
     def __init__(self, skip_rate: float | None, num_draft_tokens: int, min_confidence: float, streamer: Any) -> None:
         self.skip_rate, self.num_draft_tokens, self.min_confidence = skip_rate, num_draft_tokens, min_confidence
         self.streamer = streamer
-        self.report: LosslessReport | None = None
+        self.reports: list[LosslessReport] = []
 
     def __call__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -120,18 +125,21 @@ class _LosslessDecoding:
     ) -> Tensor:
         """Decode one prompt, (1, N) int64; give prompt with answer, (1, N + new) int64."""
         _refuse_other_decoding(generation_config, input_ids, model_kwargs)
-        logits, keep = prefill_and_plan(model, input_ids, model_kwargs, self.skip_rate)
-        passes = TwoPasses(model, input_ids.shape[1], keep, model_kwargs)
+        logits, keep = _prefill_and_plan(model, input_ids, model_kwargs, self.skip_rate)
+        passes = _DraftAndVerify(model, input_ids.shape[1], keep, model_kwargs)
         answer = _Answer(input_ids, logits_processor, stopping_criteria, self.streamer)
         answer.extend(answer.score(input_ids, logits[:, -1:]))
-        end_tokens = _end_tokens(generation_config)
+        end = generation_config.eos_token_id
+        end_tokens = frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
         drafted = accepted = verifications = 0
         while not answer.is_finished:
-            room = generation_config.max_length - answer.tokens.shape[1] - 1  # the verification itself gives a token
-            limit = 0 if keep.all() else min(self.num_draft_tokens, room)  # where nothing is skipped, nothing is won
-            proposal = _draft(passes, answer, limit, self.min_confidence, end_tokens)
+            # the verification itself gives a token, and where nothing is skipped, drafting wins nothing
+            room = generation_config.max_length - answer.tokens.shape[1] - 1
+            limit = 0 if keep.all() else min(self.num_draft_tokens, room)
+            proposal = passes.draft(answer, limit, self.min_confidence, end_tokens)
             known = answer.tokens.shape[1]
             scores = answer.score(proposal, passes.verify(proposal[:, known - 1 :]))
+            # accepted are the proposed tokens up to the first that the full model would not have chosen
             matches = int((scores[:-1].argmax(dim=-1) == proposal[0, known:]).cumprod(dim=0).sum())
             answer.extend(scores[: matches + 1])
             passes.forget_beyond(answer.tokens.shape[1] - 1)
@@ -141,7 +149,7 @@ class _LosslessDecoding:
         if self.streamer is not None:
             self.streamer.end()
         num_new = answer.tokens.shape[1] - input_ids.shape[1]
-        self.report = LosslessReport(num_new, drafted, accepted, verifications, keep, answer.smallest_lead)
+        self.reports.append(LosslessReport(num_new, drafted, accepted, verifications, keep, answer.smallest_lead))
         return answer.tokens
 
 
@@ -150,7 +158,7 @@ class _Answer:
 
     Args:
         tokens: The prompt, (1, N) int64.
-        logits_processor: Applied as in plain decoding, to the logits behind each prefix.
+        logits_processor: Applied as in plain decoding, to the logits after each prefix.
         stopping_criteria: Asked after each token, as in plain decoding.
         streamer: Given each token; None for none.
     """
@@ -158,7 +166,7 @@ class _Answer:
     def __init__(
         self,
         tokens: Tensor,
-        logits_processor: LogitsProcessorList,
+        logits_processor: Callable[..., Tensor],
         stopping_criteria: StoppingCriteriaList,
         streamer: Any,
     ) -> None:
@@ -172,7 +180,7 @@ class _Answer:
 
         Args:
             tokens: (1, N) int64.
-            logits: Logits behind its last n prefixes, the longest being all of it, (1, n, vocabulary).
+            logits: Logits after its last n prefixes, the longest being all of it, (1, n, vocabulary).
 
         Returns:
             Processed logits, (n, vocabulary), float32.
@@ -196,34 +204,111 @@ class _Answer:
                 return
 
 
-def _draft(passes: TwoPasses, answer: _Answer, limit: int, min_confidence: float, end_tokens: frozenset[int]) -> Tensor:
-    """Give prompt and answer with up to ``limit`` proposed tokens more, (1, N') int64.
+class _DraftAndVerify:
+    """Passes of the full and of the drafting model after one prefilled prompt, over the same weights and cache.
 
-    An end token, or one that the draft is not sure of, is the last.
+    Args:
+        model: The routed model.
+        prompt_length: Positions N of the prompt.
+        keep: Layers that the draft runs, (L,) bool on the CPU.
+        model_kwargs: Keywords that ``generate`` prepared: filled cache, mask and position ids of the prompt, (1, N).
     """
-    tokens = answer.tokens
-    if limit < 1:
+
+    def __init__(self, model: Any, prompt_length: int, keep: Tensor, model_kwargs: dict[str, Any]) -> None:
+        self.model, self.keep = model, keep
+        self.cache: Cache = model_kwargs["past_key_values"]
+        self.prompt_mask: Tensor | None = model_kwargs.get("attention_mask")
+        positions = model_kwargs.get("position_ids")
+        # padding in front takes indices, but no positions
+        self.padding = 0 if positions is None else prompt_length - 1 - positions[:, -1:]  # (1, 1)
+        decoder_layers: Any = find_decoder_layers(model)
+        self.stores_keys: list[bool] = [layer.skip_unit.stores_keys for layer in decoder_layers]
+
+    def draft(self, answer: _Answer, limit: int, min_confidence: float, end_tokens: frozenset[int]) -> Tensor:
+        """Give prompt and answer with up to ``limit`` proposed tokens more, (1, N') int64.
+
+        An end token, or one that the draft is not sure of, is the last.
+        """
+        tokens, cache = answer.tokens, self._fork_cache()
+        for _ in range(limit):
+            scores = answer.score(tokens, self._run(tokens[:, -1:], cache))  # (1, vocabulary)
+            choice = scores.argmax(dim=-1, keepdim=True)
+            tokens = torch.cat([tokens, choice], dim=1)
+            is_unsure = min_confidence > 0 and float(scores.softmax(dim=-1).amax()) < min_confidence
+            if is_unsure or (end_tokens and int(choice) in end_tokens):
+                break
         return tokens
-    cache = passes.fork_cache()
-    for _ in range(limit):
-        scores = answer.score(tokens, passes.draft_with(cache, tokens[:, -1:]))  # (1, vocabulary)
-        choice = scores.argmax(dim=-1, keepdim=True)
-        tokens = torch.cat([tokens, choice], dim=1)
-        is_unsure = min_confidence > 0 and float(scores.softmax(dim=-1).amax()) < min_confidence
-        if is_unsure or (end_tokens and int(choice) in end_tokens):
-            break
-    return tokens
+
+    def verify(self, tokens: Tensor) -> Tensor:
+        """Run all layers over tokens, (1, n), that follow the cache; give their logits, (1, n, vocabulary)."""
+        return self._run(tokens, self.cache)
+
+    def forget_beyond(self, length: int) -> None:
+        """Cut the cache back to its first ``length`` positions."""
+        surplus = self.cache.get_seq_length() - length
+        if surplus > 0:
+            self.cache.crop(-surplus)
+
+    def _fork_cache(self) -> Cache:
+        """Give the draft's view of the cache: kept layers go on from the full model's keys and values.
+
+        The tensors are borrowed, and appending makes new ones, so the verified cache is never written. That the draft
+        reads states of the full model, not of its own layers, changes what it proposes and nothing else.
+        """
+        length = self.cache.get_seq_length()
+        forked: list[Any] = []
+        layers: list[Any] = self.cache.layers
+        for index, layer in enumerate(layers):
+            stores_keys = self.stores_keys[index]
+            if self.keep[index]:
+                fork = DynamicLayer()
+            else:
+                fork = RoutedCacheLayer(RowSplit(self.keep[index : index + 1]), stores_keys)
+                fork.seen = length
+            if self.keep[index] or stores_keys:
+                fork.lazy_initialization(layer.keys, layer.values)
+                fork.keys, fork.values = layer.keys, layer.values
+            forked.append(fork)
+        return Cache(layers=forked)
+
+    def _run(self, tokens: Tensor, cache: Cache) -> Tensor:
+        start, stop = cache.get_seq_length(), cache.get_seq_length() + tokens.shape[1]
+        positions = torch.arange(start, stop, device=tokens.device).unsqueeze(0) - self.padding
+        mask = self.prompt_mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(1, stop - mask.shape[1])], dim=1)
+        output = self.model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return output.logits
 
 
-def _end_tokens(generation_config: GenerationConfig) -> frozenset[int]:
-    end = generation_config.eos_token_id
-    return frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
+@dataclass
+class ObservedRouting(RoutingState):
+    """A state whose router decides as ever, while every row runs every layer."""
+
+    def split(self, layer: int) -> RowSplit:
+        """Give the decision to run the layer."""
+        return RowSplit(torch.ones(self.turn_ids.shape[0], dtype=torch.bool))
+
+
+def _prefill_and_plan(
+    model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], skip_rate: float | None
+) -> tuple[Tensor, Tensor]:
+    """Run the full model over the prompt while the router plans on it; give logits and kept layers, (L,) bool."""
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    mask, pixel_values = inputs.get("attention_mask"), inputs.get("pixel_values")
+    prompt = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
+    routing = ObservedRouting(**{field.name: getattr(prompt, field.name) for field in fields(prompt) if field.init})
+    routing.skip_rate = skip_rate
+    logits = model(**inputs, routing=routing).logits
+    return logits, routing.decisions()[0]
 
 
 def _refuse_other_decoding(
     generation_config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str, Any]
 ) -> None:
-    """Raise ValueError for what this loop does not do."""
+    """Raise ValueError for kinds of decoding that this loop does not do."""
     if input_ids.shape[0] != 1:
         raise ValueError(
             f"Lossless mode got {input_ids.shape[0]} sequences; prompts accept different numbers of tokens, so one at "

@@ -1,8 +1,7 @@
-"""What callers see of a generation in LLaVA's convention: answers, without the prompts before them."""
+"""Generation in LLaVA's convention: callers see answers, without the prompts before them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class AnswerCriterion(StoppingCriteria):
-    """A stopping criterion that is shown the answers alone.
+    """A stopping criterion that sees the answers alone.
 
     Args:
         criterion: Called with ids of answers, (B, answer), and scores.
@@ -22,12 +21,12 @@ class AnswerCriterion(StoppingCriteria):
         self.criterion, self.prompt_length = criterion, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        """What the criterion says of the answers."""
+        """Ask the criterion about the answers."""
         return self.criterion(input_ids[:, self.prompt_length :], scores, **kwargs)
 
 
 class AnswerProcessor(LogitsProcessor):
-    """A logits processor that is shown the answers alone.
+    """A logits processor that sees the answers alone.
 
     Args:
         processor: Called with ids of answers, (B, answer), and scores, (B, vocabulary).
@@ -37,16 +36,16 @@ class AnswerProcessor(LogitsProcessor):
     def __init__(self, processor: Any, prompt_length: int) -> None:
         self.processor, self.prompt_length = processor, prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as the processor changes them."""
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Give the scores as the processor changes them."""
         return self.processor(input_ids[:, self.prompt_length :], scores)
 
 
 class AnswerStreamer(BaseStreamer):
-    """A streamer that is shown the answer alone.
+    """A streamer that sees the answer alone.
 
     Args:
-        streamer: Is given token ids, first the prompt's as (1, 0), then the answer's as they come.
+        streamer: Receives token ids, first the prompt's as (1, 0), then the answer's as they come.
         prompt_length: Positions of the prompt.
     """
 
@@ -64,22 +63,21 @@ class AnswerStreamer(BaseStreamer):
 
 
 def show_answers_only(options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
-    """Options of ``generate`` whose own stopping criteria, logits processors and streamer see answers only."""
+    """Wrap the stopping criteria, logits processors and streamer of ``generate`` so that they see answers only."""
     wrapped = dict(options)
     if wrapped.get("streamer") is not None:
         wrapped["streamer"] = AnswerStreamer(wrapped["streamer"], prompt_length)
-    for name, wrapper, kind in (
-        ("stopping_criteria", AnswerCriterion, StoppingCriteriaList),
-        ("logits_processor", AnswerProcessor, LogitsProcessorList),
-    ):
-        items: Iterable | None = wrapped.get(name)
-        if items is not None:
-            wrapped[name] = kind([wrapper(item, prompt_length) for item in items])
+    if wrapped.get("stopping_criteria") is not None:
+        criteria = [AnswerCriterion(item, prompt_length) for item in wrapped["stopping_criteria"]]
+        wrapped["stopping_criteria"] = StoppingCriteriaList(criteria)
+    if wrapped.get("logits_processor") is not None:
+        processors = [AnswerProcessor(item, prompt_length) for item in wrapped["logits_processor"]]
+        wrapped["logits_processor"] = LogitsProcessorList(processors)
     return wrapped
 
 
 def drop_prompts(output: Any, prompt_length: int) -> Any:
-    """The answers of what ``generate`` gave: a tensor (B, N), or an output with ``sequences`` (B, N)."""
+    """Keep the answers of a result of ``generate``: a tensor (B, N), or an output with ``sequences`` (B, N)."""
     if isinstance(output, Tensor):
         return output[:, prompt_length:]
     output.sequences = output.sequences[:, prompt_length:]

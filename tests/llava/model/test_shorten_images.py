@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.model.image_positions import image_lengths, shorten_images
+from llava.model.token_pruning import shorten_images
+from llava.model.visual_tokens import image_lengths
 
 IMAGE = 9
 

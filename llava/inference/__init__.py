@@ -1,0 +1,1 @@
+"""Answering prompts with a loaded checkpoint: one batch, a queue, or one prompt without loss."""
