@@ -4,8 +4,8 @@
 #   source scripts/env.sh     from a script: sets FUZZYROE_ROOT and PYTHON, puts the environment's programs first on PATH
 #   bash scripts/env.sh       by hand: only makes or repairs .venv
 #
-# Without FUZZYROE_PYTHON it creates .venv from requirements.txt (1 to 5 minutes, 1.5 GB; more with CUDA libraries) and
-# reuses it until requirements.txt, pyproject.toml or Python change. An interrupted install is repaired by the next run.
+# Without FUZZYROE_PYTHON it creates .venv from requirements.lock (1 to 5 minutes, 1.5 GB; more with CUDA libraries) and
+# reuses it until the lock, pyproject.toml or Python change. An interrupted install is repaired by the next run.
 #
 #   FUZZYROE_PYTHON=python    use this Python's environment as it is: check it, say what is missing, install nothing
 #   FUZZYROE_EXTRAS="..."     extras of pyproject.toml that the caller needs (default: train eval playground)
@@ -55,7 +55,7 @@ env_find_python() { # print the first usable Python
 env_fingerprint() { # what .venv has to match
   "$PYTHON" - <<'PY'
 import hashlib, pathlib, sys
-parts = [pathlib.Path(name).read_bytes() for name in ("requirements.txt", "pyproject.toml")]
+parts = [pathlib.Path(name).read_bytes() for name in ("requirements.txt", "requirements.lock", "pyproject.toml")]
 print(hashlib.sha256(b"\0".join([*parts, sys.version.encode()])).hexdigest())
 PY
 }
@@ -98,16 +98,12 @@ env_install_torch() { # first and alone: everything after it then keeps this bui
   env_step "installing $pin" env_pip install --no-compile ${index:+--extra-index-url "$index"} "$pin"
 }
 
-env_install() { # everything of requirements.txt, then this repository
-  local lmms
-  lmms="$(grep '^lmms-eval==' requirements.txt)"
+env_install() { # everything of the lock, then this repository
   touch "$ENV_MARKER"
   rm -f "$ENV_STAMP"
   env_install_torch
-  grep -v '^lmms-eval==' requirements.txt >"$ENV_DIR/requirements-without-lmms-eval.txt"
-  env_step "installing requirements.txt" env_pip install --no-compile --no-warn-conflicts \
-    -r "$ENV_DIR/requirements-without-lmms-eval.txt"
-  env_step "installing $lmms without its own requirements" env_pip install --no-compile --no-deps "$lmms"
+  # the lock is complete, so pip need not resolve anything; a file with another hash is refused
+  env_step "installing requirements.lock" env_pip install --no-compile --no-deps --require-hashes -r requirements.lock
   env_step "installing this repository" env_pip install --no-deps -e .
   env_remove_broken_companions
   env_step "checking the result" "$PYTHON" scripts/check_environment.py train eval playground dev

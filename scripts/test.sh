@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs the tests on the CPU, offline. Makes or repairs the environment first (scripts/env.sh).
 #
-#   bash scripts/test.sh                    ruff, then every test that is not marked slow      (at most 9 min on 2 cores)
-#   bash scripts/test.sh --all              then the slow tests, then the unit tests once more
-#                                           with the oldest supported transformers             (at most 60 min)
+#   bash scripts/test.sh                    ruff, mypy, doctests, every test not marked slow   (at most 9 min on 2 cores)
+#   bash scripts/test.sh --all              then the slow tests, then what touches transformers
+#                                           once more with the oldest supported version        (at most 45 min)
 #   bash scripts/test.sh [--all] -- ARGS    ARGS go to pytest, e.g. -- -k attach -x
 #
 # A skipped test fails the run unless it is marked gpu. FUZZYROE_PYTHON=python tests in an environment of your own.
+# FUZZYROE_TEST_WORKERS=N sets the number of processes that share the unit tests (default 2; 0 for none).
 set -euo pipefail
 
 # The oldest supported transformers, with the packages it needs in versions older than those of requirements.txt.
@@ -28,10 +29,17 @@ FUZZYROE_EXTRAS="train eval playground dev"
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+given=$# # arguments for pytest that the caller gave
+
 # tests that launch two ranks share the cores: more threads than one make them slower
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH="$PYTHONPATH:$FUZZYROE_ROOT/tests/support"
+
+# a file's tests stay in one process: they share what its fixtures have made
+parallel=(-n "${FUZZYROE_TEST_WORKERS:-2}" --dist loadfile)
+# what calls transformers; the rest would only be run twice
+touches_transformers=(tests/fuzzyroe tests/llava/model tests/llava/eval tests/llava/serve tests/llava/train)
 
 timings=()
 tier() { # label, command...: run it, remember how long it took, stop at the first failure
@@ -57,7 +65,7 @@ pytest_tier() { # marker expression, pytest arguments...
   shift
   "$PYTHON" -m pytest -p no_skips --durations=5 -m "$expression" "$@" || status=$?
   # arguments such as -k may leave a tier without tests; without arguments an empty tier is a mistake
-  [[ $status -eq 0 || ($status -eq 5 && $# -gt 0) ]] || return "$status"
+  [[ $status -eq 0 || ($status -eq 5 && $given -gt 0) ]] || return "$status"
 }
 
 install_oldest() { # directory: goes onto PYTHONPATH for one tier; no environment is changed
@@ -76,15 +84,19 @@ assert transformers.__version__.startswith('$OLDEST_TRANSFORMERS.'), transformer
 print('transformers', transformers.__version__, 'from', transformers.__file__)"
 }
 
-tier "ruff" "$PYTHON" -m ruff check .
-tier "unit tests" pytest_tier "not slow" "$@"
+tier "ruff check" "$PYTHON" -m ruff check .
+tier "ruff format" "$PYTHON" -m ruff format --check .
+tier "mypy" "$PYTHON" -m mypy
+if [[ $# -eq 0 ]]; then tier "doctests" "$PYTHON" -m pytest -q --doctest-modules fuzzyroe llava; fi
+tier "unit tests" pytest_tier "not slow" "${parallel[@]}" "$@"
 if $all; then
   tier "slow tests" pytest_tier slow "$@"
   if [[ -n "${FUZZYROE_PYTHON:-}" ]]; then overlay=.cache; else overlay=.venv; fi
   overlay="$FUZZYROE_ROOT/$overlay/overlay-transformers-$OLDEST_TRANSFORMERS"
   tier "installing transformers $OLDEST_TRANSFORMERS beside the environment" install_oldest "$overlay"
   export PYTHONPATH="$overlay:$PYTHONPATH"
-  tier "unit tests with transformers $OLDEST_TRANSFORMERS" pytest_tier "not slow" "$@"
+  tier "unit tests with transformers $OLDEST_TRANSFORMERS" \
+    pytest_tier "not slow" "${parallel[@]}" "${touches_transformers[@]}" "$@"
 fi
 print_timings
 echo "all passed in $SECONDS s"

@@ -32,7 +32,13 @@ class Checkout:
         self.programs = folder / "programs"
         (self.root / "scripts").mkdir(parents=True)
         self.programs.mkdir()
-        for name in ("scripts/env.sh", "scripts/check_environment.py", "requirements.txt", "pyproject.toml"):
+        for name in (
+            "scripts/env.sh",
+            "scripts/check_environment.py",
+            "requirements.txt",
+            "requirements.lock",
+            "pyproject.toml",
+        ):
             shutil.copy(ROOT / name, self.root / name)
         self.python = self.programs / "python3"
         self.python.write_text(STAND_IN)
@@ -61,15 +67,13 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-def test_torch_comes_first_and_lmms_eval_without_its_requirements(checkout: Checkout) -> None:
+def test_torch_comes_first_and_the_rest_by_the_hashes_of_the_lock(checkout: Checkout) -> None:
     result = checkout.run()
     assert result.returncode == 0, result.stderr
-    torch, requirements, lmms_eval, repository = checkout.installs()
+    torch, locked, repository = checkout.installs()
     assert "torch==" in torch and "--extra-index-url https://index.invalid" in torch
-    assert "-r " in requirements
-    assert "--no-deps lmms-eval==" in lmms_eval
+    assert "--no-deps --require-hashes -r requirements.lock" in locked
     assert repository.endswith("--no-deps -e .")
-    assert "lmms-eval==" not in (checkout.root / ".venv" / "requirements-without-lmms-eval.txt").read_text()
 
 
 def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
@@ -80,7 +84,7 @@ def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
     assert "up to date" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements.lock", "pyproject.toml"])
 def test_a_changed_requirement_is_installed_into_the_same_environment(checkout: Checkout, name: str) -> None:
     checkout.run()
     kept = checkout.root / ".venv" / "kept"
@@ -88,12 +92,12 @@ def test_a_changed_requirement_is_installed_into_the_same_environment(checkout: 
     with (checkout.root / name).open("a") as file:
         file.write("# changed\n")
     checkout.run()
-    assert len(checkout.installs()) == 4
+    assert len(checkout.installs()) == 3
     assert kept.exists()
 
 
 def test_an_interrupted_install_is_repaired_by_the_next_run(checkout: Checkout) -> None:
-    broken = checkout.run(FAIL_ON="requirements-without")
+    broken = checkout.run(FAIL_ON="requirements.lock")
     assert broken.returncode == 1
     assert "run the same command again" in broken.stderr
     leftover = checkout.root / ".venv" / "leftover"
@@ -101,7 +105,7 @@ def test_an_interrupted_install_is_repaired_by_the_next_run(checkout: Checkout) 
     repaired = checkout.run()
     assert repaired.returncode == 0, repaired.stderr
     assert "did not finish" in repaired.stdout
-    assert len(checkout.installs()) == 4
+    assert len(checkout.installs()) == 3
     assert not leftover.exists()
 
 

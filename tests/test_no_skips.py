@@ -14,13 +14,13 @@ HEADER = "import pytest\n"
 PASSES = "def test_passes():\n    pass\n"
 
 
-def run_pytest(folder: Path, source: str) -> subprocess.CompletedProcess:
+def run_pytest(folder: Path, source: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run the plug-in on one file of tests, away from this repository's configuration."""
     (folder / "test_example.py").write_text(HEADER + source)
     (folder / "pytest.ini").write_text(f"[pytest]\npythonpath = {SUPPORT}\nmarkers =\n    gpu: needs CUDA\n")
     program = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     return subprocess.run(
-        [sys.executable, "-c", program, "-p", "no_skips", "-p", "no:cacheprovider", "-q"],
+        [sys.executable, "-c", program, "-p", "no_skips", "-p", "no:cacheprovider", "-q", *arguments],
         cwd=folder,
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
@@ -38,8 +38,9 @@ def run_pytest(folder: Path, source: str) -> subprocess.CompletedProcess:
     ],
     ids=["in the test", "by a marker", "in a fixture", "the whole file"],
 )
-def test_a_skip_fails_the_run_and_is_named(tmp_path: Path, source: str) -> None:
-    result = run_pytest(tmp_path, source + PASSES)
+@pytest.mark.parametrize("arguments", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "two workers"])
+def test_a_skip_fails_the_run_and_is_named(tmp_path: Path, source: str, arguments: tuple[str, ...]) -> None:
+    result = run_pytest(tmp_path, source + PASSES, *arguments)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
     assert "skipped without the marker gpu" in result.stdout
     assert "no data" in result.stdout
@@ -54,8 +55,9 @@ def test_a_skip_fails_the_run_and_is_named(tmp_path: Path, source: str) -> None:
     ],
     ids=["marked gpu", "expected failure", "nothing skipped"],
 )
-def test_what_is_allowed_passes(tmp_path: Path, source: str) -> None:
-    result = run_pytest(tmp_path, source + PASSES)
+@pytest.mark.parametrize("arguments", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "two workers"])
+def test_what_is_allowed_passes(tmp_path: Path, source: str, arguments: tuple[str, ...]) -> None:
+    result = run_pytest(tmp_path, source + PASSES, *arguments)
     assert result.returncode == pytest.ExitCode.OK, result.stdout + result.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,6 +52,21 @@ def test_every_requirement_is_pinned_inside_its_range(wanted: Requirement, pytho
 @pytest.mark.parametrize("pin", PINS, ids=str)
 def test_every_pin_is_exact(pin: Requirement) -> None:
     assert [specifier.operator for specifier in pin.specifier] == ["=="]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_holds_every_pin_with_its_hash(python: str) -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(" --hash=sha256:" in line for line in lines)
+    locked = [Requirement(line.split(" --hash", 1)[0]) for line in lines]
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    applying = {
+        canonicalize_name(pin.name): pin for pin in locked if pin.marker is None or pin.marker.evaluate(environment)
+    }
+    for name, pin in pins_for(python).items():
+        if name != "torch":  # scripts/env.sh chooses its build
+            assert applying[canonicalize_name(name)].specifier == pin.specifier, "run scripts/lock.sh"
 
 
 def test_changelog_knows_the_version() -> None:

@@ -16,13 +16,11 @@ class NoSkips:
     def __init__(self) -> None:
         self.skipped: list[str] = []
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a skipped test; an expected failure also reports as skipped and is not one."""
-        report = yield
-        if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker(GPU) is None:
+        # markers are read from the report: with pytest-xdist the item itself stays in another process
+        if report.skipped and not hasattr(report, "wasxfail") and GPU not in report.keywords:
             self.skipped.append(f"{report.nodeid}: {report.longreprtext}")
-        return report
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Note a file skipped as a whole, which takes its markers with it."""
