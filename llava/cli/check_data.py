@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava.cli.errors import USER_ERROR
+from llava.cli.terminal import USER_ERROR
 
 if TYPE_CHECKING:
     from rich.console import Console

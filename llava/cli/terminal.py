@@ -1,17 +1,26 @@
-"""Output on a terminal: tables, progress, consoles."""
+"""Terminal output: tables, progress, and the mistakes of users as one line on stderr."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 PIPE_WIDTH = 160
 """Columns where the output is no terminal: tables keep one line per row."""
+
+OUR_PACKAGES = ("fuzzyroe", "llava")
+
+USER_ERROR = 2
+"""Exit code of a user's mistake, as for unknown options."""
 
 
 def open_console(stderr: bool = False) -> Console:
@@ -37,6 +46,7 @@ def make_table(
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2, 0, 0)
     )
+    # Text, because rich would read square brackets in a plain string as markup
     for index, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if index < text_columns else "right", overflow="fold")
     for index, row in enumerate(rows):
@@ -56,3 +66,42 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class FriendlyGroup(TyperGroup):
+    """A group of commands that turns the errors our packages raise on purpose into one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; exit with ``USER_ERROR`` if it raises a ValueError or KeyError of ours, or any OSError."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, KeyError, OSError) as error:
+            if not is_user_error(error):
+                raise
+            typer.echo(f"fuzzyroe: {describe_error(error)}", err=True)
+            raise typer.Exit(USER_ERROR) from error
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether our code raised it as an answer to what the user asked for.
+
+    A ValueError from inside numpy or torch is a bug of ours; hiding its traceback would hide the bug.
+    """
+    return isinstance(error, OSError) or _raised_in(error.__traceback__).split(".")[0] in OUR_PACKAGES
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f" {error.filename}" if error.filename else ""
+        return f"cannot open{name} ({error.strerror}); check the path and your rights to it."
+    # str() of a KeyError puts the message in quotes
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
+
+
+def _raised_in(traceback: TracebackType | None) -> str:
+    """Name of the module that raised."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")

@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint about one image, turn by turn."""
+"""Chat: a conversation with a checkpoint about one image, turn by turn."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fuzzyroe.cache import kept_layers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, get_template
 from llava.image_tokens import count_image_tokens
+from llava.inference.generator import GenerationOptions
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
 
 DEFAULT_TEMPLATE = "v1"
@@ -20,43 +21,13 @@ DEFAULT_TEMPLATE = "v1"
 
 
 @dataclass(frozen=True)
-class ChatOptions:
-    """How answers are generated.
-
-    Attributes:
-        temperature: Of the drawing; 0 takes the likeliest token.
-        top_p: Probability mass that is drawn from, in (0, 1]; None for all of it.
-        max_new_tokens: Longest answer, at least 1; shorter where the model's context ends before.
-    """
-
-    temperature: float = 0.2
-    top_p: float | None = None
-    max_new_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"--temperature is {self.temperature}; it is 0 (the likeliest token) or more.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p is {self.top_p}; it lies in (0, 1]. Leave it out to draw from all tokens.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; it is at least 1.")
-
-    def to_generate_kwargs(self) -> dict[str, Any]:
-        """Keywords for ``generate``."""
-        kwargs: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        if not kwargs["do_sample"]:
-            return {**kwargs, "temperature": None, "top_p": None, "top_k": None}
-        return {**kwargs, "temperature": self.temperature, **({} if self.top_p is None else {"top_p": self.top_p})}
-
-
-@dataclass(frozen=True)
 class Answer:
-    """What the model said, and how.
+    """The model's answer, and the layers it took.
 
     Attributes:
-        text: The answer, without what ends it.
+        text: The answer, without the separator that ends it.
         prompt: The prompt it continues.
-        skipped: Layers that an adapter stood in for; None for a model without routing.
+        skipped: Layers replaced by their adapters; None for a model without routing.
         num_layers: Layers of the decoder.
     """
 
@@ -67,12 +38,12 @@ class Answer:
 
 
 class Chat:
-    """A conversation; what was said so far is part of every prompt.
+    """A conversation; every prompt holds all earlier turns.
 
     Args:
-        tokenizer, model, image_processor, context_length: What ``load_pretrained_model`` gives.
+        tokenizer, model, image_processor, context_length: As ``load_pretrained_model`` gives them.
         template: Name of a conversation template.
-        options: How answers are generated.
+        options: Options of generation.
         image: PIL image that the first question is about; None for a conversation without.
     """
 
@@ -83,7 +54,7 @@ class Chat:
         image_processor: Any,
         context_length: int,
         template: str,
-        options: ChatOptions,
+        options: GenerationOptions,
         image: Any = None,
     ) -> None:
         self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
@@ -91,7 +62,7 @@ class Chat:
         self.start_anew(image)
 
     def start_anew(self, image: Any = None) -> None:
-        """Forget what was said, and talk about another image, or none."""
+        """Forget the conversation, and talk about another image, or none."""
         self.conversation: Conversation = get_template(self.template)
         self.image = image
         self._pixels = None if image is None else process_images([image], self.image_processor, self.model.config)
@@ -104,20 +75,21 @@ class Chat:
 
         Args:
             question: Text without image tags; the image is put in front of the first one.
-            streamer: Is given the answer's tokens as they come.
+            streamer: Receives the answer's tokens as they come.
 
         Raises:
             ValueError: If the question fills the model's context; nothing is added to the conversation.
         """
+        # a copy, so that a question without an answer leaves no trace
         conversation = self.conversation.copy()
         is_first = len(conversation.messages) == conversation.offset
-        shown = f"{self._marker}\n{question}" if is_first and self._marker else question
-        conversation.append_message(conversation.roles[0], shown)
+        text = f"{self._marker}\n{question}" if is_first and self._marker else question
+        conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         prompt = conversation.get_prompt()
         input_ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt").unsqueeze(0)
-        options = {**self.options.to_generate_kwargs(), "max_new_tokens": self._longest_answer(input_ids)}
         end = (conversation.sep2 or conversation.sep).strip()
+        options = {**self.options.to_generate_kwargs(), "max_new_tokens": self._longest_answer(input_ids)}
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids.to(self.model.device),
@@ -129,30 +101,22 @@ class Chat:
                 stopping_criteria=[KeywordsStoppingCriteria([end] if end else [], self.tokenizer, input_ids)],
                 **options,
             )
-        text = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
-        text = (text.partition(end)[0] if end else text).strip()
-        conversation.messages[-1][1] = text
+        said = self.tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+        said = (said.partition(end)[0] if end else said).strip()
+        conversation.messages[-1][1] = said
         self.conversation = conversation
         keep = kept_layers(output.past_key_values, 1)[0].tolist()
         skipped = tuple(layer for layer, is_kept in enumerate(keep) if not is_kept)
-        return Answer(text, prompt, skipped if self.is_routed else None, len(keep))
+        return Answer(said, prompt, skipped if self.target_skip_ratio is not None else None, len(keep))
 
     @property
-    def is_routed(self) -> bool:
-        """Whether layers may be skipped."""
-        return bool(getattr(self._router, "enabled", False))
-
-    @property
-    def skip_rate(self) -> float:
-        """Mean skip rate that a routed model plans for."""
-        return float(self._router.target_skip_ratio)
-
-    @property
-    def _router(self) -> Any:
-        return getattr(find_decoder(self.model), "router", None)
+    def target_skip_ratio(self) -> float | None:
+        """Target skip rate of a routed model; None where no layer is skipped."""
+        router = getattr(find_decoder(self.model), "router", None)
+        return float(router.target_skip_ratio) if router is not None and router.enabled else None
 
     def _longest_answer(self, input_ids: Tensor) -> int:
-        """Tokens that an answer may have, at least 1."""
+        """Count the tokens that an answer may have, at least 1."""
         num_images = int((input_ids == IMAGE_TOKEN_INDEX).sum())
         num_tokens = input_ids.shape[1] + num_images * (count_image_tokens(self.model.config) - 1)
         if num_tokens >= self.context_length:
@@ -164,10 +128,10 @@ class Chat:
 
 
 def choose_template(asked: str | None, config: Any) -> tuple[str, str]:
-    """The template to talk in, and why.
+    """Choose the template to talk in, and give the reason.
 
     Args:
-        asked: What the user asked for; None to go by the checkpoint.
+        asked: The user's choice; None to go by the checkpoint.
         config: The model's configuration; ``conv_template`` names the template of its training.
 
     Raises:
@@ -180,5 +144,5 @@ def choose_template(asked: str | None, config: Any) -> tuple[str, str]:
         chosen, reason = named, "named by the checkpoint"
     else:
         chosen, reason = DEFAULT_TEMPLATE, "LLaVA-1.5's; the checkpoint names none, --conv-mode chooses another"
-    get_template(chosen)
+    get_template(chosen)  # refuses an unknown name
     return chosen, reason

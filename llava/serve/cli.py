@@ -1,4 +1,4 @@
-"""Chat with a checkpoint about an image, on a terminal.
+"""Terminal chat with a checkpoint about an image.
 
     python -m llava.serve.cli --model-path outputs/quickstart/finetune --image-file canvas.png --conv-mode digits
 
@@ -17,24 +17,24 @@ from PIL import Image
 
 from llava.conversation import get_template
 from llava.data.image_files import open_rgb
-from llava.serve.chat import Answer, Chat, ChatOptions, choose_template
+from llava.inference.generator import DENSE, GenerationOptions, parse_skip_rate
+from llava.serve.chat import Answer, Chat, choose_template
 
-DENSE = "off"
 COMMANDS = "/image PATH talks about another image, /new forgets what was said, an empty line ends the chat."
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Declare the flags of the command."""
     parser = argparse.ArgumentParser(prog=prog, description="Chat with a checkpoint about an image.", epilog=COMMANDS)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id, in any layout of LLaVA-1.5")
-    parser.add_argument("--model-base", help="what a projector or low-rank updates belong to, if they do not name it")
+    parser.add_argument("--model-base", help="base model of a projector or of LoRA weights, if they do not name it")
     parser.add_argument("--image-file", help="path or http(s) address of the image; left out for a chat without one")
     parser.add_argument("--device", default="cuda", help="cuda (a CPU where there is none) or cpu; default: cuda")
     parser.add_argument("--conv-mode", help="conversation template; default: the checkpoint's own if it names one")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest token; default: 0.2")
-    parser.add_argument("--top-p", type=float, help="probability mass that tokens are drawn from; default: all")
+    parser.add_argument("--top-p", type=float, help="probability mass to sample from; default: all")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens; default: 512")
-    parser.add_argument("--skip-rate", help=f"mean skip rate of a routed checkpoint, or {DENSE}; default: its own")
+    parser.add_argument("--skip-rate", help=f"target skip rate of a routed checkpoint, or {DENSE}; default: its own")
     parser.add_argument("--load-8bit", action="store_true", help="quantize the decoder with bitsandbytes")
     parser.add_argument("--load-4bit", action="store_true", help="quantize the decoder with bitsandbytes")
     parser.add_argument("--debug", action="store_true", help="show prompts, and where an error was raised")
@@ -58,15 +58,15 @@ def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
     """Check the flags, cheapest first, then load the model.
 
     Returns:
-        The chat, and a line that says what is talked with.
+        The chat, and a line that describes checkpoint, target skip rate and template.
 
     Raises:
         ValueError, KeyError, OSError, ImportError: If a flag, the image or the checkpoint cannot be used.
     """
-    settings = ChatOptions(options.temperature, options.top_p, options.max_new_tokens)
+    settings = _read_generation_options(options)
     if options.conv_mode is not None:
         get_template(options.conv_mode)
-    rate = _read_skip_rate(options.skip_rate)
+    rate = parse_skip_rate(options.skip_rate, "--skip-rate")
     image = None if options.image_file is None else open_image(options.image_file)
 
     from transformers.utils import logging
@@ -88,20 +88,32 @@ def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
         set_skip_rate(model, None)
     template, reason = choose_template(options.conv_mode, model.config)
     chat = Chat(*loaded, template=template, options=settings, image=image)
-    router = "no layer is skipped"
-    if chat.is_routed:
-        router = f"mean skip rate {chat.skip_rate:.0%}"
-    return chat, f"{options.model_path}, {router}; template {template} ({reason})."
+    target = chat.target_skip_ratio
+    skips = "no layer is skipped" if target is None else f"target mean skip rate {target:.0%}"
+    return chat, f"{options.model_path}, {skips}; template {template} ({reason})."
+
+
+def _read_generation_options(options: argparse.Namespace) -> GenerationOptions:
+    """Check the flags of generation; a temperature of 0 is greedy."""
+    if options.temperature < 0:
+        raise ValueError(f"--temperature is {options.temperature}; it is 0 (the likeliest token) or more.")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ValueError(f"--top-p is {options.top_p}; it lies in (0, 1]. Leave it out to sample from all tokens.")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; it is at least 1.")
+    flags = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    return GenerationOptions.from_gen_kwargs(flags)
 
 
 def talk(chat: Chat, is_verbose: bool = False) -> None:
-    """Ask on the terminal until nothing is asked any more; answers appear token by token."""
+    """Ask on the terminal until an empty line; answers appear token by token."""
     from transformers import TextStreamer
 
-    person, assistant = (re.sub(r"<\|.*?\|>|\s", "", role) for role in chat.conversation.roles)
+    # chat templates wrap their roles in <|...|>
+    user, assistant = (re.sub(r"<\|.*?\|>|\s", "", role) for role in chat.conversation.roles)
     while True:
         try:
-            question = input(f"{person or 'USER'}: ").strip()
+            question = input(f"{user or 'USER'}: ").strip()
         except (EOFError, KeyboardInterrupt):
             question = ""
         if not question:
@@ -123,7 +135,7 @@ def talk(chat: Chat, is_verbose: bool = False) -> None:
 
 
 def describe_skips(answer: Answer) -> str:
-    """One line on the layers that an answer did without."""
+    """Describe the skipped layers of an answer in one line."""
     number, layers = len(answer.skipped or ()), ", ".join(map(str, answer.skipped or ()))
     listed = f": {layers}" if layers else ""
     return f"[skip rate {number / answer.num_layers:.0%}, skipped {number} of {answer.num_layers} layers{listed}]"
@@ -141,17 +153,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m llava.se
         parser.exit(2, f"{prog}: error: {error.args[0] if isinstance(error, KeyError) else error}\n")
     print(described, COMMANDS, sep="\n")
     talk(chat, options.debug)
-
-
-def _read_skip_rate(text: str | None) -> float | None:
-    if text is None or text == DENSE:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(
-            f"--skip-rate is {text!r}; give a number in [0, 1) or {DENSE!r} for the dense model."
-        ) from None
 
 
 def _run_command(chat: Chat, line: str) -> None:

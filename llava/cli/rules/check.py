@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava.cli.errors import USER_ERROR
 from llava.cli.rules.source import RuleBaseName, open_rule_base
+from llava.cli.terminal import USER_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

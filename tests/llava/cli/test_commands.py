@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fuzzyroe.rules.yaml_io import load_rule_base, save_rule_base
 from llava.cli.app import app
-from llava.cli.errors import describe_error, is_user_error
+from llava.cli.terminal import describe_error, is_user_error
 
 ROOT = Path(__file__).resolve().parents[3]
 

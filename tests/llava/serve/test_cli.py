@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
+from llava.inference.generator import GenerationOptions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.serve.chat import Chat, ChatOptions, choose_template
+from llava.serve.chat import Chat, choose_template
 from llava.serve.cli import main
 from routed_checkpoints import write_routing
 
@@ -169,7 +170,7 @@ def test_an_answer_ends_where_the_context_does(model_path: Path) -> None:
     tokenizer, model, image_processor, context_length = load_pretrained_model(str(model_path), device="cpu")
     model.generation_config.suppress_tokens += [tokenizer.eos_token_id]
     counter = TokenCounter()
-    options = ChatOptions(temperature=0, max_new_tokens=10_000)
+    options = GenerationOptions(max_new_tokens=10_000)
     said = Chat(tokenizer, model, image_processor, context_length, "digits", options).ask("Hello", counter)
     assert len(tokenizer(said.prompt).input_ids) + counter.num_tokens == context_length == 256
 

@@ -1,0 +1,127 @@
+"""Commands on checkpoints and runs: chat, convert, explain, report. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llava.cli.terminal import make_table, open_console, progress_bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llava.eval.explain import QuestionExplanation
+
+
+def chat(context: typer.Context) -> None:
+    """Chat with a checkpoint about an image; the flags are those of ``python -m llava.serve.cli``."""
+    from llava.serve.cli import main
+
+    main(context.args, prog="fuzzyroe chat")
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint of any layout: folder or hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    to: Annotated[str, typer.Option(help="Layout: transformers (llava-hf) or original (liuhaotian).")] = "transformers",
+    base: Annotated[
+        str | None, typer.Option(help="Base model of a projector or of LoRA weights, if they do not name it.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; unchanged by default.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
+    vision_tower: Annotated[
+        str | None, typer.Option(help="For the original layout: CLIP checkpoint with the vision tower's architecture.")
+    ] = None,
+) -> None:
+    """Merge LoRA weights, import RoE's routing, turn .bin into safetensors; verify what was written."""
+    from llava.model.checkpoints.convert import Target, convert
+
+    target = Target(to, dtype, max_shard_size, vision_tower)
+    with progress_bar("writing tensors") as progress:
+        done = convert(source, output, target, base, progress)
+    size = f"{done.num_bytes / 2**30:.2f} GiB in {done.num_files} files"
+    lines = [f"{done.num_tensors:,} tensors, {size}, read back equal"]
+    if done.num_updates:
+        lines.append(f"{done.num_updates:,} low-rank updates merged")
+    if done.router:
+        lines.append(f"routed by a {done.router} router")
+    lines.append(f"{done.vocab_size:,} token ids" + (", none for <image>" if to == "original" else ""))
+    open_console().print("\n".join([*lines, f"written to {output}"]), markup=False, soft_wrap=True)
+
+
+def explain(
+    model: Annotated[str, typer.Option(help="Routed checkpoint.")],
+    question: Annotated[str, typer.Option(help="The question, without an image tag.")],
+    image: Annotated[Path | None, typer.Option(help="Image file.")] = None,
+    version: Annotated[str, typer.Option(help="Conversation template of the checkpoint.")] = "v1",
+    skip_rate: Annotated[
+        float | None, typer.Option(help="Target skip rate; the checkpoint's own if left out.", min=0, max=1)
+    ] = None,
+    rules: Annotated[int, typer.Option(help="Rules to list.", min=1)] = 5,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
+) -> None:
+    """Answer one question and show features, rules, score and skipped layers."""
+    from transformers.utils import logging
+
+    from llava.eval.explain import explain_question
+    from llava.model.builder import load_checkpoint
+
+    logging.disable_progress_bar()
+    explanation = explain_question(
+        load_checkpoint(model), question, image, version, skip_rate, max_rules=rules, max_new_tokens=max_new_tokens
+    )
+    _print_explanation(open_console(), explanation)
+
+
+def _print_explanation(console: Console, explanation: QuestionExplanation) -> None:
+    from rich.text import Text
+
+    rules = explanation.rules
+    features = [
+        (name, rules.words[name], f"{value:.3f}", f"{explanation.raw_features[name]:.4f}")
+        for name, value in rules.features.items()
+    ]
+    console.print(make_table("Features", ("feature", "in words", "scaled", "raw"), features, text_columns=2))
+    fired = [
+        (rule.text + (f"\n  {rule.comment}" if rule.comment else ""), rule.origin, f"{rule.strength:.3f}")
+        for rule in rules.fired
+    ]
+    title = f"\nStrongest of {rules.num_fired} rules that fired"
+    console.print(make_table(title, ("rule", "origin", "strength"), fired, text_columns=2))
+    num_layers, skipped = len(explanation.thresholds), explanation.skipped
+    console.print(
+        f"\nscore {rules.score:.3f}, higher than {explanation.percentile:.0%} of the calibration questions "
+        f"(target skip rate {explanation.target_skip_ratio:.0%})\n"
+        f"{len(explanation.kept)} of {num_layers} layers ran, {len(skipped)} were skipped "
+        f"({len(skipped) / num_layers:.0%}): {', '.join(map(str, skipped)) or 'none'}",
+        soft_wrap=True,
+    )
+    strip = Text()  # all layers in order: numbers of kept ones, dots for skipped ones
+    for layer in range(num_layers):
+        is_kept = layer in explanation.kept
+        strip.append(f"{layer:>3}" if is_kept else "  ·", style="green" if is_kept else "dim")
+    console.print(strip, soft_wrap=True)
+    console.print(f"\nanswer: {explanation.answer}", markup=False, soft_wrap=True)
+
+
+def report(
+    evaluations: Annotated[list[Path], typer.Argument(help="evaluation.json files, at least one of a dense run.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html, report.json and figures.")],
+    stages: Annotated[
+        list[Path] | None, typer.Option(help="Output folder of a stage; repeat it for each, in order.")
+    ] = None,
+) -> None:
+    """Compare runs on the same questions and write a page that needs no other file."""
+    from llava.eval.report import load_report
+    from llava.eval.report_page import write_report
+    from llava.eval.tables import report_tables
+
+    content = load_report(evaluations, stages or [])
+    console = open_console()
+    for table in report_tables(content):
+        console.print(make_table(table.title, table.columns, table.rows, bold=sorted(table.highlighted)))
+        console.print()
+    files = write_report(content, output)
+    console.print(f"written to {output}: {', '.join(path.name for path in files)}", markup=False, soft_wrap=True)
