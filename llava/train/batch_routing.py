@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.schedule import Relaxation
 from llava.constants import IGNORE_INDEX
-from llava.train.task_targets import TaskTargets
+from llava.train.per_source_budgets import SourceTargets
 
 ANNEALED = 0.8
 """Share of an annealed stage after which its plans are hard."""
@@ -66,7 +66,7 @@ class BudgetedRouting:
         max_skip_ratio: float,
         dense_ratio: float = 0.0,
         mode: str = "soft",
-        targets: TaskTargets | None = None,
+        targets: SourceTargets | None = None,
     ) -> None:
         self.image_token_id = image_token_id
         self.mode = mode
@@ -103,7 +103,7 @@ class AnnealedRouting(BudgetedRouting, TrainerCallback):
         max_skip_ratio: float,
         dense_ratio: float,
         softness: float,
-        targets: TaskTargets | None = None,
+        targets: SourceTargets | None = None,
     ) -> None:
         super().__init__(image_token_id, max_skip_ratio, dense_ratio, targets=targets)
         self.start = self.softness = softness

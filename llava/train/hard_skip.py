@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,31 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.engine import make_leaf_layers
-from llava.train.stages import Stage, StageInputError
-
-
-def check_hard_skip(stage: Stage, training_args: LlavaTrainingArguments) -> None:
-    """Refuse ``--train_hard_skip`` where it cannot work.
-
-    Raises:
-        StageInputError: If the stage plans no layers ahead, or ranks that skip different layers would disagree about
-            the gradients they exchange.
-    """
-    if stage.routing != "plan" or not stage.trains:
-        raise StageInputError(
-            f"--train_hard_skip was given, but stage {stage.name} trains along no plans; leave it out, or use one of "
-            "the stages adapter and finetune."
-        )
-    config = training_args.deepspeed
-    if isinstance(config, str):
-        config = json.loads(Path(config).read_text())
-    zero_stage = (config or {}).get("zero_optimization", {}).get("stage", 0)
-    if training_args.world_size > 1 and zero_stage != 3:
-        raise StageInputError(
-            f"--train_hard_skip was given with {training_args.world_size} processes and ZeRO stage {zero_stage}, where "
-            "ranks that skip different layers exchange gradients of different parameters; use scripts/zero3.json, or "
-            "leave it out."
-        )
 
 
 def prepare_hard_skip(model: nn.Module, training_args: LlavaTrainingArguments) -> None:

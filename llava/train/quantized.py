@@ -1,8 +1,7 @@
-"""QLoRA: the decoder's linear maps quantized while they are loaded, with low-rank updates trained on top of them."""
+"""QLoRA: the decoder's linear layers quantized while they are loaded, with LoRA weights trained on top of them."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -11,40 +10,6 @@ from torch import nn
 from llava.model.builder import describe_quantization
 from llava.train.arguments import FULL_BITS, LlavaTrainingArguments
 from llava.train.lora import import_peft
-from llava.train.stages import STAGES, Stage, StageInputError
-
-
-def check_quantized(stage: Stage, training_args: LlavaTrainingArguments) -> None:
-    """Refuse ``--bits``, ``--double_quant`` and ``--quant_type`` where they cannot act.
-
-    Raises:
-        StageInputError: If the stage trains no low-rank updates, or ZeRO-3 would partition quantized weights.
-        ImportError: If bitsandbytes is not installed.
-    """
-    bits = training_args.bits
-    if bits != 4 and (not training_args.double_quant or training_args.quant_type != "nf4"):
-        raise StageInputError(
-            f"--double_quant {training_args.double_quant} and --quant_type {training_args.quant_type} are about 4-bit "
-            f"weights, --bits is {bits}; leave them out, or give --bits 4."
-        )
-    if bits == FULL_BITS:
-        return
-    if "lora" not in stage.trains:
-        trains_decoder = "decoder" in STAGES[stage.name].trains
-        remedy = "add --lora_enable True" if trains_decoder else "leave it out"
-        reason = "trains it whole" if trains_decoder else "does not train it"
-        raise StageInputError(
-            f"--bits {bits} trains low-rank updates on a quantized decoder, stage {stage.name} {reason}; {remedy}."
-        )
-    if training_args.deepspeed and training_args.hf_deepspeed_config.is_zero3():
-        raise StageInputError(
-            f"--bits {bits} was given under ZeRO-3, which cannot partition quantized weights; use scripts/zero2.json, "
-            "or leave --bits out."
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"--bits {bits} was given but bitsandbytes is not installed; pip install bitsandbytes, or leave --bits out."
-        )
 
 
 def loading_options(training_args: LlavaTrainingArguments, dtype: torch.dtype) -> dict[str, Any]:

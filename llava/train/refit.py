@@ -21,7 +21,7 @@ from fuzzyroe.routers import (
 )
 from fuzzyroe.rules import load_rule_base
 from llava.model.builder import Checkpoint
-from llava.train.arguments import DEFAULT_PLAN_ROUTER, DEFAULT_RULE_BASE, RoutingArguments
+from llava.train.arguments import DEFAULT_PLAN_ROUTER, DEFAULT_RULE_BASE, PlanArguments, RoEArguments, RoutedArguments
 from llava.train.calibrate import CalibrationSize, Measurer
 from llava.train.engine import prepare_for_forward
 from llava.train.trainer import LlavaTrainer
@@ -29,7 +29,7 @@ from llava.train.trainer import LlavaTrainer
 Fitted = tuple[Router, dict[str, Any]]
 
 
-def make_plan_router(routing_args: RoutingArguments, num_layers: int) -> Router:
+def make_plan_router(routing_args: PlanArguments, num_layers: int) -> Router:
     """Give a router of the kind that the flags name, still to be fitted; it skips nothing.
 
     Args:
@@ -46,7 +46,10 @@ def make_plan_router(routing_args: RoutingArguments, num_layers: int) -> Router:
 
 
 def refit(
-    trainer: LlavaTrainer, routing_args: RoutingArguments, checkpoint: Checkpoint, say: Callable[[str], None]
+    trainer: LlavaTrainer,
+    routing_args: PlanArguments | RoEArguments,
+    checkpoint: Checkpoint,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure on all ranks, fit the router, put it in place.
 
@@ -63,16 +66,13 @@ def refit(
     started, cpu_started = time.time(), time.process_time()
     engine, decoder = prepare_for_forward(trainer), find_decoder(checkpoint.model)
     num_layers = checkpoint.model.config.text_config.num_hidden_layers
-    per_layer = routing_args.per_layer_tables or isinstance(decoder.router, PerLayerFuzzyRouter)
-    size = CalibrationSize(
-        routing_args.order_samples,
-        routing_args.calibration_samples,
-        routing_args.score_samples,
-        routing_args.calibration_batch_size,
-        routing_args.max_skip_ratio,
-        per_layer,
-        routing_args.budget_samples,
-    )
+    batch_size, highest, per_layer = routing_args.calibration_batch_size, routing_args.max_skip_ratio, False
+    if isinstance(routing_args, PlanArguments):
+        per_layer = routing_args.per_layer_tables or isinstance(decoder.router, PerLayerFuzzyRouter)
+        samples = (routing_args.order_samples, routing_args.calibration_samples, routing_args.score_samples)
+        size = CalibrationSize(*samples, batch_size, highest, per_layer)
+    else:
+        size = CalibrationSize(0, 0, 0, batch_size, highest, budget_samples=routing_args.budget_samples)
     image_token = checkpoint.model.config.image_token_id
     dataset, device = trainer.train_dataset, trainer.args.device
     measurer = Measurer(
@@ -88,7 +88,7 @@ def refit(
         router, report = _fit_offsets(decoder.router, measurer, routing_args)
     else:
         router, report = decoder.router, {}
-        router.set_skip_rate(routing_args.skip_ratio)
+        router.set_skip_rate(routing_args.target_skip_ratio)
     decoder.router = router.to(device)
     return {
         **report,
@@ -99,24 +99,24 @@ def refit(
     }
 
 
-def _fit_score(router: FuzzyRouter, measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+def _fit_score(router: FuzzyRouter, measurer: Measurer, routing_args: RoutedArguments) -> Fitted:
     measured = measurer.measure()
     return calibrate_router(
-        router.rule_base, measured, measurer.num_layers, routing_args.skip_ratio, router_class=type(router)
+        router.rule_base, measured, measurer.num_layers, routing_args.target_skip_ratio, router_class=type(router)
     )
 
 
-def _fit_rules(fit: Callable, router: FuzzyRouter, measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
-    return fit(router.rule_base, measurer.measure(), measurer.num_layers, routing_args.skip_ratio)
+def _fit_rules(fit: Callable, router: FuzzyRouter, measurer: Measurer, routing_args: RoutedArguments) -> Fitted:
+    return fit(router.rule_base, measurer.measure(), measurer.num_layers, routing_args.target_skip_ratio)
 
 
-def _fit_order(measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+def _fit_order(measurer: Measurer, routing_args: RoutedArguments) -> Fitted:
     order = measurer.find_order()
-    router = StaticRouter(measurer.num_layers, order, routing_args.skip_ratio, "greedy by answer loss")
-    return router, {"layer_order": order, "skip_rate": routing_args.skip_ratio}
+    router = StaticRouter(measurer.num_layers, order, routing_args.target_skip_ratio, "greedy by answer loss")
+    return router, {"layer_order": order, "skip_rate": routing_args.target_skip_ratio}
 
 
-def _fit_offsets(router: LinearRouter, measurer: Measurer, routing_args: RoutingArguments) -> Fitted:
+def _fit_offsets(router: LinearRouter, measurer: Measurer, routing_args: RoEArguments) -> Fitted:
     """A table of budgets beside the operating point that the router was trained for, which stays the default."""
     batches = list(measurer.batches(routing_args.budget_samples))
     table = search_offsets(lambda offset: measurer.skip_rate(batches, offset), routing_args.max_skip_ratio)

@@ -30,7 +30,12 @@ from llava.train.arguments import (
     DataArguments,
     LlavaTrainingArguments,
     ModelArguments,
-    RoutingArguments,
+    PlanArguments,
+    RoEArguments,
+    RoutedArguments,
+    StageArguments,
+    learning_rates,
+    parse_source_ratios,
     stage_of,
 )
 from llava.train.batch_routing import AnnealedRouting, BudgetedRouting, RandomRouting
@@ -45,14 +50,14 @@ from llava.train.loss_guard import LossGuard
 from llava.train.movement import MovementCheck
 from llava.train.observers import Observers, name_of, source_of
 from llava.train.param_groups import freeze_all_but
+from llava.train.per_source_budgets import SourceTargets
 from llava.train.quantized import loading_options, prepare_quantized
 from llava.train.refit import make_plan_router, refit
 from llava.train.rehearsal import rehearse_save
 from llava.train.roe_routing import RelaxedRouting, RoEObjective
 from llava.train.routing_metrics import RoutingMeter, Throughput
-from llava.train.stages import PARTS, Stage
+from llava.train.stages import Stage
 from llava.train.step_checkpoint import StepSaving, describe_run, find_resume, partial_folder, read_facts, step_of
-from llava.train.task_targets import TaskTargets, parse_task_targets
 from llava.train.trainer import LlavaTrainer
 from llava.train.watchdog import Watchdog
 
@@ -62,7 +67,7 @@ logger = logging.getLogger(__name__)
 def run_stage(
     model_args: ModelArguments,
     data_args: DataArguments,
-    routing_args: RoutingArguments,
+    routing_args: StageArguments,
     training_args: LlavaTrainingArguments,
 ) -> dict[str, Any]:
     """Run one stage and write its output folder.
@@ -85,15 +90,15 @@ def run_stage(
     dtype = torch_dtype(training_args)
     checkpoint = load_model(model_args, dtype, training_args.seed, **loading_options(training_args, dtype))
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
-    if stage.routing != "off" and checkpoint.routing is None:
-        _attach_new_router(checkpoint, stage, routing_args)
+    if isinstance(routing_args, RoutedArguments) and checkpoint.routing is None:
+        _attach_new_router(checkpoint, routing_args)
     if training_args.bits != FULL_BITS:
         prepare_quantized(checkpoint.model)
     if "lora" in stage.trains:
         rank, alpha, dropout = training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout
         add_lora(checkpoint.model, rank, alpha, dropout)
     make_text_batches_safe(checkpoint.model)
-    if routing_args.train_hard_skip:
+    if isinstance(routing_args, PlanArguments) and routing_args.train_hard_skip:
         prepare_hard_skip(checkpoint.model, training_args)
     trained = freeze_all_but(checkpoint.model, stage)
     movement = MovementCheck(checkpoint.model, stage, read_facts(resumed)["moved"] if resumed else None)
@@ -157,20 +162,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def learning_rates(routing_args: RoutingArguments, training_args: LlavaTrainingArguments) -> dict[str, float]:
-    """Learning rate of each of ``PARTS``; the most particular flag that was given decides."""
-    rate = training_args.learning_rate if routing_args.backbone_lr is None else routing_args.backbone_lr
-    rates = dict.fromkeys(PARTS, rate)
-    rates["adapter"] = routing_args.roe_lr
-    rates["router"] = routing_args.roe_lr if routing_args.router_lr is None else routing_args.router_lr
-    if training_args.mm_projector_lr is not None:
-        rates["projector"] = training_args.mm_projector_lr
-    return rates
-
-
-def _attach_new_router(checkpoint: Checkpoint, stage: Stage, routing_args: RoutingArguments) -> None:
+def _attach_new_router(checkpoint: Checkpoint, routing_args: RoutedArguments) -> None:
     text_config, width = checkpoint.model.config.text_config, routing_args.adapter_hidden_dim or DEFAULT_ADAPTER_WIDTH
-    if stage.routing == "relaxed":
+    if isinstance(routing_args, RoEArguments):
         router = LinearRouter(
             text_config.num_hidden_layers,
             text_config.hidden_size,
@@ -187,7 +181,7 @@ def _build_trainer(
     checkpoint: Checkpoint,
     model_args: ModelArguments,
     data_args: DataArguments,
-    routing_args: RoutingArguments,
+    routing_args: StageArguments,
     training_args: LlavaTrainingArguments,
 ) -> LlavaTrainer:
     config = checkpoint.model.config
@@ -205,14 +199,16 @@ def _build_trainer(
         data_args.image_aspect_ratio,
     )
     rates = learning_rates(routing_args, training_args)
-    routing, mode = None, "hard" if routing_args.train_hard_skip else "soft"
-    forecast = Forecast(checkpoint.model) if routing_args.adapter_objective == "forecast" else None
-    if stage.routing == "plan" and routing_args.skip_pattern == "random":
+    routing, forecast, mode = None, None, "soft"
+    if isinstance(routing_args, PlanArguments):
+        mode = "hard" if routing_args.train_hard_skip else "soft"
+        forecast = Forecast(checkpoint.model) if routing_args.adapter_objective == "forecast" else None
+    if isinstance(routing_args, PlanArguments) and routing_args.skip_pattern == "random":
         num_layers = config.text_config.num_hidden_layers
         routing = RandomRouting(config.image_token_id, num_layers, routing_args.max_skip_ratio, mode)
-    elif stage.routing == "plan" and routing_args.adapter_objective == "answers":
+    elif isinstance(routing_args, PlanArguments) and routing_args.adapter_objective == "answers":
         budgets = (config.image_token_id, routing_args.max_skip_ratio, routing_args.dense_ratio)
-        targets = _task_targets(dataset, routing_args)
+        targets = _source_targets(dataset, routing_args)
         if routing_args.anneal_softness > 0:
             routing = AnnealedRouting(*budgets, routing_args.anneal_softness, targets)
         else:
@@ -222,8 +218,8 @@ def _build_trainer(
         callbacks.append(routing)
     if mode == "hard" and not training_args.deepspeed:
         callbacks.append(ZeroMissingGradients(checkpoint.model))
-    if stage.routing == "relaxed":
-        compat, skip_ratio = find_decoder(checkpoint.model).router.compat, routing_args.skip_ratio
+    if isinstance(routing_args, RoEArguments):
+        compat, skip_ratio = find_decoder(checkpoint.model).router.compat, routing_args.target_skip_ratio
         num_layers = config.text_config.num_hidden_layers
         routing = RelaxedRouting(config.image_token_id, num_layers, stage.span, skip_ratio, compat)
         objective = RoEObjective(skip_ratio, compat.damping, routing_args.skip_loss_weight)
@@ -247,11 +243,11 @@ def _build_trainer(
     return trainer
 
 
-def _task_targets(dataset: SFTDataset, routing_args: RoutingArguments) -> TaskTargets | None:
-    if routing_args.task_skip_ratios is None:
+def _source_targets(dataset: SFTDataset, routing_args: PlanArguments) -> SourceTargets | None:
+    if routing_args.source_skip_ratios is None:
         return None
-    targets = parse_task_targets(routing_args.task_skip_ratios, routing_args.max_skip_ratio)
-    return TaskTargets(targets, routing_args.max_skip_ratio, functools.partial(source_of, dataset))
+    targets = parse_source_ratios(routing_args.source_skip_ratios, routing_args.max_skip_ratio)
+    return SourceTargets(targets, routing_args.max_skip_ratio, functools.partial(source_of, dataset))
 
 
 def _build_observers(

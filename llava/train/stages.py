@@ -1,16 +1,20 @@
-"""What each training stage does, as data.
+"""Training stages as data.
 
-A stage is one launch: which parts train, how layers are routed meanwhile, whether the router is calibrated at its
-end. LLaVA runs pretrain, dense; FuzzyRoE runs router, adapter, finetune on the result, RoE its own three. Every part
-not named is frozen before the optimizer exists.
+A stage is one launch: which parts train, how layers are routed meanwhile, whether the router is fitted at its end.
+LLaVA runs pretrain, dense; FuzzyRoE runs router, adapter, finetune on the result; RoE runs its own three. Every part
+that a stage does not name is frozen before the optimizer exists.
+
+A new stage is one entry of ``STAGES``. Its family, ``Stage.routing``, gives it the flags of that family
+(``FAMILIES`` in ``arguments.py``); what those flags need is checked against the parts that it trains.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 PARTS = ("vision_tower", "projector", "decoder", "adapter", "router", "lora")
-"""What parameters are told apart by; ``router`` is what a router learns, ``lora`` low-rank updates of the decoder."""
+"""Parts of a model; ``router`` is what a router learns by gradients, ``lora`` the LoRA weights of the decoder."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class Stage:
     Attributes:
         name: Value of ``--stage``.
         trains: Parts whose parameters move; empty for a stage of forward passes only.
-        routing: "off" (dense), "plan" (layers skipped as the calibrated router plans, at random budgets), or "relaxed"
-            (RoE's soft decisions, which harden as its schedule goes on).
+        routing: The family: "off" (dense), "plan" (layers skipped as the fitted router plans, at random budgets), or
+            "relaxed" (RoE's soft decisions, which harden as its schedule goes on).
         calibrates: Whether the router is fitted by forward passes once training has ended.
         purpose: One line for summaries.
         span: Shares of RoE's run between which a relaxed stage lies; None for any other.
@@ -29,10 +33,14 @@ class Stage:
 
     name: str
     trains: tuple[str, ...]
-    routing: str
+    routing: Literal["off", "plan", "relaxed"]
     calibrates: bool
     purpose: str
     span: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        trains = ", ".join(self.trains) or "nothing"
+        return f"{self.name} (trains {trains}; routing {self.routing})"
 
 
 STAGES: dict[str, Stage] = {
@@ -91,34 +99,43 @@ def choose_stage(
         tune_projector: LLaVA's ``--tune_mm_mlp_adapter``: the projector alone trains.
         freeze_decoder: LLaVA's ``--freeze_backbone``.
         freeze_projector: LLaVA's ``--freeze_mm_mlp_adapter``.
-        lora: LLaVA's ``--lora_enable``: low-rank updates train in place of the decoder.
+        lora: LLaVA's ``--lora_enable``: LoRA weights train in place of the decoder.
         freeze_adapters: ``--freeze_adapters``: they stay as they are; new ones start at zero and leave no trace.
         refit: False for ``--refit_router False``: the router stays as it was fitted before.
         fit_budgets: ``--budget_samples``: linear routers are given a table of budgets at the end.
 
     Raises:
         KeyError: If there is no stage of this name.
-        ValueError: If the flags contradict each other or the stage, or leave nothing to train.
+        StageInputError: If the flags contradict each other or the stage, or leave nothing to train.
     """
     stage = get_stage(name or ("pretrain" if tune_projector else "dense"))
     if tune_projector and stage.trains != ("projector",):
-        raise ValueError(
+        raise StageInputError(
             f"--tune_mm_mlp_adapter trains the projector alone, stage {stage.name} trains "
             f"{', '.join(stage.trains) or 'nothing'}; leave one of the two out."
         )
     if lora and "decoder" not in stage.trains:
-        raise ValueError(f"--lora_enable updates the decoder, which stage {stage.name} does not train; leave it out.")
+        raise StageInputError(
+            f"--lora_enable updates the decoder, which stage {stage.name} does not train; leave it out."
+        )
     if lora and freeze_decoder:
-        raise ValueError("--lora_enable updates the decoder, --freeze_backbone keeps it; leave one of the two out.")
+        raise StageInputError(
+            "--lora_enable updates the decoder, --freeze_backbone keeps it; leave one of the two out."
+        )
     if freeze_adapters and "adapter" not in stage.trains:
-        raise ValueError(f"--freeze_adapters was given, but stage {stage.name} trains no adapters; leave it out.")
+        raise StageInputError(f"--freeze_adapters was given, but stage {stage.name} trains no adapters; leave it out.")
     if not refit and not (stage.calibrates and stage.trains):
-        raise ValueError(f"--refit_router False was given, but stage {stage.name} fits no router again; leave it out.")
+        raise StageInputError(
+            f"--refit_router False was given, but stage {stage.name} fits no router again; leave it out."
+        )
     if fit_budgets and "router" not in stage.trains:
-        raise ValueError(f"--budget_samples was given, but stage {stage.name} trains no linear routers; leave it out.")
+        raise StageInputError(
+            f"--budget_samples was given, but stage {stage.name} trains no linear routers; leave it out."
+        )
+    # LoRA weights take the decoder's place in the list; what a flag freezes leaves it
     freezes = (("decoder", freeze_decoder), ("projector", freeze_projector), ("adapter", freeze_adapters))
     frozen = {part for part, is_set in freezes if is_set}
     trains = tuple("lora" if lora and part == "decoder" else part for part in stage.trains if part not in frozen)
     if stage.trains and not trains:
-        raise ValueError(f"The flags freeze all that stage {stage.name} trains; leave one of them out.")
+        raise StageInputError(f"The flags freeze all that stage {stage.name} trains; leave one of them out.")
     return replace(stage, trains=trains, calibrates=stage.calibrates and refit or fit_budgets)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments, stage_of
+from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, StageArguments, stage_of
 from llava.train.stages import StageInputError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def partial_folder(output: Path) -> Path:
 def describe_run(
     model_args: ModelArguments,
     data_args: DataArguments,
-    routing_args: RoutingArguments,
+    routing_args: StageArguments,
     training_args: LlavaTrainingArguments,
 ) -> dict[str, Any]:
     """What the steps of a run depend on, as JSON knows it; two runs that agree in it take the same steps."""

@@ -26,8 +26,9 @@ if __name__ == "__main__":  # before the imports that take seconds
 from torch import distributed
 
 from llava.train.arguments import parse_arguments
-from llava.train.preflight import StageInputError, check_inputs
+from llava.train.checks import check_inputs
 from llava.train.run import run_stage
+from llava.train.stages import StageInputError
 
 
 def main() -> None:

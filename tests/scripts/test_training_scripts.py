@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.arguments import LlavaTrainingArguments, parse_arguments, stage_of
-from llava.train.run import learning_rates
-from llava.train.unused_flags import check_unused
+from llava.train.arguments import LlavaTrainingArguments, learning_rates, parse_arguments, stage_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "scripts" / "v1_5"
@@ -86,7 +84,6 @@ def test_every_flag_of_a_script_is_known_and_its_stages_train_what_they_say(scri
     found = []
     for model, _, routing, training in launches(script, tmp_path):
         found.append(stage_of(model, routing, training))
-        check_unused(found[-1], routing, training)
     assert [(stage.name, stage.trains) for stage in found] == STAGES[script]
 
 
@@ -106,8 +103,7 @@ def test_the_quickstart_launches_stages_with_known_flags(tmp_path: Path) -> None
         assert len(lines) == 3
         required = ["--model_name_or_path", "m", "--data_path", "d", "--image_folder", "i", "--output_dir"]
         for flags in lines:
-            model, _, routing, training = parse_arguments([*required, str(tmp_path), "--use_cpu", "True", *flags])
-            check_unused(stage_of(model, routing, training), routing, training)
+            parse_arguments([*required, str(tmp_path), "--use_cpu", "True", *flags])
 
 
 # script: (learning rates that matter, global batch, samples per device, warm-up, template, ZeRO configuration)

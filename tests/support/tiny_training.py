@@ -10,8 +10,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.train.arguments import takes
 from llava.train.stages import STAGES
-from llava.train.unused_flags import is_used
 from playground.digits.base_model import IMAGE_SIZE, build_config
 from playground.digits.generate import Settings, generate
 from playground.digits.questions import IMAGE_QUESTIONS
@@ -45,7 +45,7 @@ class Tiny:
             "version": "digits",
             "use_cpu": True,
             "adapter_hidden_dim": ADAPTER_WIDTH,
-            "skip_ratio": 0.25,
+            "target_skip_ratio": 0.25,
             "calibration_samples": 32,
             "order_samples": 8,
             "score_samples": 36,
@@ -62,7 +62,7 @@ class Tiny:
             "disable_tqdm": True,
         }
         if stage in STAGES:
-            values = {name: value for name, value in values.items() if is_used(name, STAGES[stage])}
+            values = {name: value for name, value in values.items() if takes(STAGES[stage], name)}
         values |= more
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 

@@ -23,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
@@ -32,7 +31,7 @@ from torch.utils.data import SequentialSampler
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train import run
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
+from llava.train.arguments import parse_arguments
 from llava.train.batch_routing import BudgetedRouting, describe_batch
 from llava.train.trainer import LlavaTrainer
 
@@ -83,10 +82,7 @@ def describe_groups(trainer: LlavaTrainer) -> list[dict]:
 
 def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: bool = False) -> None:
     """Run one stage as llava/train/train.py does and write down what this rank saw."""
-    parser = transformers.HfArgumentParser(
-        (ModelArguments, DataArguments, RoutingArguments, LlavaTrainingArguments), allow_abbrev=False
-    )
-    arguments = parser.parse_args_into_dataclasses(flags)
+    arguments = parse_arguments(flags)
     folder = Path(arguments[-1].output_dir).parent
     seen: dict[str, list] = {"has_images": [], "plans": [], "rows_run": [], "groups": [], "trained": []}
     states = []

@@ -13,7 +13,7 @@ import zero3_cases
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.batch_routing import ANNEALED, AnnealedRouting
-from llava.train.preflight import check_inputs
+from llava.train.checks import check_inputs
 from llava.train.stages import StageInputError
 from routed_llava import route
 from tiny_training import Tiny

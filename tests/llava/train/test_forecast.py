@@ -12,8 +12,8 @@ import zero3_cases
 from fuzzyroe.attach import attach
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
+from llava.train.checks import check_inputs
 from llava.train.forecast import Forecast
-from llava.train.preflight import check_inputs
 from tiny_training import NUM_LAYERS, Tiny
 
 
@@ -66,6 +66,5 @@ def test_flags_that_contradict_forecasts_are_refused(
     tiny: Tiny, tmp_path: Path, stage: str, flags: dict, message: str
 ) -> None:
     flags = {"adapter_objective": "forecast", "skip_data_check": True, **flags}
-    arguments = parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "output", **flags))
     with pytest.raises(ValueError, match=message):
-        check_inputs(*arguments)
+        check_inputs(*parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "output", **flags)))

@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava.train.arguments import LlavaTrainingArguments, parse_arguments
-from llava.train.preflight import check_inputs
+from llava.train.checks import check_inputs
 from llava.train.quantized import loading_options, prepare_quantized
 from llava.train.step_checkpoint import describe_run
 from tiny_training import Tiny

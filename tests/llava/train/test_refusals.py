@@ -28,7 +28,7 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
         r"use_reentrant=True cuts the gradient",
     ),
-    "skip ratio above its maximum": ({"skip_ratio": 0.7}, r"--skip_ratio 0\.7 lies outside"),
+    "skip ratio above its maximum": ({"skip_ratio": 0.7}, r"--target_skip_ratio 0\.7 lies outside"),
     "no calibration": ({"order_samples": 0}, r"--order_samples 0 must be at least 1"),
     "adapters without a router": (
         {"stage": "adapter"},
@@ -36,35 +36,50 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
     ),
     "unknown rule base": ({"rule_base": "sharp"}, r"(?i)rule base.*sharp.*published"),
     "unknown skip pattern": ({"skip_pattern": "odd"}, r"--skip_pattern odd is unknown; use plan or random"),
-    "a skip ratio without skips": ({"stage": "dense", "skip_ratio": 0.2}, r"--skip_ratio 0\.2 .* dense skips nothing"),
-    "calibration of nothing": ({"stage": "dense", "order_samples": 8}, r"--order_samples 8 .* calibrates no router"),
-    "a rate of adapters that stay": ({"roe_lr": 1e-3}, r"--roe_lr 0\.001 .* trains neither adapters nor routers"),
-    "a rate of a frozen backbone": ({"backbone_lr": 1e-6}, r"--backbone_lr 1e-06 .* trains no part of the backbone"),
-    "a rank without updates": ({"stage": "dense", "lora_r": 8}, r"--lora_r 8 .* dense trains no low-rank updates"),
+    "a skip ratio without skips": (
+        {"stage": "dense", "skip_ratio": 0.2},
+        r"--target_skip_ratio 0\.2 .* stage dense .* or use one of the stages router, adapter",
+    ),
+    "calibration of nothing": (
+        {"stage": "dense", "order_samples": 8},
+        r"--order_samples 8 .* stage dense .*; leave it out, or use one of the stages router",
+    ),
+    "a rate of adapters that stay": (
+        {"roe_lr": 1e-3},
+        r"--roe_lr 0\.001 .* stage router \(trains nothing.*; leave it out, or use one of the stages adapter",
+    ),
+    "a rate of a frozen backbone": ({"backbone_lr": 1e-6}, r"--backbone_lr 1e-06 .* stage router \(trains nothing"),
+    "a rank without updates": ({"stage": "dense", "lora_r": 8}, r"--lora_r 8 .* stage dense .* add --lora_enable True"),
     "a rate of a frozen projector": (
         {"stage": "dense", "freeze_mm_mlp_adapter": True, "mm_projector_lr": 1e-5},
-        r"--mm_projector_lr 1e-05 .* dense does not train the projector",
+        r"--mm_projector_lr 1e-05 .* stage dense \(trains decoder;",
     ),
     "dense shares of drawn skips": (
         {"stage": "adapter", "skip_pattern": "random", "dense_ratio": 0.1},
-        r"--dense_ratio 0\.1 .* --skip_pattern random plans none",
+        r"--dense_ratio 0\.1 .* nothing follows a plan .* leave out --skip_pattern",
     ),
     "bits of no kind": ({"stage": "dense", "bits": 5}, r"--bits 5 is unknown; use 4, 8 or 16"),
     "a form of no kind": ({"stage": "dense", "quant_type": "int4"}, r"--quant_type int4 is unknown; use nf4 or fp4"),
-    "bits of a decoder that trains whole": ({"stage": "dense", "bits": 4}, r"dense trains it whole; add --lora_enable"),
-    "bits of a frozen decoder": ({"stage": "adapter", "bits": 8}, r"--bits 8 .* adapter does not train it; leave it"),
+    "bits of a decoder that trains whole": (
+        {"stage": "dense", "bits": 4},
+        r"--bits 4 .* stage dense .* add --lora_enable",
+    ),
+    "bits of a frozen decoder": (
+        {"stage": "adapter", "bits": 8},
+        r"--bits 8 .* stage adapter \(trains adapter; .*leave it",
+    ),
     "bits under ZeRO-3": (
         {"stage": "dense", "lora_enable": True, "bits": 4, "deepspeed": ZERO3},
         r"--bits 4 was given under ZeRO-3, .* use scripts/zero2\.json",
     ),
     "a form of whole weights": ({"stage": "dense", "quant_type": "fp4"}, r"--quant_type fp4 are about 4-bit weights"),
-    "a target that is no ratio": ({"task_skip_ratios": "gqa"}, r"--task_skip_ratios has 'gqa'; SOURCE=RATIO pairs"),
-    "a target above the largest ratio": ({"task_skip_ratios": "gqa=0.6"}, r"gqa=0\.6 lies outside \[0, --max_skip"),
+    "a target that is no ratio": ({"source_skip_ratios": "gqa"}, r"--source_skip_ratios has 'gqa'; SOURCE=RATIO pairs"),
+    "a target above the largest ratio": ({"source_skip_ratios": "gqa=0.6"}, r"gqa=0\.6 lies outside \[0, --max_skip"),
     "targets without draws": (
-        {"task_skip_ratios": "text=0.2"},
-        r"--task_skip_ratios was given.* stage router",
+        {"source_skip_ratios": "text=0.2"},
+        r"--source_skip_ratios text=0\.2 was given.* stage router",
     ),
-    "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate"),
+    "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate 0\.3 is no flag of training; did you mean --skip_ratio"),
 }
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from launching import ROOT, Launch
 from llava.model.builder import load_checkpoint
+from llava.train.arguments import takes
 from llava.train.stages import STAGES
-from llava.train.unused_flags import is_used
 from tiny_training import Tiny
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def build_plan(tiny: Tiny, folder: Path) -> list[dict]:
         }
         if case.start is not None:
             more["adapter_hidden_dim"] = None
-        more = {flag: value for flag, value in more.items() if is_used(flag, stage)}
+        more = {flag: value for flag, value in more.items() if takes(stage, flag)}
         if case.hard:
             more["train_hard_skip"] = True
         model = folder / f"{case.start}.whole" if case.start else tiny.base

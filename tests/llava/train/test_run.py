@@ -12,7 +12,7 @@ from llava.data.collator import SFTCollator
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
 from llava.serve.chat import choose_template
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, RoutingArguments
+from llava.train.arguments import DataArguments, DenseArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.run import _build_trainer
 from llava.train.stages import STAGES
 
@@ -27,7 +27,7 @@ def test_evaluation_prepares_images_as_training_did(
         checkpoint,
         ModelArguments("memory", version="digits"),
         DataArguments(str(record_folder / "records.json"), str(record_folder), image_aspect_ratio=aspect),
-        RoutingArguments(),
+        DenseArguments(),
         LlavaTrainingArguments(output_dir=str(record_folder / "output"), use_cpu=True),
     )
     config = type(reading_llava.config).from_dict(reading_llava.config.to_dict())  # as saved and loaded again

@@ -1,4 +1,4 @@
-"""Promises of skip targets per task: samples of a named source draw budgets whose mean is the target."""
+"""Promises of skip targets per source: samples of a named source draw budgets whose mean is the target."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 import zero3_cases
 from llava.data.collator import SFTCollator
-from llava.train.arguments import parse_arguments
+from llava.train.arguments import parse_arguments, parse_source_ratios
 from llava.train.batch_routing import AnnealedRouting, BudgetedRouting
-from llava.train.preflight import check_inputs
+from llava.train.checks import check_inputs
+from llava.train.per_source_budgets import SourceTargets, centred_interval
 from llava.train.stages import StageInputError
-from llava.train.task_targets import TaskTargets, centred_interval, parse_task_targets
 from tiny_training import Tiny
 
 IMAGE = 4
 
 
 def test_pairs_are_read_as_written() -> None:
-    assert parse_task_targets("ocr_vqa=0.2, gqa=0.4,a=b=0", 0.5) == {"ocr_vqa": 0.2, "gqa": 0.4, "a=b": 0.0}
+    assert parse_source_ratios("ocr_vqa=0.2, gqa=0.4,a=b=0", 0.5) == {"ocr_vqa": 0.2, "gqa": 0.4, "a=b": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_pairs_are_read_as_written() -> None:
 )
 def test_what_is_no_target_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        parse_task_targets(text, 0.5)
+        parse_source_ratios(text, 0.5)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.4, 0.5])
@@ -56,7 +56,7 @@ def test_a_source_draws_around_its_target_and_the_others_as_before(sft_dataset, 
     sources = [record.source for record in sft_dataset.records]
     is_text = torch.tensor([source == "text" for source in sources])
     assert 0 < is_text.sum() < len(sources)
-    targets = TaskTargets({"text": 0.4}, 0.5, sources.__getitem__)
+    targets = SourceTargets({"text": 0.4}, 0.5, sources.__getitem__)
     routing = BudgetedRouting(IMAGE, 0.5, targets=targets)
     if softness:
         routing = AnnealedRouting(IMAGE, 0.5, 0.0, softness, targets)
@@ -73,7 +73,7 @@ def test_a_source_draws_around_its_target_and_the_others_as_before(sft_dataset, 
 def test_a_stage_skips_where_its_targets_say(tiny: Tiny, tmp_path: Path) -> None:
     zero3_cases.run_case("router", tiny.flags("router", tiny.base, tmp_path / "router"))
     zero3_cases.reset()
-    more = {"task_skip_ratios": "text=0", "per_device_train_batch_size": 12, "skip_data_check": True}
+    more = {"source_skip_ratios": "text=0", "per_device_train_batch_size": 12, "skip_data_check": True}
     flags = tiny.flags("adapter", tmp_path / "router", tmp_path / "adapter", **more)
     check_inputs(*parse_arguments(flags))
     zero3_cases.run_case("adapter", flags)
@@ -86,13 +86,13 @@ def test_a_stage_skips_where_its_targets_say(tiny: Tiny, tmp_path: Path) -> None
                 rates.setdefault(name.removeprefix("routing/skip_rate/source_"), []).append(value)
     assert set(rates) > {"text"} and max(rates.pop("text")) == 0
     assert max(max(values) for values in rates.values()) > 0
-    unknown = tiny.flags("adapter", tmp_path / "router", tmp_path / "other", **more | {"task_skip_ratios": "gqa=0.2"})
+    unknown = tiny.flags("adapter", tmp_path / "router", tmp_path / "other", **more | {"source_skip_ratios": "gqa=0.2"})
     with pytest.raises(StageInputError, match=r"names gqa, but the sources of .* are .*text"):
         check_inputs(*parse_arguments(unknown))
 
 
 @pytest.mark.parametrize("flags", [{"skip_pattern": "random"}, {"adapter_objective": "forecast"}])
 def test_targets_are_refused_where_no_budget_is_drawn(tiny: Tiny, tmp_path: Path, flags: dict) -> None:
-    flags = {"task_skip_ratios": "text=0.2", "skip_data_check": True, **flags}
-    with pytest.raises(StageInputError, match="task_skip_ratios was given, but only"):
+    flags = {"source_skip_ratios": "text=0.2", "skip_data_check": True, **flags}
+    with pytest.raises(StageInputError, match="source_skip_ratios text=0.2 was given, but nothing follows a plan"):
         check_inputs(*parse_arguments(tiny.flags("adapter", tiny.base, tmp_path / "output", **flags)))

@@ -1,0 +1,329 @@
+"""Refusal of bad input before a model is loaded: what needs files, packages, DeepSpeed's configuration or the data.
+
+Values of single flags are checked by their dataclasses (``arguments.py``), flags of another stage by the parser.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fuzzyroe.features import FEATURES
+from fuzzyroe.routers import FuzzyRouter, get_router_class
+from fuzzyroe.rules import load_rule_base
+from llava.conversation import get_template
+from llava.data.check import check_data
+from llava.data.lengths import LengthMeter
+from llava.data.records import RecordFile
+from llava.image_tokens import count_image_tokens
+from llava.model.checkpoints.layout import LANGUAGE_MODELS, is_language_model, read_config_dict
+from llava.model.checkpoints.projector import PROJECTOR_NAMES, read_projector
+from llava.model.checkpoints.reading import read_config_and_tokenizer
+from llava.train.arguments import (
+    DEFAULT_PLAN_ROUTER,
+    DEFAULT_RULE_BASE,
+    FULL_BITS,
+    DataArguments,
+    LlavaTrainingArguments,
+    ModelArguments,
+    PlanArguments,
+    RoutedArguments,
+    StageArguments,
+    parse_source_ratios,
+    stage_of,
+)
+from llava.train.load_model import check_agreement, vision_settings
+from llava.train.lora import import_peft
+from llava.train.stages import STAGES, Stage, StageInputError
+from llava.train.step_checkpoint import describe_run, find_resume, partial_folder
+
+logger = logging.getLogger(__name__)
+
+LLAVA_TYPES = ("llava", "llava_llama")
+"""Model types of LLaVA checkpoints; the second is LLaVA's own since its version 1.6."""
+
+ATTACH_FLAGS = ("router", "rule_base", "adapter_hidden_dim", "routing_summary", "roe_compat")
+"""Flags that act when routing is first attached; a routed checkpoint has its own."""
+
+MIN_FREE_BYTES = 64 * 2**20
+
+MIN_CALIBRATION_SAMPLES = 8
+"""One for each bin of scores that ``fuzzyroe.calibrate.calibrate_router`` makes."""
+
+
+def check_inputs(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    training_args: LlavaTrainingArguments,
+) -> None:
+    """Check everything that can be checked without a model.
+
+    Raises:
+        ValueError: With what was found, what is allowed, what to do.
+        KeyError: If the stage or the conversation template is unknown.
+        OSError: If a model or file is not there.
+        ImportError: If a package is missing that a flag needs.
+    """
+    stage = stage_of(model_args, stage_args, training_args)
+    get_template(model_args.version)
+    config, sources = _check_model(model_args, stage)
+    _check_packages(stage, training_args)
+    _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, stage_args)
+    output = Path(str(training_args.output_dir))
+    _check_output(output, sources)
+    _check_deepspeed(stage, stage_args, training_args)
+    if not training_args.skip_data_check:
+        _check_records(model_args, data_args, training_args)
+    _check_sources(stage_args, data_args.data_path)
+    if stage.calibrates:
+        _check_number(len(RecordFile(data_args.data_path)), stage, stage_args, training_args.world_size)
+    run = describe_run(model_args, data_args, stage_args, training_args)
+    find_resume(training_args.resume_from_checkpoint, partial_folder(output), run)
+
+
+def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, Any], list[Path]]:
+    """Read the configuration, with the folders that the model's files lie in, none if it comes from the hub."""
+    path = model_args.model_name_or_path
+    config, folder = read_config_dict(path), Path(path)
+    if is_language_model(config):
+        if stage.routing != "off":
+            raise StageInputError(
+                f"{path} is a language model, stage {stage.name} routes a LLaVA checkpoint; run the stages pretrain "
+                "and dense first, or name a LLaVA checkpoint."
+            )
+        text_side = read_config_and_tokenizer(path, vision_settings(model_args))[0]
+    elif config.get("model_type") in LLAVA_TYPES:
+        check_agreement(config, model_args)
+        text_side = read_config_and_tokenizer(path)[0]
+    else:
+        raise StageInputError(
+            f"{path} is a model of type {config.get('model_type')}; {', '.join((*LLAVA_TYPES, *LANGUAGE_MODELS))} can "
+            "be trained. Name another."
+        )
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        _check_projector(model_args.pretrain_mm_mlp_adapter, text_side)
+    if not folder.exists():
+        return config, []
+    if (folder / "adapter_config.json").exists():
+        raise StageInputError(
+            f"{path} holds LoRA weights of another model; a whole checkpoint is needed. Merge them first: "
+            f"fuzzyroe convert {path} OUTPUT."
+        )
+    base = (config.get("fuzzyroe") or {}).get("base_model")
+    if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):
+        return config, [folder]
+    if not (folder / base / "config.json").is_file():
+        raise StageInputError(
+            f"{path} holds no backbone weights and its base model is not at {folder / base}; put it there, or "
+            "correct fuzzyroe.base_model in its config.json."
+        )
+    return config, [folder, folder / base]
+
+
+def _check_projector(file: str, config: Any) -> None:
+    """The projector's file must hold one, of the size of the model's."""
+    rows, columns = read_projector(file)[PROJECTOR_NAMES[0]].shape
+    hidden, visual = config.text_config.hidden_size, config.vision_config.hidden_size
+    if (rows, columns) != (hidden, visual):
+        raise StageInputError(
+            f"--pretrain_mm_mlp_adapter {file} maps {columns} features to {rows}, the model needs {visual} to "
+            f"{hidden}; name the one that was trained for these two models."
+        )
+
+
+def _check_packages(stage: Stage, training_args: LlavaTrainingArguments) -> None:
+    """What a flag needs must be installed, and quantized weights must not be partitioned."""
+    bits = training_args.bits
+    if "lora" in stage.trains:
+        import_peft()
+    if bits != FULL_BITS and training_args.deepspeed and training_args.hf_deepspeed_config.is_zero3():
+        raise StageInputError(
+            f"--bits {bits} was given under ZeRO-3, which cannot partition quantized weights; use scripts/zero2.json, "
+            "or leave --bits out."
+        )
+    if bits != FULL_BITS and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"--bits {bits} was given but bitsandbytes is not installed; pip install bitsandbytes, or leave --bits out."
+        )
+    for name in training_args.report_to or ():
+        if name in ("wandb", "tensorboard") and importlib.util.find_spec(name) is None:
+            raise StageInputError(
+                f"--report_to {name} was given, but {name} is not installed; pip install {name}, or --report_to none "
+                "(every value is in OUTPUT/metrics.jsonl as well)."
+            )
+
+
+def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_args: StageArguments) -> None:
+    """The checkpoint's routing must be what the stage goes on with: none, a router of its family, trained adapters.
+
+    Args:
+        block: The ``fuzzyroe`` block of the checkpoint; None for a dense one.
+        stage: The stage.
+        path: The checkpoint.
+        stage_args: Flags of its family.
+    """
+    if not isinstance(stage_args, RoutedArguments):
+        if block:
+            raise StageInputError(
+                f"{path} is routed, stage {stage.name} trains dense models; name its base model, or another --stage."
+            )
+        return
+    if block:
+        _check_attached(block, stage, path, stage_args)
+    elif isinstance(stage_args, PlanArguments):
+        _check_rule_base(stage_args.rule_base or DEFAULT_RULE_BASE)
+        follows_plans = stage_args.skip_pattern == "plan" and stage_args.adapter_objective == "answers"
+        if stage.trains and follows_plans:
+            raise StageInputError(
+                f"Stage {stage.name} follows the plans of a calibrated router, but {path} has none; run the router "
+                "stage first, or start with --skip_pattern random."
+            )
+    elif stage.span is not None and stage.span[0] > 0 and not stage_args.freeze_adapters:
+        raise StageInputError(
+            f"Stage {stage.name} goes on with adapters that are trained, but {path} is dense; run roe_adapter first."
+        )
+    if isinstance(stage_args, PlanArguments):
+        router = (block or {}).get("router") or stage_args.router or DEFAULT_PLAN_ROUTER
+        has_score = issubclass(get_router_class(router), FuzzyRouter)
+        for name in ("rule_base", "per_layer_tables", "anneal_softness"):
+            if getattr(stage_args, name) and not has_score:
+                raise StageInputError(
+                    f"--{name} {getattr(stage_args, name)} was given, but a {router} router has no score; leave it "
+                    "out, or use --router fuzzy."
+                )
+
+
+def _check_attached(block: dict[str, Any], stage: Stage, path: str, stage_args: RoutedArguments) -> None:
+    """A router that is there is gone on with, so it must be of the stage's method and is not chosen again."""
+    router, is_planned = block.get("router", "fuzzy"), stage.routing == "plan"
+    if is_planned == (router == "linear"):
+        family = [name for name, other in STAGES.items() if other.routing == ("relaxed" if is_planned else "plan")]
+        raise StageInputError(
+            f"{path} is routed by a {router} router, which stage {stage.name} does not train; use one of the stages "
+            f"{', '.join(family)}, or start from a dense checkpoint."
+        )
+    for name in ATTACH_FLAGS:
+        value = getattr(stage_args, name, None)
+        is_same = name == "adapter_hidden_dim" and value == block.get("adapter_width")
+        if value is not None and not is_same:
+            has = f"has adapters of width {block.get('adapter_width')}" if "adapter" in name else "has a router already"
+            raise StageInputError(
+                f"--{name} {value} was given, but {path} {has}; leave it out, or start from a dense checkpoint."
+            )
+
+
+def _check_rule_base(name: str) -> None:
+    """The rule base must load, and its antecedents must be features."""
+    unknown = [v.name for v in load_rule_base(name).antecedents if v.name not in FEATURES]
+    if unknown:
+        raise StageInputError(f"Rule base {name} has antecedents {unknown}, no features; use {', '.join(FEATURES)}.")
+
+
+def _check_output(output: Path, sources: list[Path]) -> None:
+    """The output must be writable and must not replace what it is made from."""
+    for source in sources:
+        if output.resolve() == source.resolve():
+            raise StageInputError(
+                f"--output_dir {output} is the folder that the model is read from; choose another, so that it stays."
+            )
+    parent = output.absolute()
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise StageInputError(f"{parent} is a file, --output_dir {output} needs a folder there; choose another.")
+    if not os.access(parent, os.W_OK):
+        raise StageInputError(f"{parent} cannot be written; choose another --output_dir.")
+    free = shutil.disk_usage(parent).free
+    if free < MIN_FREE_BYTES:
+        raise StageInputError(
+            f"{parent} has {free / 2**20:.0f} MiB free, at least {MIN_FREE_BYTES // 2**20} MiB are needed; make room."
+        )
+
+
+def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: LlavaTrainingArguments) -> None:
+    """A DeepSpeed JSON must leave the optimizer to the trainer, be able to save, and suit what the stage runs."""
+    config = training_args.deepspeed or {}
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text())
+    zero = config.get("zero_optimization", {})
+    zero_stage = zero.get("stage", 0)
+    if "optimizer" in config:
+        raise StageInputError(
+            f"{training_args.deepspeed} has an 'optimizer' entry, which would silently drop the learning rates by part;"
+            " remove it."
+        )
+    if zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise StageInputError(
+            f"{training_args.deepspeed} cannot save under ZeRO-3; set "
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save to true."
+        )
+    if config and not stage.trains and zero_stage != 3:
+        raise StageInputError(
+            f"{training_args.deepspeed} has ZeRO stage {zero_stage}; stage {stage.name} only runs forward "
+            "passes, which DeepSpeed does with ZeRO stage 3 alone. Use scripts/zero3.json, or leave --deepspeed out."
+        )
+    skips_hard = isinstance(stage_args, PlanArguments) and stage_args.train_hard_skip
+    if skips_hard and training_args.world_size > 1 and zero_stage != 3:
+        raise StageInputError(
+            f"--train_hard_skip was given with {training_args.world_size} processes and ZeRO stage {zero_stage}, where "
+            "ranks that skip different layers exchange gradients of different parameters; use scripts/zero3.json, or "
+            "leave it out."
+        )
+
+
+def _check_records(model_args: ModelArguments, data_args: DataArguments, training_args: LlavaTrainingArguments) -> None:
+    """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
+    is_composed = is_language_model(read_config_dict(model_args.model_name_or_path))
+    settings = vision_settings(model_args) if is_composed else None
+    config, tokenizer = read_config_and_tokenizer(model_args.model_name_or_path, settings)
+    meter = LengthMeter(
+        tokenizer,
+        get_template(model_args.version),
+        count_image_tokens(config),
+        config.image_token_id,
+        training_args.model_max_length,
+    )
+    report = check_data(
+        data_args.data_path, data_args.image_folder, meter=meter, allow_truncation=training_args.allow_truncation
+    )
+    report.raise_if_bad()
+    for warning in report.warnings:
+        logger.warning("%s: %s", data_args.data_path, warning)
+
+
+def _check_sources(stage_args: StageArguments, data_path: str) -> None:
+    """Every source with a target of its own must have a record; records are read until all were seen."""
+    if not isinstance(stage_args, PlanArguments) or stage_args.source_skip_ratios is None:
+        return
+    targets = parse_source_ratios(stage_args.source_skip_ratios, stage_args.max_skip_ratio)
+    seen: set[str] = set()
+    for record in RecordFile(data_path):
+        seen.add(record.source)
+        if seen.issuperset(targets):
+            return
+    unknown = [source for source in targets if source not in seen]
+    raise StageInputError(
+        f"--source_skip_ratios names {', '.join(unknown)}, but the sources of {data_path} are "
+        f"{', '.join(sorted(seen))}; name one of these (the first folder of an image, text without one)."
+    )
+
+
+def _check_number(num_records: int, stage: Stage, stage_args: StageArguments, world_size: int) -> None:
+    """Fitting needs samples in every bin of scores and, for each of its passes, on every process."""
+    is_planned = isinstance(stage_args, PlanArguments)
+    names = ("calibration_samples", "order_samples", "score_samples") if is_planned else ("budget_samples",)
+    for name in names:
+        asked = getattr(stage_args, name)
+        usable = min(num_records, asked) // world_size * world_size
+        needed = MIN_CALIBRATION_SAMPLES if name == "calibration_samples" else world_size
+        if usable < needed:
+            raise StageInputError(
+                f"Stage {stage.name} would calibrate on {usable} samples ({num_records} records, --{name} {asked}, "
+                f"{world_size} processes); at least {needed} are needed. Give more."
+            )
