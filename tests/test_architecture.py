@@ -23,7 +23,7 @@ IMPORTS = [
 ]
 
 # What the method may import besides the standard library and itself.
-METHOD_ANYWHERE = {"numpy", "torch", "yaml", "safetensors"}
+METHOD_ANYWHERE = {"numpy", "torch", "ruamel", "safetensors"}
 METHOD_LAZILY = {"scipy", "matplotlib"}
 
 # A part of llava imports parts of its own or a lower level. train is above all but the command line.

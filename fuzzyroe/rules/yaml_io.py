@@ -3,31 +3,41 @@
 A rule is a row ``[term, ..., term, consequent]``, one term per antecedent in their order, or ``any``; the comment
 behind it stays with it. A completed or fitted rule base adds the origin of each cell, ``[..., consequent,
 interpolated]``, and for fitted cells what they were fitted from, ``[..., consequent, fitted, prior, expert]``. Numbers
-are written so that they read back as the same doubles.
+are written so that they read back as the same doubles. Reading is strict: every refusal names file, line and remedy.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
+import math
 import os
 import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fuzzyroe.rules.interpolation import InterpolationOptions
 from fuzzyroe.rules.rule_base import NO_RULE, SOURCES, FuzzyRuleBase
 from fuzzyroe.rules.variable import ANY_TERM, Consequent, LinguisticVariable
-from fuzzyroe.rules.yaml_nodes import NodeReader
 
 SCHEMA = "fuzzy-rule-base/1"
 SYSTEM = {"type": "tsk", "order": 0, "t_norm": "product", "defuzzification": "weighted_average"}
 
 _REQUIRED = ("schema", "name", "system", "antecedents", "consequent", "rules")
 _OPTIONAL = ("description", "interpolation", "defaults", "provenance")
+
+_SWITCHES = ("yes", "no", "on", "off")
+
+Made = TypeVar("Made")
 
 
 def shipped_rule_bases() -> tuple[str, ...]:
@@ -39,8 +49,14 @@ def shipped_rule_bases() -> tuple[str, ...]:
 def load_rule_base(name_or_path: str | os.PathLike[str]) -> FuzzyRuleBase:
     """Load a shipped rule base by name or any other by path.
 
+    >>> rule_base = load_rule_base("default")
+    >>> [variable.name for variable in rule_base.antecedents]
+    ['image_dispersion', 'text_dispersion', 'question_length']
+    >>> len(rule_base.missing_cells()), rule_base.num_rules
+    (12, 27)
+
     Args:
-        name_or_path: A name such as ``"default"``, or a path: anything with a folder or an ending.
+        name_or_path: A name such as ``"default"``, or a path: anything with a folder or an extension.
 
     Returns:
         The rule base as written; call ``interpolate()`` to complete it.
@@ -88,184 +104,153 @@ def parse_rule_base(text: str, origin: str = "<text>") -> FuzzyRuleBase:
     Raises:
         ValueError: If the text breaks the schema, with file, line and remedy.
     """
-    reader = NodeReader(origin)
-    root = reader.parse(text)
-    entries = reader.mapping(root, "the rule base", _REQUIRED, _OPTIONAL)
-    _check_constants(reader, entries)
-    antecedents = tuple(
-        _read_antecedent(reader, node) for node in reader.sequence(entries["antecedents"], "antecedents")
-    )
-    consequent = _read_consequent(reader, entries["consequent"])
-    arrays = _read_rules(reader, entries["rules"], antecedents, consequent)
-    options: dict[str, Any] = {}
+    root = Entry.of_document(text, origin)
+    entries = root.mapping("the rule base", _REQUIRED, _OPTIONAL)
+    schema = entries["schema"].text("schema")
+    if schema != SCHEMA:
+        entries["schema"].refuse(f"schema is '{schema}'", f"'{SCHEMA}' is allowed", "convert the file")
+    for key, entry in entries["system"].mapping("system", SYSTEM).items():
+        value = entry.plain(f"system.{key}")
+        if value != SYSTEM[key]:
+            allowed = f"{SYSTEM[key]!r} is allowed"
+            entry.refuse(f"system.{key} is {value!r}", allowed, "use that; no other is inferred")
+    antecedents = tuple(_read_antecedent(entry) for entry in entries["antecedents"].sequence("antecedents"))
+    consequent = _read_consequent(entries["consequent"])
+    options: dict[str, Any] = _read_rules(entries["rules"], antecedents, consequent)
     if "description" in entries:
-        options["description"] = reader.text(entries["description"], "description")
+        options["description"] = entries["description"].text("description")
     if "interpolation" in entries:
-        options["interpolation"] = _read_interpolation(reader, entries["interpolation"])
+        options["interpolation"] = _read_interpolation(entries["interpolation"])
     if "defaults" in entries:
-        options["non_finite"] = _read_defaults(reader, entries["defaults"])
+        options["non_finite"] = _read_defaults(entries["defaults"])
     if "provenance" in entries:
-        reader.mapping(entries["provenance"], "provenance", optional=None)
-        options["provenance"] = reader.plain(entries["provenance"], "provenance")
-    name = reader.text(entries["name"], "name")
-    return _located(reader, root, FuzzyRuleBase, name, antecedents, consequent=consequent, **arrays, **options)
+        entries["provenance"].mapping("provenance", optional=None)
+        options["provenance"] = entries["provenance"].plain("provenance")
+    return root.make(FuzzyRuleBase, entries["name"].text("name"), antecedents, consequent=consequent, **options)
 
 
 def dump_rule_base(rule_base: FuzzyRuleBase) -> str:
     """Write a rule base as YAML text that parses to an equal one."""
-    head: dict[str, Any] = {"schema": SCHEMA, "name": rule_base.name}
-    if rule_base.description:
-        head["description"] = rule_base.description
-    lines = [yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=10**6).rstrip()]
-    lines += [f"system: {_flow(SYSTEM)}", "antecedents:  # their order is the order of the columns of `rules`"]
-    for variable in rule_base.antecedents:
-        entry = {"name": variable.name, "universe": list(variable.universe)}
-        entry["terms"] = dict(zip(variable.terms, variable.peaks, strict=True))
-        lines.append(f"  - {_flow(entry | {'monotone': variable.monotone})}")
     consequent = rule_base.consequent
+    document = CommentedMap(schema=SCHEMA, name=rule_base.name)
+    if rule_base.description:
+        document["description"] = rule_base.description
+    document["system"] = SYSTEM
+    document["antecedents"] = [
+        _on_one_line(
+            name=variable.name,
+            universe=list(variable.universe),
+            terms=dict(zip(variable.terms, variable.peaks, strict=True)),
+            monotone=variable.monotone,
+        )
+        for variable in rule_base.antecedents
+    ]
     rescale = None if consequent.rescale is None else list(consequent.rescale)
-    lines.append(
-        f"consequent: {_flow({'name': consequent.name, 'universe': list(consequent.universe), 'rescale': rescale})}"
-    )
-    lines.append(f"interpolation: {_flow(vars(rule_base.interpolation))}")
-    lines.append(f"defaults: {_flow({'non_finite': float(rule_base.non_finite), 'out_of_range': 'clip'})}")
-    lines.append(
-        f"rules:  # {', '.join(v.name for v in rule_base.antecedents)}, {consequent.name}, then origin and prior"
-    )
-    lines += _rows(rule_base)
+    document["consequent"] = _on_one_line(name=consequent.name, universe=list(consequent.universe), rescale=rescale)
+    document["interpolation"] = vars(rule_base.interpolation)
+    document["defaults"] = {"non_finite": float(rule_base.non_finite), "out_of_range": "clip"}
+    document["rules"] = _rows(rule_base)
     if rule_base.provenance:
-        provenance = {"provenance": dict(rule_base.provenance)}
-        lines.append(yaml.safe_dump(provenance, default_flow_style=None, sort_keys=False, allow_unicode=True).rstrip())
-    return "\n".join(lines) + "\n"
+        document["provenance"] = dict(rule_base.provenance)
+    names = ", ".join(variable.name for variable in (*rule_base.antecedents, consequent))
+    document.yaml_add_eol_comment("# their order is the order of the columns of `rules`", "antecedents")
+    document.yaml_add_eol_comment(f"# {names}, then origin and prior", "rules")
+    yaml, stream = YAML(), io.StringIO()
+    yaml.version = (1, 1)  # puts words in quotes that either version reads as something else
+    yaml.default_flow_style = None  # lists of scalars stand on one line
+    yaml.width = 10**6
+    yaml.indent(sequence=4, offset=2)
+    yaml.dump(document, stream)
+    return stream.getvalue().removeprefix("%YAML 1.1\n---\n")
 
 
-def _rows(rule_base: FuzzyRuleBase) -> list[str]:
+def _rows(rule_base: FuzzyRuleBase) -> CommentedSeq:
     """Write the rows of all cells with a rule; the origin is left out when all are the expert's."""
-    rows, all_expert = [], set(rule_base.source.ravel().tolist()) <= {"expert", NO_RULE}
-    for cell in rule_base.cells():
-        if np.isnan(rule_base.table[cell]):
-            continue
-        terms = rule_base.terms_of(cell)
-        row: list[Any] = [*terms, float(rule_base.table[cell])]
-        if not all_expert:
-            row.append(str(rule_base.source[cell]))
-        if rule_base.source[cell] == "fitted":
+    rows, all_expert = CommentedSeq(), set(rule_base.source.ravel().tolist()) <= {"expert", NO_RULE}
+    for cell in map(tuple, np.argwhere(~np.isnan(rule_base.table))):
+        terms, source = rule_base.terms_of(cell), str(rule_base.source[cell])
+        row: list[Any] = [*terms, float(rule_base.table[cell]), *([] if all_expert else [source])]
+        if rule_base.prior_table is not None and rule_base.prior_source is not None and source == "fitted":
             row += [float(rule_base.prior_table[cell]), str(rule_base.prior_source[cell])]
-        comment = rule_base.comments.get(terms)
-        rows.append(f"  - {_flow(row)}" + (f"  # {comment}" if comment else ""))
+        rows.append(row)
+        if rule_base.comments.get(terms):
+            rows.yaml_add_eol_comment(f"# {rule_base.comments[terms]}", len(rows) - 1)
     return rows
 
 
-def _flow(value: Any) -> str:
-    """Write a value on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()
+def _on_one_line(**entries: Any) -> CommentedMap:
+    mapping = CommentedMap(entries)
+    mapping.fa.set_flow_style()
+    return mapping
 
 
-def _located(reader: NodeReader, node: yaml.Node, make: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a constructor; give its refusal the place in the file."""
-    try:
-        return make(*args, **kwargs)
-    except KeyError as error:
-        raise ValueError(f"{reader.where(node)}: {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{reader.where(node)}: {error}") from error
-
-
-def _check_constants(reader: NodeReader, entries: dict[str, yaml.Node]) -> None:
-    """Refuse another schema or another kind of system."""
-    schema = reader.text(entries["schema"], "schema")
-    if schema != SCHEMA:
-        reader.refuse(entries["schema"], f"schema is '{schema}'", f"'{SCHEMA}' is allowed", "convert the file")
-    for key, node in reader.mapping(entries["system"], "system", SYSTEM).items():
-        value = reader.plain(node, f"system.{key}")
-        if value != SYSTEM[key]:
-            reader.refuse(
-                node, f"system.{key} is {value!r}", f"{SYSTEM[key]!r} is allowed", "use that; no other is inferred"
-            )
-
-
-def _read_antecedent(reader: NodeReader, node: yaml.Node) -> LinguisticVariable:
+def _read_antecedent(entry: Entry) -> LinguisticVariable:
     """Read one variable; a term is its peak, or a triangle [foot, peak, foot] that meets its neighbours."""
-    entries = reader.mapping(node, "an antecedent", ("name", "universe", "terms"), ("monotone",))
-    name = reader.text(entries["name"], "the name of an antecedent")
-    shapes: dict[str, float | list[float]] = {}
-    term_nodes = reader.mapping(entries["terms"], f"the terms of '{name}'", optional=None)
-    for term, term_node in term_nodes.items():
+    entries = entry.mapping("an antecedent", ("name", "universe", "terms"), ("monotone",))
+    name = entries["name"].text("the name of an antecedent")
+    terms = entries["terms"].mapping(f"the terms of '{name}'", optional=None)
+    shapes: list[tuple[float, ...]] = []
+    for term, shape in terms.items():
         what = f"term '{term}' of '{name}'"
-        if isinstance(term_node, yaml.SequenceNode):
-            shapes[term] = [reader.number(point, what) for point in reader.sequence(term_node, what, 3)]
-        else:
-            shapes[term] = reader.number(term_node, what)
-    has_direction = "monotone" in entries and not reader.is_null(entries["monotone"])
-    monotone = reader.text(entries["monotone"], "monotone") if has_direction else None
-    peaks = [shape[1] if isinstance(shape, list) else shape for shape in shapes.values()]
-    universe = reader.interval(entries["universe"], f"the universe of '{name}'")
-    variable = _located(reader, node, LinguisticVariable, name, universe, tuple(shapes), tuple(peaks), monotone)
-    for index, (term, shape) in enumerate(shapes.items()):
-        if isinstance(shape, list):
-            _check_triangle(reader, term_nodes[term], variable, index, shape)
+        points = shape.sequence(what, 3) if isinstance(shape.node, SequenceNode) else [shape]
+        shapes.append(tuple(point.number(what) for point in points))
+    peaks = tuple(shape[len(shape) // 2] for shape in shapes)
+    universe = entries["universe"].interval(f"the universe of '{name}'")
+    monotone = entries["monotone"].text("monotone") if "monotone" in entries else None
+    variable = entry.make(LinguisticVariable, name, universe, tuple(terms), peaks, monotone)
+    for index, (term, shape) in enumerate(terms.items()):
+        for step, side in ((-1, "left"), (1, "right")):
+            # outside the outer peaks the term is a shoulder whatever its foot
+            if len(shapes[index]) == 3 and 0 <= index + step < len(peaks):
+                foot, peak = shapes[index][1 + step], peaks[index + step]
+                if not np.isclose(foot, peak, rtol=0, atol=1e-9):  # memberships must sum to one
+                    kind = "a gap" if (foot - peak) * step < 0 else "an overlap"
+                    found = f"term '{term}' of '{name}' ends on the {side} at {foot:g}, which leaves {kind}"
+                    allowed = f"the peak {peak:g} of its neighbour is allowed"
+                    shape.refuse(found, allowed, "end it there, or give only its peak")
     return variable
 
 
-def _check_triangle(
-    reader: NodeReader, node: yaml.Node, variable: LinguisticVariable, index: int, shape: list[float]
-) -> None:
-    """Refuse a triangle that leaves a gap to a neighbouring peak or overlaps it: memberships must sum to one."""
-    what = f"term '{variable.terms[index]}' of '{variable.name}'"
-    sides = [(-1, shape[0], "left"), (1, shape[2], "right")]
-    for step, foot, side in sides:
-        if not 0 <= index + step < len(variable.peaks):
-            continue  # outside the outer peaks the term is a shoulder whatever its foot
-        peak = variable.peaks[index + step]
-        if not np.isclose(foot, peak, rtol=0, atol=1e-9):
-            kind = "a gap" if (foot - peak) * step < 0 else "an overlap"
-            found = f"{what} ends on the {side} at {foot:g}, which leaves {kind}"
-            allowed = f"the peak {peak:g} of its neighbour is allowed"
-            reader.refuse(node, found, allowed, "end it there, or give only its peak")
+def _read_consequent(entry: Entry) -> Consequent:
+    entries = entry.mapping("the consequent", ("name", "universe"), ("rescale",))
+    rescale = entries["rescale"].interval("the rescale range") if "rescale" in entries else None
+    universe = entries["universe"].interval("the universe of the consequent")
+    return entry.make(Consequent, entries["name"].text("its name"), universe, rescale)
 
 
-def _read_consequent(reader: NodeReader, node: yaml.Node) -> Consequent:
-    entries = reader.mapping(node, "the consequent", ("name", "universe"), ("rescale",))
-    has_rescale = "rescale" in entries and not reader.is_null(entries["rescale"])
-    rescale = reader.interval(entries["rescale"], "the rescale range") if has_rescale else None
-    universe = reader.interval(entries["universe"], "the universe of the consequent")
-    return _located(reader, node, Consequent, reader.text(entries["name"], "its name"), universe, rescale)
+def _read_interpolation(entry: Entry) -> InterpolationOptions:
+    entries = entry.mapping("interpolation", ("method",), ("selection", "fallback", "monotone"))
+    options = {key: (value.truth if key == "monotone" else value.text)(key) for key, value in entries.items()}
+    return entry.make(InterpolationOptions, **options)
 
 
-def _read_interpolation(reader: NodeReader, node: yaml.Node) -> InterpolationOptions:
-    entries = reader.mapping(node, "interpolation", ("method",), ("selection", "fallback", "monotone"))
-    options: dict[str, Any] = {key: reader.text(entries[key], key) for key in entries if key != "monotone"}
-    if "monotone" in entries:
-        options["monotone"] = reader.truth(entries["monotone"], "interpolation.monotone")
-    return _located(reader, node, InterpolationOptions, **options)
+def _read_defaults(entry: Entry) -> float:
+    entries = entry.mapping("defaults", ("non_finite",), ("out_of_range",))
+    if "out_of_range" in entries and entries["out_of_range"].text("out_of_range") != "clip":
+        entries["out_of_range"].refuse("out_of_range is not 'clip'", "'clip' is allowed", "use 'clip'")
+    return entries["non_finite"].number("non_finite")
 
 
-def _read_defaults(reader: NodeReader, node: yaml.Node) -> float:
-    entries = reader.mapping(node, "defaults", ("non_finite",), ("out_of_range",))
-    if "out_of_range" in entries and reader.text(entries["out_of_range"], "out_of_range") != "clip":
-        reader.refuse(entries["out_of_range"], "out_of_range is not 'clip'", "'clip' is allowed", "use 'clip'")
-    return reader.number(entries["non_finite"], "non_finite")
-
-
-def _read_rules(
-    reader: NodeReader, node: yaml.Node, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
-) -> dict[str, Any]:
+def _read_rules(entry: Entry, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent) -> dict[str, Any]:
     """Read the rows into the arrays of a rule base, with their comments."""
     shape = tuple(len(variable.terms) for variable in antecedents)
-    arrays = {"table": np.full(shape, np.nan), "source": np.full(shape, NO_RULE, dtype="U16")}
+    arrays: dict[str, np.ndarray] = {"table": np.full(shape, np.nan), "source": np.full(shape, NO_RULE, dtype="U16")}
     arrays |= {f"prior_{key}": array.copy() for key, array in arrays.items()}
     comments: dict[tuple[str, ...], str] = {}
     first_line: dict[tuple[int, ...], int] = {}
-    for row in reader.sequence(node, "rules"):
-        cells, value, source, prior, prior_source = _read_row(reader, row, antecedents, consequent)
-        comment = reader.comment_after(row)
+    for row in entry.sequence("rules"):
+        cells, value, source, prior, prior_source = _read_row(row, antecedents, consequent)
         for cell in cells:
             terms = tuple(variable.terms[k] for variable, k in zip(antecedents, cell, strict=True))
             if cell in first_line:
-                _refuse_second_rule(reader, row, terms, first_line[cell], arrays["table"][cell], value)
-            first_line[cell] = row.start_mark.line + 1
-            if comment:
-                comments[terms] = comment
+                first, line = float(arrays["table"][cell]), first_line[cell]
+                found = f"this rule ({value:g}) conflicts with the rule of line {line} ({first:g}) for {terms}"
+                if first == value:
+                    found = f"this rule repeats the rule of line {line} for {terms}"
+                row.refuse(found, "one rule per combination is allowed", "remove one of the two")
+            first_line[cell] = row.line
+            if row.comment:
+                comments[terms] = row.comment
             arrays["table"][cell], arrays["source"][cell] = value, source
             arrays["prior_table"][cell], arrays["prior_source"][cell] = prior, prior_source
     kept = arrays if "fitted" in arrays["source"] else {key: arrays[key] for key in ("table", "source")}
@@ -273,52 +258,169 @@ def _read_rules(
 
 
 def _read_row(
-    reader: NodeReader, row: yaml.Node, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
+    row: Entry, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
 ) -> tuple[list[tuple[int, ...]], float, str, float, str]:
     """Read one rule: its cells, consequent, origin, prior and origin of the prior."""
-    entries, num_terms = reader.sequence(row, "a rule"), len(antecedents)
+    entries, num_terms = row.sequence("a rule"), len(antecedents)
     extra = len(entries) - num_terms
     if extra not in (1, 2, 4):
         allowed = (
             f"{num_terms} terms and a consequent are allowed, then possibly an origin, and for fitted rules the prior "
             "with its origin"
         )
-        reader.refuse(row, f"a rule has {len(entries)} entries", allowed, "add or remove entries")
-    choices = [_read_term(reader, *pair) for pair in zip(entries[:num_terms], antecedents, strict=True)]
-    values = [_read_value(reader, entries[num_terms + offset], consequent) for offset in range(0, extra, 2)]
-    origins = [reader.text(entries[num_terms + offset], "the origin of a rule") for offset in range(1, extra, 2)]
+        row.refuse(f"a rule has {len(entries)} entries", allowed, "add or remove entries")
+    choices: list[list[int]] = []
+    for entry, variable in zip(entries[:num_terms], antecedents, strict=True):
+        term, known = entry.text(f"a term of '{variable.name}'"), [*variable.terms, ANY_TERM]
+        if term not in known:
+            entry.refuse(f"'{variable.name}' has no term '{term}'", f"{known} are allowed", "correct the term")
+        choices.append([k for k, name in enumerate(variable.terms) if term in (name, ANY_TERM)])
+    values = [entry.number("a consequent") for entry in entries[num_terms::2]]
+    for value in values:
+        if not consequent.contains(value):
+            allowed = f"values in {list(consequent.universe)} are allowed"
+            row.refuse(f"the consequent {value:g} is outside its universe", allowed, "correct or widen it")
+    origins = [entry.text("the origin of a rule") for entry in entries[num_terms + 1 :: 2]]
     source = origins[0] if origins else "expert"
     if any(name not in SOURCES for name in origins) or (source == "fitted") != (extra == 4) or "fitted" in origins[1:]:
         allowed = "expert, interpolated, or fitted with a prior and its origin (expert or interpolated) are allowed"
-        reader.refuse(row, f"a rule has the origins {origins}", allowed, "correct the row")
+        row.refuse(f"a rule has the origins {origins}", allowed, "correct the row")
     # a cell that was not fitted is its own prior
     return list(itertools.product(*choices)), values[0], source, values[-1], origins[-1] if origins else source
 
 
-def _read_term(reader: NodeReader, node: yaml.Node, variable: LinguisticVariable) -> range | list[int]:
-    """Read a term into its index, or ``any`` into all indices."""
-    term = reader.text(node, f"a term of '{variable.name}'")
-    if term == ANY_TERM:
-        return range(len(variable.terms))
-    if term not in variable.terms:
-        known = [*variable.terms, ANY_TERM]
-        reader.refuse(node, f"'{variable.name}' has no term '{term}'", f"{known} are allowed", "correct the term")
-    return [variable.terms.index(term)]
+@dataclass(frozen=True)
+class Entry:
+    """A value of a document that knows its place, for refusals.
 
+    Attributes:
+        node: The value as ruamel.yaml composes it: its type by YAML, the text as written, where it begins and ends.
+        file: Name of the file.
+        lines: Its lines.
+    """
 
-def _read_value(reader: NodeReader, node: yaml.Node, consequent: Consequent) -> float:
-    value = reader.number(node, "a consequent")
-    if not consequent.contains(value):
-        allowed = f"values in {list(consequent.universe)} are allowed"
-        reader.refuse(node, f"the consequent {value:g} is outside its universe", allowed, "correct or widen it")
-    return value
+    node: Node
+    file: str
+    lines: list[str]
 
+    @classmethod
+    def of_document(cls, text: str, file: str) -> Entry:
+        """Give the root of a text that is one YAML document."""
+        try:
+            root = YAML(typ="safe", pure=True).compose(text)
+        except YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None) or "an unreadable character"
+            where = f"{file}:{mark.line + 1 if mark else 1}"
+            raise ValueError(f"{where}: {problem}; one YAML document is allowed; correct the syntax.") from error
+        if root is None:
+            raise ValueError(f"{file}:1: the file is empty; one YAML document is allowed; write a rule base.")
+        return cls(root, file, text.splitlines())
 
-def _refuse_second_rule(
-    reader: NodeReader, row: yaml.Node, terms: tuple[str, ...], line: int, first: float, second: float
-) -> NoReturn:
-    if first == second:
-        found = f"this rule repeats the rule of line {line} for {terms}"
-    else:
-        found = f"this rule ({second:g}) conflicts with the rule of line {line} ({first:g}) for {terms}"
-    reader.refuse(row, found, "one rule per combination is allowed", "remove one of the two")
+    @property
+    def kind(self) -> str:
+        """Type by YAML: ``"map"``, ``"seq"``, ``"str"``, ``"int"``, ``"float"``, ``"bool"``, ``"null"`` or another."""
+        # YAML 1.1, which other tools still read, takes these words for truth values
+        is_ambiguous = (
+            isinstance(self.node, ScalarNode) and not self.node.style and self.node.value.lower() in _SWITCHES
+        )
+        return "switch" if is_ambiguous else self.node.tag.rpartition(":")[2]
+
+    @property
+    def line(self) -> int:
+        """Line where it begins, from 1."""
+        return self.node.start_mark.line + 1
+
+    @property
+    def comment(self) -> str:
+        """Comment behind a list in brackets; a list in lines of its own ends where the next item begins."""
+        end, is_bracketed = self.node.end_mark, self.node.flow_style and self.node.end_mark.line < len(self.lines)
+        rest = self.lines[end.line][end.column :].strip() if is_bracketed else ""
+        return rest[1:].strip() if rest.startswith("#") else ""
+
+    def refuse(self, found: str, allowed: str, remedy: str) -> NoReturn:
+        """Raise the three-part error with file and line."""
+        raise ValueError(f"{self.file}:{self.line}: {found}; {allowed}; {remedy}.")
+
+    def make(self, constructor: Callable[..., Made], *args: Any, **kwargs: Any) -> Made:
+        """Call a constructor; give its refusal the place in the file."""
+        try:
+            return constructor(*args, **kwargs)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.file}:{self.line}: {error.args[0]}") from error
+
+    def mapping(
+        self, what: str, required: Collection[str] = (), optional: Collection[str] | None = ()
+    ) -> dict[str, Entry]:
+        """Read a mapping with known keys, each once: those it must have, and those it may have (None for any).
+
+        Returns:
+            Entries by key, in the order of the file; null for an optional key counts as absent.
+        """
+        if not isinstance(self.node, MappingNode):
+            self.refuse(f"{what} is not a mapping", "'key: value' entries are allowed", "write it as a mapping")
+        entries: dict[str, Entry] = {}
+        known = [*required, *(optional or ())]
+        for key_node, value_node in self.node.value:
+            key, value = replace(self, node=key_node), replace(self, node=value_node)
+            name = key.text(f"a key of {what}")
+            if name in entries:
+                key.refuse(f"{what} has the key '{name}' twice", "one is allowed", "remove one")
+            if optional is not None and name not in known:
+                key.refuse(f"{what} has the unknown key '{name}'", f"{known} are allowed", "rename or remove it")
+            entries[name] = value
+        missing = [key for key in required if key not in entries]
+        if missing:
+            self.refuse(f"{what} lacks {missing}", f"{list(required)} are required", "add what is missing")
+        return {key: entry for key, entry in entries.items() if key not in (optional or ()) or entry.kind != "null"}
+
+    def sequence(self, what: str, length: int | None = None) -> list[Entry]:
+        """Read a list, of a certain length if one is given."""
+        if not isinstance(self.node, SequenceNode):
+            self.refuse(f"{what} is not a list", "a list '[...]' is allowed", "write it as a list")
+        if length is not None and len(self.node.value) != length:
+            self.refuse(f"{what} has {len(self.node.value)} entries", f"{length} are allowed", "add or remove entries")
+        return [replace(self, node=node) for node in self.node.value]
+
+    def text(self, what: str) -> str:
+        """Read a text."""
+        if self.kind != "str":
+            found = f"{what} is {self._shown()}, which YAML does not read as text"
+            self.refuse(found, "a text is allowed", "put it in quotes")
+        return self.node.value
+
+    def number(self, what: str) -> float:
+        """Read a finite number."""
+        text = self._shown()
+        # YAML 1.1 takes an exponent without a point for text
+        if self.kind not in ("int", "float") or ("e" in text.lower() and "." not in text):
+            found = f"{what} is {text}, which YAML does not read as a number"
+            self.refuse(found, "a number is allowed", "write it with a point, such as 1.0e-3")
+        value = float(self.plain(what))
+        if not math.isfinite(value):
+            self.refuse(f"{what} is {text}", "a finite number is allowed", "replace it")
+        return value
+
+    def interval(self, what: str) -> tuple[float, float]:
+        """Read two numbers."""
+        lower, upper = self.sequence(what, 2)
+        return lower.number(what), upper.number(what)
+
+    def truth(self, what: str) -> bool:
+        """Read true or false."""
+        if self.kind != "bool":
+            self.refuse(f"{what} is no truth value", "true or false is allowed", "write one of them")
+        return self.plain(what)
+
+    def plain(self, what: str) -> Any:
+        """Read anything: mappings, lists, texts, numbers, truth values and null; dates stay text."""
+        if isinstance(self.node, MappingNode):
+            return {key: entry.plain(f"{what}.{key}") for key, entry in self.mapping(what, optional=None).items()}
+        if isinstance(self.node, SequenceNode):
+            return [entry.plain(what) for entry in self.sequence(what)]
+        if self.kind in ("int", "float", "bool", "null"):
+            return YAML(typ="safe", pure=True).constructor.construct_object(self.node)
+        return self.node.value
+
+    def _shown(self) -> str:
+        return f"'{self.node.value}'" if isinstance(self.node, ScalarNode) else "a list or mapping"
