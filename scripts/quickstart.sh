@@ -94,7 +94,7 @@ evaluate() { # model, skip rate or off, folder, label: one lmms-eval run, or the
     tail -n 20 "$folder/log-$rate.txt" >&2
     fail "lmms-eval failed for $label; the whole log is $folder/log-$rate.txt"
   fi
-  "$PYTHON" -m llava.eval.collect "$run_folder" --label "$label" --items 2600
+  "$PYTHON" -m llava.report.evaluation collect "$run_folder" --label "$label" --items 2600
   printf '%s\n' "$mark" >"$run_folder/fingerprint"
 }
 

@@ -24,7 +24,7 @@ IMPORTS = [
 
 # What the method may import besides the standard library and itself.
 METHOD_ANYWHERE = {"numpy", "torch", "ruamel", "safetensors"}
-METHOD_LAZILY = {"scipy", "matplotlib"}
+METHOD_LAZILY = {"scipy"}
 
 # A part of llava imports parts of its own or a lower level. train is above all but the command line.
 LEVELS = {
@@ -58,6 +58,8 @@ def allowed_in_the_method(item: Import) -> bool:
     """Whether the method may have this import."""
     name = item.target.split(".")[0]
     if name in METHOD_ANYWHERE or name == "fuzzyroe" or name in sys.stdlib_module_names:
+        return True
+    if name == "matplotlib" and item.importer == "fuzzyroe.plots":
         return True
     if name in METHOD_LAZILY:
         return item.function is not None or item.type_checking

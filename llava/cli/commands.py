@@ -114,9 +114,8 @@ def report(
     ] = None,
 ) -> None:
     """Compare runs on the same questions and write a page that needs no other file."""
-    from llava.eval.report import load_report
-    from llava.eval.report_page import write_report
-    from llava.eval.tables import report_tables
+    from llava.report.comparison import load_report, report_tables
+    from llava.report.page import write_report
 
     content = load_report(evaluations, stages or [])
     console = open_console()

@@ -21,10 +21,10 @@ from fuzzyroe.state_dict import routing_names, routing_state_dict, save_routing
 from llava.model.builder import Checkpoint
 from llava.model.checkpoints.key_maps import original_name
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.report.page import write_stage_page
 from llava.train.engine import gather_parameters
 from llava.train.lora import save_lora
 from llava.train.param_groups import parameters_by_part
-from llava.train.stage_report import write_report
 from llava.train.stages import Stage
 from llava.train.step_checkpoint import SAVING, list_checkpoints
 
@@ -50,7 +50,7 @@ def save_stage(trainer: Trainer, checkpoint: Checkpoint, stage: Stage, output: P
         if trainer.args.fingerprint:
             (partial / "fingerprint").write_text(trainer.args.fingerprint + "\n")
         write_json(partial / "stage.json", summary)
-        write_report(partial)
+        write_stage_page(partial)
         replace_folder(partial, output)
     trainer.accelerator.wait_for_everyone()
 

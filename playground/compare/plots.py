@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llava.eval.figures import LIGHT, Theme, new_figure, style_axes
+from fuzzyroe.plots import LIGHT, Theme, new_figure, style_axes
 from playground.compare.answers import TRAINED
 from playground.compare.cells import PLANNED, ROUTER_BUDGETS, TARGETS
 from playground.compare.page import LABELS

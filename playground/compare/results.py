@@ -9,7 +9,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from llava.eval.figures import render_svg
+from fuzzyroe.plots import render_svg
 from playground.compare.page import write_page
 from playground.compare.plots import draw_accuracy, draw_router_cost
 from playground.compare.summary import Results

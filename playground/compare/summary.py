@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.statistics import NORMAL_QUANTILE
+from llava.report.comparison import NORMAL_QUANTILE
 from playground.compare.answers import Point
 from playground.compare.cells import BATCH, MAIN_BUDGET
 from playground.compare.packing import unpack

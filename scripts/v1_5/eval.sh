@@ -71,7 +71,7 @@ evaluate() { # folder, skip rate, arguments for lmms-eval...
     ${INCLUDE_PATH:+--include_path "$INCLUDE_PATH"}
   )
   run "${launch[@]}" -m lmms_eval "${arguments[@]}" "$@"
-  run "$PYTHON" -m llava.eval.results --tasks "$TASKS" "$folder" # lmms-eval exits with 0 when it fails
+  run "$PYTHON" -m llava.report.evaluation check --tasks "$TASKS" "$folder" # lmms-eval exits with 0 when it fails
 }
 
 folders=()
@@ -90,5 +90,5 @@ for rate in $SKIP_RATES; do
   index=$((index + 1))
 done
 if ((${#folders[@]} > 1)); then
-  run "$PYTHON" -m llava.eval.results --tasks "$TASKS" "${folders[@]}"
+  run "$PYTHON" -m llava.report.evaluation check --tasks "$TASKS" "${folders[@]}"
 fi

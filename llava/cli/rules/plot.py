@@ -17,8 +17,8 @@ def plot_command(
     """Draw the terms of every variable, the score over the first two for each term of the third, what a fit fired."""
     from functools import partial
 
+    from fuzzyroe.plots import draw_control_surface, draw_firing, draw_memberships, render_png
     from fuzzyroe.rules.review import evidence_of
-    from llava.eval.figures import draw_control_surface, draw_firing, draw_memberships, render_png
 
     rules = open_rule_base(rule_base)
     completed = rules if rules.is_complete else rules.interpolate()

@@ -196,7 +196,7 @@ def test_report_prints_tables_and_writes_the_page(tmp_path):
     def write(name: str, correct: list[int], target: float | None) -> Path:
         accuracy = {"all": 1.0, "image": sum(correct) / len(correct), "types": {}}
         answers = {str(number): value for number, value in enumerate(correct)}
-        content = {"label": name, "skip_rate_target": target, "accuracy": accuracy, "correct": answers}
+        content = {"label": name, "target_skip_ratio": target, "accuracy": accuracy, "correct": answers}
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(content))
         return path

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.collect import collect
-from llava.eval.routing_log import read_routing_log
+from llava.report.evaluation import collect
+from llava.report.routing_log import read_routing_log
 from lmms_runs import ROOT, run, write_work
 from playground.digits.base_model import build_base_model
 from playground.digits.tokenizer import train_tokenizer
@@ -51,7 +51,7 @@ def test_lmms_eval_runs_the_plug_in_and_its_files_are_collected(work: Path) -> N
     result = run(work, [sys.executable, *lmms_eval(work, output)])
     assert result.returncode == 0, result.output
     evaluation = collect(output, output / "routing.jsonl", "tiny", NUM_ITEMS)
-    assert evaluation["skip_rate_target"] == 0.25
+    assert evaluation["target_skip_ratio"] == 0.25
     assert len(evaluation["correct"]) == 24 and len(evaluation["accuracy"]["types"]) == 14
     assert len(evaluation["skip_rate"]["layers"]) == NUM_LAYERS
     assert 0 < evaluation["skip_rate"]["all"] < 1
@@ -77,7 +77,7 @@ def test_the_script_evaluates_the_local_task(work: Path) -> None:
     result = run(work, ["bash", SCRIPT, "--limit", 12, "--gen_kwargs", "max_new_tokens=4"], **variables)
     assert result.returncode == 0, result.output
     assert "skip rate, observed" in result.stdout and "digits_vqa exact_match" in result.stdout
-    assert {record.skip_rate_target for record in read_routing_log(output / "skip_0.4" / "routing.jsonl")} == {0.4}
+    assert {record.target_skip_ratio for record in read_routing_log(output / "skip_0.4" / "routing.jsonl")} == {0.4}
     again = run(work, ["bash", SCRIPT], **variables)
     assert again.returncode == 2 and "holds the results of an earlier run" in again.stderr
 

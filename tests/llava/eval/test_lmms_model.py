@@ -15,8 +15,8 @@ from PIL import Image
 from llava.eval import lmms_model
 from llava.eval.lmms_model import FuzzyRoE
 from llava.eval.lmms_plugin import manifest
-from llava.eval.routing_log import read_routing_log
 from llava.model.builder import Checkpoint
+from llava.report.routing_log import read_routing_log
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["w1 w2 ?", "w3 ?", "w4 w5 w6 w7 ?", "w8 w9 ?", "w10 w11 w12 ?"]
@@ -85,7 +85,7 @@ def test_the_log_says_what_every_request_ran(build, tmp_path: Path) -> None:
         length = num_words + 2 + (0 if has_image else 3)
         assert record.kept_layers == [int((length + layer) % 3 != 0) for layer in range(4)]
         assert record.num_prompt_tokens == num_words + 5 + 16 * has_image
-        assert (record.num_images, record.checkpoint, record.skip_rate_target) == (int(has_image), "tiny", 0.4)
+        assert (record.num_images, record.checkpoint, record.target_skip_ratio) == (int(has_image), "tiny", 0.4)
         assert (record.type, record.complexity) == (f"kind{record.doc_id % 2}", record.doc_id)
         assert record.prefill_ms > 0 and record.decode_ms_per_token > 0
 
@@ -147,13 +147,13 @@ def test_off_is_the_dense_model(build, tmp_path: Path) -> None:
     build(skip_rate="off", routing_log=str(path)).generate_until(make_requests())
     records = read_routing_log(path)
     assert all(record.kept_layers == [1, 1, 1, 1] and record.skip_rate == 0 for record in records)
-    assert {record.skip_rate_target for record in records} == {None}
+    assert {record.target_skip_ratio for record in records} == {None}
 
 
 def test_without_a_skip_rate_the_checkpoint_decides(build, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     build(routing_log=str(path)).generate_until(make_requests())
-    assert {record.skip_rate_target for record in read_routing_log(path)} == {0.3}
+    assert {record.target_skip_ratio for record in read_routing_log(path)} == {0.3}
 
 
 def test_requests_that_only_fill_up_a_process_are_not_logged(build, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from llava.eval import lmms_model
 from llava.eval.lmms_model import FuzzyRoE, parse_task_rates
-from llava.eval.routing_log import read_routing_log
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.routing import detach_routing
+from llava.report.routing_log import read_routing_log
 from routed_llava import route
 from tiny_training import make_tiny
 
@@ -56,7 +56,7 @@ def answer(checkpoint: Checkpoint, log: Path, monkeypatch: pytest.MonkeyPatch, *
     ]
     texts = model.generate_until(requests)
     records = sorted(read_routing_log(log), key=lambda record: record.doc_id)
-    return [(text, record.kept_layers, record.skip_rate_target) for text, record in zip(texts, records, strict=True)]
+    return [(text, record.kept_layers, record.target_skip_ratio) for text, record in zip(texts, records, strict=True)]
 
 
 def test_pairs_pass_lmms_evals_parser() -> None:

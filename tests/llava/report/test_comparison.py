@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llava.eval.statistics import paired_difference
+from llava.report.comparison import paired_difference
 
 
 def answers(*blocks: tuple[int, int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Figures of routing, drawn without a display, for light and for dark pages."""
+"""Figures of rules and routing in one theme, drawn without a display, for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -147,7 +147,9 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
                 draw_line(peak, color="#ffffff", linewidth=0.6, linestyle=":", alpha=0.6)
         style_axes(axes, theme)
         axes.set_xlabel(_title(first.name))
-        axes.set_title("" if level is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink)
+        axes.set_title(
+            "" if level is None or third is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink
+        )
     panels[0].set_ylabel(_title(second.name))
     _colorbar(figure, surface, list(panels), _title(rule_base.consequent.name), theme)
     return figure
@@ -210,7 +212,7 @@ def draw_layer_skips(rates: Mapping[str, Sequence[float]], theme: Theme = LIGHT)
     axes.invert_yaxis()
     num_layers = table.shape[1]
     step = 1 if num_layers <= MAX_ANNOTATED_LAYERS else 4
-    axes.set_xticks(np.arange(0, num_layers, step) + 0.5, range(0, num_layers, step))
+    axes.set_xticks(np.arange(0, num_layers, step) + 0.5, [str(layer) for layer in range(0, num_layers, step)])
     axes.set_yticks(np.arange(len(table)) + 0.5, [_title(name) for name in rates])
     axes.set_xlabel("decoder layer")
     style_axes(axes, theme)
@@ -241,8 +243,9 @@ def draw_accuracy(points: Sequence[SkipPoint], theme: Theme = LIGHT) -> Figure:
         label = f"{number}  {point.label}"
         axes.plot(*position, marker, color=color, label=label, markersize=7, zorder=3)
         if point.interval:
-            axes.vlines(position[0], *(100 * bound for bound in point.interval), color=color, linewidth=1.5, zorder=2)
-        offset = {"xytext": (9 * side, 0), "textcoords": "offset points", "va": "center"}
+            lower, upper = point.interval
+            axes.vlines(position[0], 100 * lower, 100 * upper, color=color, linewidth=1.5, zorder=2)
+        offset: dict[str, Any] = {"xytext": (9 * side, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(str(number), position, ha="left" if side > 0 else "right", color=theme.ink, size=9, **offset)
     axes.set_xlabel("layers skipped on questions about images, %")
     axes.set_ylabel("accuracy on them, %")
@@ -250,6 +253,58 @@ def draw_accuracy(points: Sequence[SkipPoint], theme: Theme = LIGHT) -> Figure:
     style_axes(axes, theme)
     axes.grid(color=theme.grid, linewidth=0.6)
     figure.legend(frameon=False, labelcolor=theme.ink, loc="outside lower left", fontsize=8)
+    return figure
+
+
+def draw_lines(series: Mapping[str, Sequence[tuple[float, float]]], theme: Theme = LIGHT) -> Figure:
+    """Draw numbers over the steps of a run, a line per name.
+
+    Args:
+        series: Points (step, value) by name; values that are not finite are left out.
+        theme: Colours.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    finite = {name: [point for point in points if np.isfinite(point[1])] for name, points in series.items()}
+    if not finite or not all(finite.values()):
+        raise ValueError(f"{len(series)} series cannot be drawn; each needs at least one finite point.")
+    figure = new_figure(6.4, 2.2, theme)
+    axes = figure.subplots()
+    colors = [theme.main, theme.second, *theme.ordered(max(len(finite) - 2, 1))]
+    for color, (name, points) in zip(colors, finite.items(), strict=False):
+        # a single point is no line, so it gets a mark
+        axes.plot(*zip(*points, strict=True), color=color, label=name, marker="o" if len(points) == 1 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("step")
+    style_axes(axes, theme)
+    axes.grid(color=theme.grid, linewidth=0.6)
+    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def draw_bars(ratios: Mapping[str, float], theme: Theme = LIGHT) -> Figure:
+    """Draw ratios as horizontal bars in percent, in the order given.
+
+    Args:
+        ratios: Values by name, at least 0.
+        theme: Colours.
+
+    Raises:
+        ValueError: If there is no value to draw.
+    """
+    if not ratios:
+        raise ValueError("No bars to draw; give at least one value.")
+    figure = new_figure(6.4, 0.5 + 0.22 * len(ratios), theme)
+    axes = figure.subplots()
+    bars = axes.barh([_title(name) for name in ratios], [100 * value for value in ratios.values()], color=theme.main)
+    axes.bar_label(
+        bars, labels=[f"{100 * value:.3g} %" for value in ratios.values()], padding=3, color=theme.ink, size=8
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("%")
+    style_axes(axes, theme)
     return figure
 
 

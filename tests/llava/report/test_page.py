@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
 
+from fuzzyroe.plots import (
+    LIGHT,
+    SkipPoint,
+    draw_accuracy,
+    draw_bars,
+    draw_control_surface,
+    draw_layer_skips,
+    draw_lines,
+    render_svg,
+)
 from fuzzyroe.rules.yaml_io import load_rule_base, save_rule_base
-from llava.eval.evaluation_file import load_evaluation
-from llava.eval.figures import LIGHT, SkipPoint, draw_accuracy, draw_control_surface, draw_layer_skips, render_svg
-from llava.eval.report import load_report, to_json
-from llava.eval.report_page import report_figures, write_report
-from llava.eval.tables import (
+from llava.report.comparison import (
     complexity_table,
     duration,
+    load_report,
     milliseconds,
     report_tables,
     runs_table,
     stages_table,
+    to_json,
     types_table,
 )
+from llava.report.evaluation import load_evaluation
+from llava.report.page import MAX_POINTS, render_stage, report_sections, thin_out, write_report, write_stage_page
 
 
 def evaluation(label: str, correct: list[int], target: float | None = None, **changes) -> dict:
@@ -30,7 +41,7 @@ def evaluation(label: str, correct: list[int], target: float | None = None, **ch
     return {
         "label": label,
         "checkpoint": f"runs/{label}",
-        "skip_rate_target": target,
+        "target_skip_ratio": target,
         "items": len(correct) + 2,
         "accuracy": {"all": 0.9, "image": mean, "text_only": 1.0, "types": {"count": mean, "spoken": 1.0}},
         "skip_rate": {
@@ -81,7 +92,7 @@ def stage(tmp_path):
 def test_reference_is_the_better_dense_run(write):
     report = load_report(write(ROUTED, BASE, TUNED))
     assert report.reference.label == "tuned"
-    assert [(row.label, row.is_reference) for row in report.rows] == [
+    assert [(row.run.label, row.is_reference) for row in report.rows] == [
         ("base", False),
         ("tuned", True),
         ("routed", False),
@@ -91,19 +102,19 @@ def test_reference_is_the_better_dense_run(write):
 def test_rows_compare_with_the_reference(write):
     base, tuned, routed = load_report(write(BASE, TUNED, ROUTED)).rows
     assert tuned.difference is None and tuned.prefill_ratio == 1.0
-    assert (routed.target_skip_rate, routed.image_skip_rate, routed.prefill_ratio) == (0.5, 0.5, 0.5)
+    assert (routed.run.target_skip_ratio, routed.run.image_skip_rate, routed.prefill_ratio) == (0.5, 0.5, 0.5)
     assert (routed.difference.num_gained, routed.difference.num_lost) == (0, 1)
     assert routed.difference.difference == pytest.approx(-0.25) and base.difference.num_lost == 1
 
 
 def test_times_of_other_batch_sizes_are_not_compared(write):
     rows = load_report(write(TUNED, {**ROUTED, "batch_size": 1})).rows
-    assert rows[1].prefill_ratio is None and rows[1].prefill_ms == 10.0
+    assert rows[1].prefill_ratio is None and rows[1].run.prefill_ms == 10.0
 
 
 def test_routed_runs_are_ordered_by_target(write):
     more = evaluation("less", [1, 0, 1, 0], 0.25)
-    assert [row.label for row in load_report(write(ROUTED, more, TUNED)).rows] == ["tuned", "less", "routed"]
+    assert [row.run.label for row in load_report(write(ROUTED, more, TUNED)).rows] == ["tuned", "less", "routed"]
 
 
 def test_without_a_dense_run_there_is_nothing_to_compare_with(write):
@@ -127,7 +138,7 @@ def test_a_label_names_one_run(write):
     [
         ({"correct": {"a": 1, "b": 1}}, r"2 answers in 'correct' have mean 1.0000, but accuracy.image is 0.7500"),
         ({"correct": {}}, "has no answer in 'correct'"),
-        ({"skip_rate_target": 30}, r"'skip_rate_target' is 30.0; a ratio in \[0, 1\] is needed"),
+        ({"target_skip_ratio": 30}, r"'target_skip_ratio' is 30.0; a ratio in \[0, 1\] is needed"),
         ({"accuracy": {"all": 0.9}}, "'image' is None; a ratio"),
         ({"prefill_ms": "fast"}, "'prefill_ms' is 'fast'; a number from 0 up"),
         ({"skip_rate": []}, "'skip_rate' is .*; an object is needed"),
@@ -188,7 +199,7 @@ def test_report_is_written_whole(write, stage, tmp_path):
     data = json.loads(files[1].read_text())
     assert data == json.loads(json.dumps(to_json(report)))
     assert data["reference"] == "tuned" and data["runs"][2]["difference"]["num_lost"] == 1
-    assert data["stages"][0]["calibration"] == {"examples": 300} and "correct" not in data["evaluations"][0]
+    assert data["stages"][0]["calibration"] == {"examples": 300} and "correct" not in data["runs"][0]
 
 
 def test_page_needs_nothing_else(write, stage, tmp_path):
@@ -197,7 +208,7 @@ def test_page_needs_nothing_else(write, stage, tmp_path):
     assert not re.search(r"(src|href|srcset)=['\"](?!data:)", page) and "@import" not in page and "url(" not in page
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
-    assert page.count("<picture>") == 4 and page.count("alt='") == 4
+    assert page.count("<picture>") == 4 and page.count('alt="') == 4
 
 
 def test_same_report_gives_the_same_page(write, tmp_path):
@@ -208,7 +219,7 @@ def test_same_report_gives_the_same_page(write, tmp_path):
 
 def test_figures_need_their_data(write):
     report = load_report(write(TUNED, {**ROUTED, "skip_rate": {"all": 0.5, "image": 0.5}}))
-    assert [figure.name for figure in report_figures(report)] == ["accuracy"]
+    assert [section.figure.name for section in report_sections(report)] == ["accuracy"]
 
 
 def test_heat_map_refuses_types_with_other_layers():
@@ -241,3 +252,26 @@ def test_svg_is_reproducible():
     points = [SkipPoint("a", 0.0, 0.8, True)]
     first, second = (render_svg(lambda theme: draw_accuracy(points, theme), LIGHT) for _ in range(2))
     assert first == second and first.lstrip().startswith("<?xml")
+
+
+def test_charts_hold_their_values_and_refuse_to_be_empty():
+    figure = draw_lines({"a<b": [(1, 1.0), (2, math.nan), (3, 2.0)]})
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 1], [3, 2]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a<b"]
+    assert [text.get_text() for text in draw_bars({"coco": 0.3}).axes[0].texts] == ["30 %"]
+    for call in (lambda: draw_lines({}), lambda: draw_lines({"a": [(1, math.nan)]}), lambda: draw_bars({})):
+        with pytest.raises(ValueError, match="draw"):
+            call()
+
+
+def test_a_page_of_a_stage_without_steps_has_no_loss(tmp_path):
+    (tmp_path / "stage.json").write_text('{"stage": "router", "moved": {"adapter": true, "router": false}}')
+    page = write_stage_page(tmp_path).read_text()
+    assert "<h1>Stage router</h1>" in page and "<td>adapter</td>" in page and "<h2>Loss" not in page
+
+
+def test_a_long_run_is_drawn_with_few_points():
+    line = thin_out([(step, 1.0) for step in range(1, 100 * MAX_POINTS)])
+    assert len(line) <= MAX_POINTS and line[-1] == (100 * MAX_POINTS - 1, 1.0)
+    steps = [{"step": step, "loss": float(step)} for step in range(1, 10)]
+    assert "<h2>Loss" in render_stage({"stage": "dense"}, steps)

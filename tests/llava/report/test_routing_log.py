@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.routing_log import RequestRecord, rank_path, read_routing_log, remove_routing_log, write_routing_log
+from llava.report.routing_log import RequestRecord, rank_path, read_routing_log, remove_routing_log, write_routing_log
 
 
 def make_record(doc_id: int) -> RequestRecord:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.results import find_missing, format_table, leaf_tasks, main, read_metrics, read_run
-from llava.eval.routing_log import RequestRecord, write_routing_log
+from llava.report.evaluation import find_missing, format_table, leaf_tasks, main, read_metrics, read_run
+from llava.report.routing_log import RequestRecord, write_routing_log
 
 RESULTS = {
     "results": {
@@ -46,7 +46,7 @@ def test_groups_stand_for_their_members(tmp_path: Path) -> None:
 def test_complete_runs_pass_and_are_laid_out_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "dense")
     write_run(tmp_path / "skip_0.3")
-    assert main(["--tasks", "gqa,bench", str(tmp_path / "dense"), str(tmp_path / "skip_0.3")]) == 0
+    assert main(["check", "--tasks", "gqa,bench", str(tmp_path / "dense"), str(tmp_path / "skip_0.3")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["dense", "skip_0.3"]
     assert lines[1].split() == ["skip", "rate,", "observed", "0.2500", "0.2500"]
@@ -67,15 +67,15 @@ def test_what_is_missing_is_named(
 ) -> None:
     run = write_run(tmp_path, **arguments)
     assert sentence in find_missing(read_run(run), tasks.split(","))
-    assert main(["--tasks", tasks, str(run)]) == 2
+    assert main(["check", "--tasks", tasks, str(run)]) == 2
     assert sentence in capsys.readouterr().err
 
 
 def test_a_run_without_results_or_routing_log_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--tasks", "gqa", str(tmp_path)]) == 2
+    assert main(["check", "--tasks", "gqa", str(tmp_path)]) == 2
     assert "lmms-eval exits with 0 even then" in capsys.readouterr().err
     (write_run(tmp_path) / "routing.jsonl").unlink()
-    assert main(["--tasks", "gqa", str(tmp_path)]) == 2
+    assert main(["check", "--tasks", "gqa", str(tmp_path)]) == 2
     assert "no routing log" in capsys.readouterr().err
 
 

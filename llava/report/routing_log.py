@@ -1,18 +1,19 @@
-"""The routing log: one JSON line per request of an evaluation, saying which layers it ran and how long it took."""
+"""Routing log: one JSON line per request of an evaluation, with the layers it ran and the time it took."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from llava.files import atomic_write
+
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """What became of one request.
+    """Outcome of one request.
 
     A batch is timed as a whole. A request's ``prefill_ms`` is its share of the batch's prefill by prompt tokens (images
     expanded, padding not counted), so the shares add up to the batch. ``decode_ms_per_token`` is the batch's time after
@@ -31,7 +32,7 @@ class RequestRecord:
         num_prompt_tokens: Tokens of the prompt with images expanded.
         num_new_tokens: Tokens generated.
         checkpoint: Folder or hub id of the model.
-        skip_rate_target: Mean skip rate asked of the router; None for a dense run.
+        target_skip_ratio: Mean skip rate asked of the router; None for a dense run.
     """
 
     task: str
@@ -46,7 +47,7 @@ class RequestRecord:
     num_prompt_tokens: int
     num_new_tokens: int
     checkpoint: str
-    skip_rate_target: float | None
+    target_skip_ratio: float | None
 
     @property
     def skip_rate(self) -> float:
@@ -68,10 +69,8 @@ def remove_routing_log(path: Path) -> None:
 
 def write_routing_log(path: Path, records: Iterable[RequestRecord], rank: int = 0, world_size: int = 1) -> None:
     """Write a process's records; the file appears whole or not at all."""
-    final = rank_path(path, rank, world_size)
-    unfinished = final.with_name(f".{final.name}.tmp")
-    unfinished.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
-    os.replace(unfinished, final)
+    with atomic_write(rank_path(path, rank, world_size)) as unfinished:
+        unfinished.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
 
 
 def read_routing_log(path: Path) -> list[RequestRecord]:
@@ -87,8 +86,8 @@ def read_routing_log(path: Path) -> list[RequestRecord]:
     files = _rank_files(path)
     if not files and not path.exists():
         raise FileNotFoundError(f"There is no routing log {path}; the evaluation did not finish, run it again.")
-    if files:
-        world_size = int(_RANK.search(files[0].name)[2])
+    if files and (match := _RANK.search(files[0].name)):
+        world_size = int(match[2])
         expected = [rank_path(path, rank, world_size) for rank in range(world_size)]
         missing = [file.name for file in expected if file not in files]
         if missing:

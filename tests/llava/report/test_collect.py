@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.collect import collect, main
-from llava.eval.routing_log import RequestRecord, write_routing_log
+from llava.report.evaluation import collect, main
+from llava.report.routing_log import RequestRecord, write_routing_log
 
 RECORDS = [
     RequestRecord("digits_vqa", 0, "row", 2, 1, [1, 1, 1, 1], 4.0, 2.0, 2, 30, 3, "tiny", 0.25),
@@ -41,7 +41,7 @@ def test_accuracy_and_skip_rate_are_joined_by_document(tmp_path: Path) -> None:
     assert evaluation == {
         "label": "ours",
         "checkpoint": "tiny",
-        "skip_rate_target": 0.25,
+        "target_skip_ratio": 0.25,
         "items": 4,
         "accuracy": {
             "all": 0.5,
@@ -68,9 +68,9 @@ def test_accuracy_and_skip_rate_are_joined_by_document(tmp_path: Path) -> None:
 
 
 def test_a_dense_run_of_single_tokens_is_collected(tmp_path: Path) -> None:
-    dense = [replace(r, kept_layers=[1] * 4, skip_rate_target=None, decode_ms_per_token=None) for r in RECORDS]
+    dense = [replace(r, kept_layers=[1] * 4, target_skip_ratio=None, decode_ms_per_token=None) for r in RECORDS]
     evaluation = collect(tmp_path, write_run(tmp_path, dense), "dense", 4)
-    assert evaluation["skip_rate_target"] is None
+    assert evaluation["target_skip_ratio"] is None
     assert evaluation["skip_rate"]["all"] == 0
     assert evaluation["decode_ms_per_token"] is None
 
@@ -99,7 +99,7 @@ def test_items_that_do_not_add_up_are_refused(
 def test_the_command_line_exits_with_2_when_results_are_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(tmp_path), "--label", "ours", "--items", "4"]
+    arguments = ["collect", str(tmp_path), "--label", "ours", "--items", "4"]
     assert main(arguments) == 2
     assert "holds no *_results.json" in capsys.readouterr().err
     write_run(tmp_path)

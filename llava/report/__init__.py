@@ -1,0 +1,1 @@
+"""Reports: routing logs, evaluation files, comparisons of runs, and pages of runs and stages."""
