@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -33,9 +34,9 @@ def attach(
         model: A Hugging Face decoder, or a model with one (``get_decoder()``).
         adapter_width: Width of the skip adapters, at least 1.
         adapter_init: ``"zero"`` (an untrained skip is the identity) or ``"xavier"``.
-        router: A module with ``plan(hidden_states, routing)``, which fills ``routing.keep_weights``, and with the bool
-            ``enabled``: whether it routes a prompt on its own when the model is not training. None keeps every layer
-            unless the caller forces otherwise. See ``fuzzyroe.routers.base.Router`` for what else it may have.
+        router: A module with ``plan(hidden_states, routing)``, which fills ``routing.result.keep_weights``, and with
+            the bool ``enabled``: whether it routes a prompt on its own when the model is not training. None keeps every
+            layer unless the caller forces otherwise. See ``fuzzyroe.routers.base.Router`` for what else it may have.
         skip_unit: What a skip leaves out, a name in ``SKIP_UNITS``: ``"layer"``, ``"attention"`` or ``"ffn"``.
 
     Returns:
@@ -148,10 +149,11 @@ def verify_attached(model: nn.Module, **inputs: Any) -> None:
     mask = inputs.get("attention_mask")
     mask = torch.ones(example.shape[:2], dtype=torch.long, device=example.device) if mask is None else mask
     num_layers = len(find_decoder_layers(model))
-    routing = RoutingState.forced(torch.ones(example.shape[0], num_layers, device=example.device), mask)
+    keep = torch.ones(example.shape[0], num_layers, device=example.device)
+    routing = RoutingState.from_batch({"attention_mask": mask}).forced(keep)
     with torch.no_grad():
         model(**{**inputs, "use_cache": False, "routing": routing})
-    silent = sorted(set(range(num_layers)) - set(routing.counts))
+    silent = sorted(set(range(num_layers)) - set(routing.result.layer_runs))
     if silent:
         raise RuntimeError(
             f"Layers {silent} of {num_layers} ran without routing; after attach every layer must see it. "
@@ -163,8 +165,8 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     """Forward pre-hook of the decoder: let the router decide, once per sequence, before the first layer.
 
     A state that comes with keep weights passes untouched. In decoding, when the cache has positions, nothing is
-    decided: every layer reads its decision from its cache. A router that decides on arrival is put into the state, for
-    the layers to ask.
+    decided: every layer reads its decision from its cache. A layer-wise router is put into a copy of the state, for the
+    layers to ask.
 
     Args:
         decoder: The module that holds the layers, with ``router``.
@@ -175,7 +177,7 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         The arguments with ``routing`` planned, or None to leave them as they are.
     """
     router, routing = getattr(decoder, "router", None), kwargs.get("routing")
-    is_planned = routing is not None and routing.keep_weights is not None
+    is_planned = routing is not None and routing.result.keep_weights is not None
     is_silent = routing is None and (decoder.training or not getattr(router, "enabled", False))
     if router is None or is_planned or is_silent:
         return None
@@ -193,12 +195,12 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     if routing is None:
         if mask is None:
             mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        routing = RoutingState.for_prompt(mask)
-    if routing.skip_rate is not None and hasattr(router, "check_target"):
-        router.check_target(routing.skip_rate, inputs_embeds.shape[0])
+        routing = RoutingState.from_batch({"attention_mask": mask})
+    if routing.target_skip_ratio is not None and hasattr(router, "check_target"):
+        router.check_target(routing.target_skip_ratio, inputs_embeds.shape[0])
     router.plan(inputs_embeds, routing)
-    if getattr(router, "decides_on_arrival", False):
-        routing.decide, routing.num_layers = router.decide, len(decoder.layers)
+    if getattr(router, "decides_layer_wise", False):
+        routing = replace(routing, decide=router.decide, num_layers=len(decoder.layers))
     remember_prompt(cache, mask)
     kwargs["routing"] = routing
     return (), router.prepare(decoder, kwargs, routing) if hasattr(router, "prepare") else kwargs

@@ -153,7 +153,7 @@ def _run_dense(model: nn.Module, batch: LabelledBatch) -> None:
     if is_attached(model):
         is_token = _tokens_of(batch)
         keep = torch.ones(len(is_token), len(find_decoder(model).layers), device=is_token.device)
-        inputs["routing"] = RoutingState.forced(keep, is_token)
+        inputs["routing"] = RoutingState.from_batch({"attention_mask": is_token}).forced(keep)
     model(**inputs)
 
 

@@ -16,13 +16,13 @@ class Layout:
         attention_mask: 2D mask (B, S), or 4D (B, 1, S, S) bool, True where a row may look.
         position_ids: Rotary position of each, (..., B, S).
         turn_ids: Turn of each, (B, S); a routing token has the turn it decides, the image token 0.
-        prompt_places: Where the positions of the prompt stand, (B, N).
-        token_places: Where the routing tokens stand, (B, 1 + T).
+        prompt_positions: Where the positions of the prompt stand, (B, N).
+        token_positions: Where the routing tokens stand, (B, 1 + T).
     """
 
     order: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     turn_ids: Tensor
-    prompt_places: Tensor
-    token_places: Tensor
+    prompt_positions: Tensor
+    token_positions: Tensor

@@ -58,7 +58,7 @@ def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def losses_under(model: nn.Module, batch: LabelledBatch, keep: Tensor) -> Tensor:
     """Give each answer's loss, (B,), when row b runs the layers where ``keep``, (B, L) bool, is True."""
-    routing = replace(batch.routing, mode="hard", keep_weights=keep.float().unsqueeze(1), counts={}, arrived={})
+    routing = batch.routing.forced(keep, mode="hard")
     logits = model(**{**batch.inputs, "use_cache": False}, routing=routing).logits
     return answer_losses(logits, batch.labels)
 

@@ -24,10 +24,10 @@ class RoutedLayer:
     skip_unit: SkipUnit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Ask a router that decides on arrival, then run; in front of checkpointing, which would ask it twice."""
+        """Ask a layer-wise router, then run; in front of checkpointing, which would ask it twice."""
         routing = kwargs.get("routing")
         if routing is not None and routing.decide is not None:
-            routing.decide_on_arrival(self.route_index, args[0] if args else kwargs["hidden_states"])
+            routing.decide_layer(self.route_index, args[0] if args else kwargs["hidden_states"])
         return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, routing: RoutingState | None = None, **kwargs: Any) -> Tensor:
@@ -50,13 +50,13 @@ class RoutedLayer:
         if routing is not None:
             self._refuse_reentrant_checkpointing()
             if routing.mode == "soft":
-                routing.counts[self.route_index] = num_rows
+                routing.result.layer_runs[self.route_index] = num_rows
                 mix = blend_positions(routing, self.route_index)
                 return self.skip_unit.forward(self, mix, hidden_states, args, kwargs)
         past_key_values = kwargs.get("past_key_values")
         split = rows_to_run(past_key_values, self.route_index, routing, num_rows, self.skip_unit.stores_keys)
         if routing is not None:
-            routing.counts[self.route_index] = num_rows if split is None else split.num_kept
+            routing.result.layer_runs[self.route_index] = num_rows if split is None else split.num_kept
         if split is None or split.all_kept:
             return super().forward(hidden_states, *args, **kwargs)
         if split.none_kept and not self.skip_unit.stores_keys:

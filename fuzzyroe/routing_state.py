@@ -1,80 +1,91 @@
-"""The routing state: what one forward pass is asked to skip, together with what came of it."""
+"""The routing state: what one forward pass is asked to skip, and in ``result`` what came of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fuzzyroe.layout import Layout
 from fuzzyroe.row_split import RowSplit
-from fuzzyroe.schedule import Relaxation
 
-MODES = ("soft", "hard")
+Mode = Literal["soft", "hard", "observe"]
+MODES = ("soft", "hard", "observe")
+IGNORED_LABEL = -100
+
+
+@dataclass
+class RoutingResult:
+    """What came of one forward pass, written by router and layers, read by the caller.
+
+    Attributes:
+        keep_weights: Keep weights in [0, 1], (B, T, L), index t - 1 for turn t; forced, planned by the router, or
+            stacked once a layer-wise router has decided the last layer.
+        decisions: Layer index -> keep weights (B, T), of a layer-wise router.
+        position_weights: Layer index -> keep weight of each position, (B, N), from a layer-wise router that spreads
+            its weights over the positions itself.
+        summary: Pooled states that the router looked at.
+        features: Antecedents in [0, 1], (B, T, K).
+        scores: Router scores, (B, T).
+        layer_runs: Layer index -> rows that ran the base layer.
+    """
+
+    keep_weights: Tensor | None = None
+    decisions: dict[int, Tensor] = field(default_factory=dict)
+    position_weights: dict[int, Tensor] = field(default_factory=dict)
+    summary: Any = None
+    features: Tensor | None = None
+    scores: Tensor | None = None
+    layer_runs: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
 class RoutingState:
-    """Travels as the keyword ``routing`` from the model to every decoder layer and carries the results back.
+    """Travels as the keyword ``routing`` from the model to every decoder layer.
 
-    One state serves one forward pass (or one prefill): decisions and positions are computed once and remembered. Keep
-    weights are known for all layers at once, or, where a router decides on arrival, layer by layer.
+    One state serves one forward pass, or one prefill. Its fields say what is asked; whatever the pass finds out goes
+    into ``result``. A router that changes the pass, e.g. one that inserts positions, hands the layers a copy with
+    other fields and the same result.
 
     Attributes:
         turn_ids: Turn of each position, (B, N) int64; 0 = system prompt and image, t >= 1 = turn t, -1 = padding.
         image_mask: True at image positions, (B, N) bool.
         question_mask: True at question positions (no answer, padding or image), (B, N) bool.
-        mode: ``"soft"`` blends both branches; ``"hard"`` runs kept rows only, one decision per example.
-        keep_weights: Keep weights in [0, 1], (B, T, L), index t - 1 for turn t. A router fills them; given by the
-            caller they are forced and no router is called.
+        mode: ``"soft"`` blends both branches; ``"hard"`` runs kept rows only, one decision per example; ``"observe"``
+            lets the router decide as in hard mode while every row runs every layer.
+        keep_weights: Keep weights that the caller forces, (B, T, L); no router is called then. See ``forced``.
         num_turns: Turns T that a router plans for; None lets it count them (one device transfer).
-        skip_rate: Mean skip rate asked for, one number or one per example (B,); None uses the router's own budget.
-        decide: Asked for the keep weights of each layer as it is reached, ``(layer, (B, N, D), state) -> (B, T)``; None
-            where they are planned ahead. Set together with ``num_layers``.
-        num_layers: Layers L that ``decide`` is asked for.
-        arrived: Layer index -> keep weights (B, T) that ``decide`` gave; once all L are there, they are stacked into
-            ``keep_weights``.
-        prefix_weights: Layer index -> keep weight of the positions of turn 0, (B,), where a router gives them one of
-            their own; elsewhere they take the mean over the turns.
-        relaxation: How a router that learns softens its decisions (``schedule.Relaxation``); None as they are.
-        inserted: Where the routing tokens of this pass stand; None for none.
-        caller: Where there are any, the state that the pass was called with, which knows the prompt only and gets the
-            results too.
+        target_skip_ratio: Mean skip rate asked for, one number or one per example (B,); None uses the router's own.
+        softness: How soft the plans of a router that does not learn are, see ``FuzzyRouter.keep_weights``; 0 is hard.
         pixel_values: Images of the batch in the order of its rows, (images, channels, H, W); only features that look at
             pixels read them.
         images_per_row: Images of each row, (B,); needed only where images differ in the number of their positions.
-        summary: Pooled states that the features are computed from, filled by the router.
-        features: Antecedents in [0, 1], (B, T, K), filled by the router.
-        scores: Router scores, (B, T), filled by the router.
-        counts: Layer index -> rows that ran the base layer, filled as the layers run.
+        roe: What RoE's router alone is asked and remembers (``fuzzyroe.routers.roe.RoEPass``); None for its defaults.
+        decide: Layer-wise routing: asked for each layer as it is reached, ``(layer, (B, N, D), state) -> (B, T)``; None
+            where all layers are planned ahead. The decoder's hook sets it, with ``num_layers``, for the layers.
+        num_layers: Layers L that ``decide`` is asked for.
+        result: What came of the pass.
     """
 
     turn_ids: Tensor
     image_mask: Tensor
     question_mask: Tensor
-    mode: Literal["soft", "hard"]
+    mode: Mode = "hard"
     keep_weights: Tensor | None = None
     num_turns: int | None = None
-    skip_rate: Tensor | float | None = None
-    decide: Callable[[int, Tensor, RoutingState], Tensor] | None = None
-    num_layers: int | None = None
-    arrived: dict[int, Tensor] = field(default_factory=dict)
-    prefix_weights: dict[int, Tensor] = field(default_factory=dict)
-    relaxation: Relaxation | None = None
-    inserted: Layout | None = None
-    caller: RoutingState | None = None
+    target_skip_ratio: Tensor | float | None = None
+    softness: float = 0.0
     pixel_values: Tensor | None = None
     images_per_row: Tensor | None = None
-    summary: Any = None
-    features: Tensor | None = None
-    scores: Tensor | None = None
-    counts: dict[int, int] = field(default_factory=dict)
-    _decisions: Tensor | None = field(default=None, init=False, repr=False)
+    roe: Any = None
+    decide: Callable[[int, Tensor, RoutingState], Tensor] | None = None
+    num_layers: int | None = None
+    result: RoutingResult = field(default_factory=RoutingResult)
+    _kept_layers: Tensor | None = field(default=None, init=False, repr=False)
     _splits: dict[tuple[bool, ...], RowSplit] = field(default_factory=dict, init=False, repr=False)
-    _turn_index: Tensor | None = field(default=None, init=False, repr=False)
+    _table_index: Tensor | None = field(default=None, init=False, repr=False)
     _turn_mask: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,48 +98,72 @@ class RoutingState:
                     f"RoutingState.{name} has shape {shape}; turn_ids, image_mask and question_mask are all (B, N), "
                     f"here {tuple(self.turn_ids.shape)}. Build all three from the same padded batch."
                 )
+        if self.keep_weights is not None:
+            self.result.keep_weights = self.keep_weights
 
     @classmethod
-    def for_prompt(
-        cls, attention_mask: Tensor, image_mask: Tensor | None = None, mode: Literal["soft", "hard"] = "hard"
+    def from_batch(
+        cls,
+        batch: Mapping[str, Any],
+        image_token_id: int | None = None,
+        mode: Mode = "hard",
+        num_drafted: int = 0,
     ) -> RoutingState:
-        """Give the state of prompts that are one question each, still to be planned.
+        """Describe the prompts or training samples of a batch; nothing is planned yet.
+
+        Without ``turn_ids`` each row is one prompt: what follows its last image is the question, and a prompt without
+        an image is a question from its first token. With them, as in training, answers are no part of a question, so
+        they cannot influence a route, and the prefix of a sample without an image counts to its first question, since
+        at inference nothing but an image ends the prefix.
 
         Args:
-            attention_mask: Non-zero at positions that are no padding, (B, N).
-            image_mask: True at image positions, (B, N) bool; None where there is no image.
+            batch: Inputs of the model, of which are read: ``input_ids`` and ``attention_mask``, (B, N), at least one
+                of them; ``turn_ids`` with ``labels``, (B, N); ``pixel_values``.
+            image_token_id: Token id of image positions; None for text.
             mode: Routing mode.
+            num_drafted: Last positions of every row that are drafts of an answer, and hence no part of the question.
 
         Raises:
-            ValueError: If the mask is not (B, N).
+            ValueError: If the attention mask is not (B, N).
         """
-        if attention_mask.dim() != 2:
+        input_ids, mask, turn_ids = batch.get("input_ids"), batch.get("attention_mask"), batch.get("turn_ids")
+        if mask is not None and mask.dim() != 2:
             raise ValueError(
-                f"The attention mask has shape {tuple(attention_mask.shape)}; a prompt's padding is read from a "
-                "(B, N) mask. Pass a 2D mask, or a RoutingState of your own as `routing`."
+                f"The attention mask has shape {tuple(mask.shape)}; a prompt's padding is read from a (B, N) mask. "
+                "Pass a 2D mask, or a RoutingState of your own as `routing`."
             )
-        is_token = attention_mask.bool()
-        is_image = torch.zeros_like(is_token) if image_mask is None else image_mask.bool() & is_token
-        question_mask = is_token & ~is_image
-        # 1 at question positions, 0 at image positions, -1 at padding
-        turn_ids = question_mask.long() - (~is_token).long()
-        return cls(turn_ids, is_image, question_mask, mode, num_turns=1)
+        is_token = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+        if input_ids is None or image_token_id is None:
+            image_mask = torch.zeros_like(is_token)
+        else:
+            image_mask = input_ids == image_token_id
+        if turn_ids is None:
+            image_mask = image_mask & is_token
+            images_from_here = image_mask.flip(1).cumsum(1).flip(1)  # (B, N), image positions at or behind each one
+            question_mask = is_token & (images_from_here == 0)
+            turn_ids, num_turns = question_mask.long() - (~is_token).long(), 1
+            if num_drafted:
+                question_mask[:, -num_drafted:] = False
+        else:
+            has_image = image_mask.any(dim=1, keepdim=True)
+            turn_ids = turn_ids.masked_fill((turn_ids == 0) & ~has_image, 1)
+            question_mask = (turn_ids > 0) & (batch["labels"] == IGNORED_LABEL) & ~image_mask
+            num_turns = max(int(turn_ids.max()), 1)
+        return cls(
+            turn_ids, image_mask, question_mask, mode, num_turns=num_turns, pixel_values=batch.get("pixel_values")
+        )
 
-    @classmethod
-    def forced(
-        cls, keep_weights: Tensor, attention_mask: Tensor, mode: Literal["soft", "hard"] = "hard"
-    ) -> RoutingState:
-        """Give the state of prompts whose keep weights are decided by the caller.
+    def forced(self, keep_weights: Tensor, mode: Mode | None = None) -> RoutingState:
+        """Give a state of the same batch whose keep weights the caller decides, with a result of its own.
 
         Args:
-            keep_weights: Keep weights in [0, 1] or bool, (B, L).
-            attention_mask: Non-zero at positions that are no padding, (B, N).
-            mode: Routing mode.
+            keep_weights: Keep weights in [0, 1] or bool, (B, T, L), or (B, L) for the same in every turn.
+            mode: Routing mode; None keeps this state's.
         """
-        state = cls.for_prompt(attention_mask, mode=mode)
         weights = keep_weights if keep_weights.is_floating_point() else keep_weights.float()
-        state.keep_weights = weights.unsqueeze(1)  # (B, 1, L)
-        return state
+        if weights.dim() == 2:
+            weights = weights.unsqueeze(1).expand(-1, self.planned_turns(), -1)
+        return replace(self, keep_weights=weights, mode=mode or self.mode, result=RoutingResult())
 
     def planned_turns(self) -> int:
         """Give the number of turns T that a router plans for, at least 1; counting them is a device transfer."""
@@ -136,8 +171,8 @@ class RoutingState:
             self.num_turns = max(int(self.turn_ids.max()), 1)
         return self.num_turns
 
-    def decide_on_arrival(self, layer: int, hidden_states: Tensor) -> None:
-        """Ask the router for the keep weights of one layer, unless they are known.
+    def decide_layer(self, layer: int, hidden_states: Tensor) -> None:
+        """Ask a layer-wise router for the keep weights of one layer, unless they are known.
 
         Args:
             layer: Layer index.
@@ -146,7 +181,7 @@ class RoutingState:
         Raises:
             ValueError: If the router gives something other than (B, T).
         """
-        if self.decide is None or self.keep_weights is not None:
+        if self.decide is None or self.result.keep_weights is not None:
             return
         weights = self.decide(layer, hidden_states, self)
         if weights.dim() != 2 or weights.shape[0] != self.turn_ids.shape[0] or weights.shape[1] < 1:
@@ -154,11 +189,12 @@ class RoutingState:
                 f"The router decided layer {layer} with weights of shape {tuple(weights.shape)}; allowed is (B, T) "
                 f"with B = {self.turn_ids.shape[0]} and T >= 1. Give one weight per example and turn."
             )
-        self.arrived[layer] = weights
-        if len(self.arrived) == self.num_layers:
-            self.keep_weights = torch.stack([self.arrived[index] for index in range(self.num_layers)], dim=2)
+        decisions = self.result.decisions
+        decisions[layer] = weights
+        if len(decisions) == self.num_layers:
+            self.result.keep_weights = torch.stack([decisions[index] for index in range(self.num_layers)], dim=2)
 
-    def decisions(self) -> Tensor:
+    def kept_layers(self) -> Tensor:
         """Give the hard decisions, those of each example's last turn; True = the layer runs.
 
         A keep weight of at least 0.5 runs the layer; an example without any turn runs them all. The first call makes
@@ -170,16 +206,18 @@ class RoutingState:
         Raises:
             ValueError: If there are no keep weights or a turn has none.
         """
-        if self._decisions is None:
-            self._decisions = self._harden(self._checked_weights())
-        return self._decisions
+        if self._kept_layers is None:
+            self._kept_layers = self._harden(self._checked_weights())
+        return self._kept_layers
 
     def split(self, layer: int) -> RowSplit:
         """Give the rows that run layer ``layer`` under the hard decisions; layers that agree share one split."""
-        if layer in self.arrived:
-            keep = self._harden(self.arrived[layer].unsqueeze(2))[:, 0]
+        if self.mode == "observe":
+            keep = torch.ones(self.turn_ids.shape[0], dtype=torch.bool)
+        elif layer in self.result.decisions:
+            keep = self._harden(self.result.decisions[layer].unsqueeze(2))[:, 0]
         else:
-            decisions = self.decisions()
+            decisions = self.kept_layers()
             if not 0 <= layer < decisions.shape[1]:
                 raise ValueError(
                     f"Layer {layer} asked for its decision, but keep_weights cover {decisions.shape[1]} layers. "
@@ -194,7 +232,9 @@ class RoutingState:
     def turn_mask(self) -> Tensor:
         """Give which turns each example has, (B, T) bool, on the device of ``turn_ids``."""
         if self._turn_mask is None:
-            turns = torch.arange(1, self._count_turns() + 1, device=self.turn_ids.device)
+            decided = next(iter(self.result.decisions.values()), None)
+            num_turns = self._checked_weights().shape[1] if decided is None else decided.shape[1]
+            turns = torch.arange(1, num_turns + 1, device=self.turn_ids.device)
             self._turn_mask = (self.turn_ids.unsqueeze(1) == turns.view(1, -1, 1)).any(dim=2)  # (B, T, N) -> (B, T)
         return self._turn_mask
 
@@ -208,8 +248,7 @@ class RoutingState:
             layer: Layer index.
 
         Returns:
-            Keep weights in [0, 1], (B, N) or, with inserted positions, (B, S), differentiable with respect to
-            ``keep_weights``.
+            Keep weights in [0, 1], (B, N), differentiable with respect to the keep weights.
 
         Raises:
             ValueError: If there are no keep weights or ``turn_ids`` names a turn that has none.
@@ -217,16 +256,20 @@ class RoutingState:
         Reference:
             RoE (arXiv:2407.14093), routing per turn of a conversation.
         """
-        weights = self.arrived[layer] if layer in self.arrived else self._checked_weights()[:, :, layer]  # (B, T)
-        index = self._index_of_positions(weights.shape[1]).to(weights.device)
+        result = self.result
+        if layer in result.position_weights:
+            return result.position_weights[layer]
+        weights = result.decisions[layer] if layer in result.decisions else self._checked_weights()[:, :, layer]
+        if self._table_index is None:
+            num_turns = weights.shape[1]
+            self._refuse_missing_turns(bool((self.turn_ids > num_turns).any()), num_turns)
+            self._table_index = torch.where(self.turn_ids < 0, num_turns + 1, self.turn_ids)
         turns = self.turn_mask().to(weights.device)
         count = turns.sum(dim=1, keepdim=True)  # (B, 1)
         mean = (weights * turns).sum(dim=1, keepdim=True) / count.clamp(min=1)
         mean = torch.where(count > 0, mean, torch.ones_like(mean))
-        if layer in self.prefix_weights:
-            mean = self.prefix_weights[layer].unsqueeze(1)
         table = torch.cat([mean, weights, torch.ones_like(mean)], dim=1)  # (B, 1 + T + 1)
-        return table.gather(1, index)
+        return table.gather(1, self._table_index.to(weights.device))
 
     def mean_skip_rate(self) -> Tensor:
         """Give ``1 - mean keep weight`` over layers, then turns, then examples; a differentiable scalar in [0, 1]."""
@@ -253,21 +296,8 @@ class RoutingState:
             )
         return columns[:, :-2].contiguous()
 
-    def _count_turns(self) -> int:
-        """Turns T that there are keep weights for."""
-        known = next(iter(self.arrived.values()), None)
-        return self._checked_weights().shape[1] if known is None else known.shape[1]
-
-    def _index_of_positions(self, num_turns: int) -> Tensor:
-        """Give each position its column in the table of ``position_weights``, (B, N) int64."""
-        if self._turn_index is None:
-            turn_ids = self.turn_ids if self.inserted is None else self.inserted.turn_ids
-            self._refuse_missing_turns(bool((turn_ids > num_turns).any()), num_turns)
-            self._turn_index = torch.where(turn_ids < 0, num_turns + 1, turn_ids)
-        return self._turn_index
-
     def _checked_weights(self) -> Tensor:
-        weights, batch = self.keep_weights, self.turn_ids.shape[0]
+        weights, batch = self.result.keep_weights, self.turn_ids.shape[0]
         if weights is None:
             raise ValueError(
                 "RoutingState has no keep_weights; they are (B, T, L) in [0, 1]. Attach a router that fills them, "
@@ -275,7 +305,7 @@ class RoutingState:
             )
         if weights.dim() != 3 or weights.shape[0] != batch or weights.shape[1] < 1:
             raise ValueError(
-                f"RoutingState.keep_weights has shape {tuple(weights.shape)}; allowed is (B, T, L) with B = {batch} "
+                f"keep_weights has shape {tuple(weights.shape)}; allowed is (B, T, L) with B = {batch} "
                 "and T >= 1. Give one weight per example, turn and layer."
             )
         return weights

@@ -10,7 +10,7 @@ Reference:
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,28 @@ from torch import Tensor, nn
 
 from fuzzyroe.cache import RoutedCacheLayer
 from fuzzyroe.compat import RoECompat
+from fuzzyroe.layout import Layout
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.schedule import Relaxation
 from fuzzyroe.token_layout import lay_out
 
 INITIAL_SPREAD = 0.02
 """Standard deviation that RoE's tokens really start with."""
+
+
+@dataclass(frozen=True)
+class RoEPass:
+    """What RoE's router alone is asked in a forward pass, and what it remembers of it: ``RoutingState.roe``.
+
+    Attributes:
+        relaxation: How logits become keep weights in training.
+        layout: Where the routing tokens of this pass stand; None where there are none.
+        summary: What the summary source left for the layers.
+    """
+
+    relaxation: Relaxation = field(default_factory=Relaxation)
+    layout: Layout | None = None
+    summary: Any = None
 
 
 class RoutingTokens(nn.Module):
@@ -56,7 +73,7 @@ def insert_tokens(
         compat: Where tokens stand and what they read.
 
     Returns:
-        New keywords; ``routing`` is a state for the layers, which shares the results with the caller's.
+        New keywords; ``routing`` is a state for the layers, which shares its result with the caller's.
 
     Raises:
         ValueError: If the attention kernel or the mask cannot keep routing tokens from being seen.
@@ -73,7 +90,7 @@ def insert_tokens(
         "inputs_embeds": _take(together, layout.order),
         "attention_mask": _as_kernel_mask(decoder, layout.attention_mask, embeddings.dtype),
         "position_ids": layout.position_ids,
-        "routing": replace(routing, inserted=layout, caller=routing),
+        "routing": replace(routing, roe=replace(routing.roe or RoEPass(), layout=layout)),
     }
 
 
@@ -86,10 +103,9 @@ def take_tokens_out(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], out
         The output without them, or None if there were none.
     """
     routing = kwargs.get("routing")
-    if routing is None or routing.inserted is None:
+    if routing is None or routing.roe is None or routing.roe.layout is None:
         return None
-    routing.caller.keep_weights = routing.keep_weights
-    places = routing.inserted.prompt_places
+    places = routing.roe.layout.prompt_positions
     if isinstance(output, tuple):
         return tuple(_without_tokens(value, places) for value in output)
     for name, value in output.items():

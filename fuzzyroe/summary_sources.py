@@ -1,4 +1,4 @@
-"""What a router that decides on arrival looks at: one state for the image and one for each turn, at every layer.
+"""What RoE's layer-wise router looks at: one state for the image and one for each turn, at every layer.
 
 Two sources behind one interface. ``TokenSource`` reads RoE's routing tokens where they stand; ``PooledSource`` averages
 the positions of image and question, adds nothing to the sequence and works with any attention kernel.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fuzzyroe.compat import RoECompat
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.routing_tokens import RoutingTokens, insert_tokens
+from fuzzyroe.routing_tokens import RoEPass, RoutingTokens, insert_tokens
 from fuzzyroe.token_layout import find_segments
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a source leaves in ``RoutingState.summary`` for the layers of one forward pass.
+    """What a source leaves in ``RoEPass.summary`` for the layers of one forward pass.
 
     Attributes:
         read: States of a layer (B, S, D) to those of the image and of each turn, (B, 1 + T, D).
@@ -55,10 +55,8 @@ class TokenSource(nn.Module):
             The decoder's keywords with the tokens among its positions.
         """
         inputs = insert_tokens(self.tokens, decoder, inputs, routing, self.compat)
-        state = inputs["routing"]
-        read = functools.partial(_gather, state.inserted.token_places)
-        state.summary = Summary(read, _first_norms(decoder), _turn_mask(routing))
-        return inputs
+        read = functools.partial(_gather, inputs["routing"].roe.layout.token_positions)
+        return _with_summary(decoder, inputs, read)
 
 
 class PooledSource(nn.Module):
@@ -77,12 +75,11 @@ class PooledSource(nn.Module):
         """Note in the state which positions are averaged.
 
         Returns:
-            The decoder's keywords, unchanged.
+            The decoder's keywords with that state.
         """
         shares = find_segments(routing, self.compat).reads.float()  # (B, 1 + T, N)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)
-        routing.summary = Summary(functools.partial(_average, shares), _first_norms(decoder), _turn_mask(routing))
-        return inputs
+        return _with_summary(decoder, inputs, functools.partial(_average, shares))
 
 
 SOURCES: dict[str, type[TokenSource] | type[PooledSource]] = {"tokens": TokenSource, "pooled": PooledSource}
@@ -98,10 +95,9 @@ def _average(shares: Tensor, hidden_states: Tensor) -> Tensor:
     return shares.to(hidden_states.device, hidden_states.dtype) @ hidden_states
 
 
-def _first_norms(decoder: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(layer.input_layernorm for layer in decoder.layers)
-
-
-def _turn_mask(routing: RoutingState) -> Tensor:
+def _with_summary(decoder: nn.Module, inputs: dict[str, Any], read: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    routing: RoutingState = inputs["routing"]
     turns = torch.arange(1, routing.planned_turns() + 1, device=routing.turn_ids.device).view(1, -1, 1)
-    return (routing.turn_ids.unsqueeze(1) == turns).any(dim=-1)
+    turn_mask = (routing.turn_ids.unsqueeze(1) == turns).any(dim=-1)
+    summary = Summary(read, tuple(layer.input_layernorm for layer in decoder.layers), turn_mask)
+    return {**inputs, "routing": replace(routing, roe=replace(routing.roe or RoEPass(), summary=summary))}

@@ -94,8 +94,8 @@ def lay_out(routing: RoutingState, attention_mask: Tensor, position_ids: Tensor 
         attention_mask=_attention_mask(segments, attention_mask, order, compat),
         position_ids=_position_ids(routing, position_ids, anchors, order, compat),
         turn_ids=torch.cat([segments.turn_ids, token_turns], dim=1).gather(1, order),
-        prompt_places=where[:, :num_positions],
-        token_places=where[:, num_positions:],
+        prompt_positions=where[:, :num_positions],
+        token_positions=where[:, num_positions:],
     )
 
 

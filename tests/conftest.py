@@ -108,7 +108,7 @@ class FixedRouter(torch.nn.Module):
     def plan(self, hidden_states: torch.Tensor, routing: RoutingState) -> None:
         self.calls.append(hidden_states.shape)
         beams = hidden_states.shape[0] // self.keep.shape[0]
-        routing.keep_weights = self.keep.repeat_interleave(beams, dim=0).unsqueeze(1)
+        routing.result.keep_weights = self.keep.repeat_interleave(beams, dim=0).unsqueeze(1)
 
 
 @pytest.fixture

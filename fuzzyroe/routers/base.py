@@ -15,20 +15,20 @@ from fuzzyroe.routing_state import RoutingState
 class Router(nn.Module):
     """Decides, for every turn of every example, the keep weight of every layer.
 
-    A router that plans ahead fills all keep weights before the first layer, in ``plan``. One that decides on arrival
-    sets ``decides_on_arrival`` and is asked layer by layer, in ``decide``. Neither is called through ``forward``, so
+    A router that plans ahead fills all keep weights before the first layer, in ``plan``. A layer-wise one sets
+    ``decides_layer_wise`` and is asked layer by layer, in ``decide``. Neither is called through ``forward``, so
     parameters belong in submodules that they call, where a sharded model gathers them; parts that belong to one decoder
     layer go into a ModuleList ``layers``, whose items are placed beside the decoder layers.
 
     Attributes:
-        decides_on_arrival: Whether keep weights come from ``decide`` and not from ``plan``.
+        decides_layer_wise: Whether keep weights come from ``decide`` and not from ``plan``.
         stays_in_float32: Whether the router's numbers keep their data type when the model's is changed.
         enabled: Whether the router routes prompts on its own when the model is not training; a state passed by the
             caller is routed either way.
         target_skip_ratio: Mean skip rate planned for where a state asks for none, a number or a tensor ().
     """
 
-    decides_on_arrival: ClassVar[bool] = False
+    decides_layer_wise: ClassVar[bool] = False
     stays_in_float32: ClassVar[bool] = False
     target_skip_ratio: Tensor | float
 
@@ -37,11 +37,11 @@ class Router(nn.Module):
         self.enabled = True
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
-        """Fill ``routing.keep_weights``, (B, T, L), or prepare what ``decide`` needs (by default nothing).
+        """Fill ``routing.result.keep_weights``, (B, T, L), or prepare what ``decide`` needs (by default nothing).
 
         Args:
             hidden_states: States before the first decoder layer, (B, N, D).
-            routing: Where turns, images and questions are; ``skip_rate`` may hold a budget for all or one per row.
+            routing: Where turns, images and questions are, and the ``target_skip_ratio`` of all or of each row.
         """
 
     def prepare(self, decoder: nn.Module, inputs: dict[str, Any], routing: RoutingState) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Router(nn.Module):
         return inputs
 
     def decide(self, layer: int, hidden_states: Tensor, routing: RoutingState) -> Tensor:
-        """Give the keep weights of one layer from its own input; asked of routers that decide on arrival only.
+        """Give the keep weights of one layer from its own input; asked of layer-wise routers only.
 
         Args:
             layer: Layer index.
@@ -68,7 +68,7 @@ class Router(nn.Module):
         Returns:
             Keep weights in [0, 1], (B, T).
         """
-        raise NotImplementedError(f"{type(self).__name__} has no `decide`; a router that decides on arrival needs one.")
+        raise NotImplementedError(f"{type(self).__name__} has no `decide`; a layer-wise router needs one.")
 
     @property
     def max_skip_ratio(self) -> float:
@@ -90,7 +90,7 @@ class Router(nn.Module):
 
     def requested_rates(self, routing: RoutingState, device: torch.device) -> Tensor:
         """Give the rate that the state asks for, else the router's own: of each row, (B, 1), or of all, (1, 1)."""
-        rate = self.target_skip_ratio if routing.skip_rate is None else routing.skip_rate
+        rate = self.target_skip_ratio if routing.target_skip_ratio is None else routing.target_skip_ratio
         return torch.as_tensor(rate, dtype=torch.float32, device=device).reshape(-1, 1)
 
     def set_skip_rate(self, skip_rate: float) -> None:

@@ -81,21 +81,23 @@ class FuzzyRouter(Router):
         return prior.fit(features, targets)
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
-        """Fill ``routing`` with summary, features, scores and keep weights; a non-finite feature keeps every layer.
+        """Fill ``routing.result`` with summary, features, scores and keep weights.
+
+        A non-finite feature keeps every layer of its turn.
 
         Args:
             hidden_states: States before the first decoder layer, (B, N, D).
-            routing: ``skip_rate`` may hold a budget for all or one per example (B,); else the default is used.
+            routing: ``target_skip_ratio`` may hold a budget for all or one per example (B,); else the default is used.
         """
-        routing.summary = summarise(hidden_states, routing, routing.num_turns)
-        raw = compute_features(routing.summary, self.antecedents)  # (B, T, K)
-        routing.features = self.scale(raw)
-        routing.scores = self.rules(routing.features)  # (B, T)
+        result = routing.result
+        result.summary = summarise(hidden_states, routing, routing.num_turns)
+        raw = compute_features(result.summary, self.antecedents)  # (B, T, K)
+        result.features = self.scale(raw)
+        result.scores = self.rules(result.features)  # (B, T)
         is_broken = ~(raw.abs().amax(dim=-1) < torch.inf)  # (B, T)
         self.non_finite_turns += is_broken.sum()
-        softness = 0.0 if routing.relaxation is None else routing.relaxation.temperature
-        planned = self.keep_weights(routing.scores, routing.skip_rate, softness)
-        routing.keep_weights = planned.masked_fill(is_broken.unsqueeze(-1), 1.0)
+        planned = self.keep_weights(result.scores, routing.target_skip_ratio, routing.softness)
+        result.keep_weights = planned.masked_fill(is_broken.unsqueeze(-1), 1.0)
 
     def scale(self, raw_features: Tensor) -> Tensor:
         """Map raw features to [0, 1] by the calibrated range, (..., K)."""

@@ -39,7 +39,7 @@ class PerLayerFuzzyRouter(FuzzyRouter):
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
         """Fill ``routing`` as ``FuzzyRouter`` does; ``scores`` are means over the layers."""
         super().plan(hidden_states, routing)
-        routing.scores = routing.scores.mean(dim=-1)
+        routing.result.scores = routing.result.scores.mean(dim=-1)
 
     def thresholds(self, skip_rate: Tensor | float | None = None) -> Tensor:
         """Percentiles below which layers are skipped, equal for all that may be, (L,) or (B, L)."""

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from fuzzyroe.compat import OURS, RoECompat
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.schedule import Relaxation
 from fuzzyroe.summary_sources import SOURCES
 
 
 class LinearRouter(Router):
-    """Decides each layer on arrival, from the states of the image and of the turn in that layer's own input.
+    """Decides layer by layer, from the states of the image and of the turn in that layer's own input.
 
     For turn t of a row, ``z = W_l [h_image; h_t]`` gives a logit for keeping layer l and one for skipping it, where h
     are the summary states after the layer's own first norm. At inference a layer is kept iff its logit is the larger,
@@ -48,7 +47,7 @@ class LinearRouter(Router):
         RoE (arXiv:2407.14093).
     """
 
-    decides_on_arrival = True
+    decides_layer_wise = True
 
     def __init__(
         self,
@@ -77,22 +76,28 @@ class LinearRouter(Router):
     def decide(self, layer: int, hidden_states: Tensor, routing: RoutingState) -> Tensor:
         """Give the keep weights of one layer, (B, T); 0 or 1 in hard mode.
 
-        In soft mode the weight of the prefix goes into ``routing.prefix_weights``.
+        In soft mode it spreads the weights over the positions itself, as the prefix has one of its own.
         """
-        relaxation = routing.relaxation or Relaxation()
+        relaxation = routing.roe.relaxation
         if relaxation.draws is None:
             logits = self.logits(layer, hidden_states, routing)
         else:
             logits = relaxation.draws[layer].to(hidden_states.device)
-        if routing.mode == "hard":
+        if routing.mode != "soft":
             return self._harden(logits, routing).to(routing.turn_ids.device)
-        turn_mask = routing.summary.turn_mask.to(logits.device)
+        turn_mask = routing.roe.summary.turn_mask.to(logits.device)
         logits = torch.stack([logits[..., 0] + relaxation.bias, logits[..., 1]], dim=-1)  # (B, T, 2)
         count = turn_mask.sum(dim=1)  # (B,)
         prefix = (logits * turn_mask.unsqueeze(-1)).sum(dim=1) / count.clamp(min=1).unsqueeze(-1)  # (B, 2)
         together = torch.cat([prefix.unsqueeze(1), logits], dim=1) * (1 / relaxation.temperature)
         keep = together.softmax(dim=-1)[..., 0].to(routing.turn_ids.device)  # (B, 1 + T)
-        routing.prefix_weights[layer] = torch.where(count.to(keep.device) > 0, keep[:, 0], 1.0)
+        ones = torch.ones_like(keep[:, :1])
+        prefix_keep = torch.where(count.to(keep.device).unsqueeze(1) > 0, keep[:, :1], ones)
+        # a table of the prefix, the turns and padding, read by the turn of each position
+        turn_ids = routing.turn_ids if routing.roe.layout is None else routing.roe.layout.turn_ids
+        index = torch.where(turn_ids < 0, keep.shape[1], turn_ids)
+        table = torch.cat([prefix_keep, keep[:, 1:], ones], dim=1)  # (B, 1 + T + 1)
+        routing.result.position_weights[layer] = table.gather(1, index)
         return keep[:, 1:]
 
     def logits(self, layer: int, hidden_states: Tensor, routing: RoutingState) -> Tensor:
@@ -101,9 +106,9 @@ class LinearRouter(Router):
         Args:
             layer: Layer index.
             hidden_states: Input of that layer, (B, S, D).
-            routing: State that ``prepare`` saw.
+            routing: State that ``prepare`` made.
         """
-        linear, summary = self.layers[layer], routing.summary
+        linear, summary = self.layers[layer], routing.roe.summary
         states = summary.norms[layer](summary.read(hidden_states).to(linear.weight.device))  # (B, 1 + T, D)
         image, turns = states[:, :1], states[:, 1:]
         pairs = torch.cat([image.expand_as(turns), turns], dim=-1)  # (B, T, 2D)
@@ -181,8 +186,8 @@ class LinearRouter(Router):
 
     def _harden(self, logits: Tensor, routing: RoutingState) -> Tensor:
         offset: Tensor | float = self.offset
-        if routing.skip_rate is not None:
-            asked = torch.as_tensor(routing.skip_rate, dtype=torch.float32, device=logits.device)
+        if routing.target_skip_ratio is not None:
+            asked = torch.as_tensor(routing.target_skip_ratio, dtype=torch.float32, device=logits.device)
             offset = self._offsets(asked.reshape(-1)).unsqueeze(-1)  # (B, 1) or (1, 1)
         margin = logits[..., 0] - logits[..., 1] - offset  # (B, T)
         keep = margin > 0 if self.compat.ties_skip else margin >= 0

@@ -32,7 +32,7 @@ class KeepAllRouter(Router):
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
         """Keep every layer for every turn."""
         shape = (hidden_states.shape[0], routing.planned_turns(), self.num_layers)
-        routing.keep_weights = hidden_states.new_ones(shape, dtype=torch.float32)
+        routing.result.keep_weights = hidden_states.new_ones(shape, dtype=torch.float32)
 
     @classmethod
     def from_checkpoint(

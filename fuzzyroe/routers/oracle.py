@@ -76,7 +76,7 @@ class OracleRouter(Router):
         counts = torch.stack([tables[rate] for rate in rates.flatten().tolist()]).to(numbers.device)  # (B, n)
         keep = self.plans[place, counts.gather(1, place)].float()  # (B, T, L)
         is_unknown = (self.known[place] != numbers).unsqueeze(-1)
-        routing.keep_weights = keep.masked_fill(is_unknown, torch.nan)
+        routing.result.keep_weights = keep.masked_fill(is_unknown, torch.nan)
 
     def _num_skips(self, skip_rate: float) -> Tensor:
         """Layers that each known prompt skips at a budget, (n,) int64."""

@@ -44,7 +44,7 @@ class RandomRouter(Router):
         ranks = draws[..., 1:].argsort(dim=-1).argsort(dim=-1)  # (B, T, L - 1)
         keep = draws.new_ones(draws.shape)
         keep[..., 1:] = (ranks >= num_skipped.floor().unsqueeze(-1)).float()
-        routing.keep_weights = keep
+        routing.result.keep_weights = keep
 
     def settings(self) -> dict[str, Any]:
         """The seed and the budget."""

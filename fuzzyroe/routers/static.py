@@ -50,7 +50,7 @@ class StaticRouter(Router):
         rates = self.requested_rates(routing, self.places.device)
         num_skipped = (rates * self.num_layers + 0.5).floor()  # (B, 1) or (1, 1)
         keep = (self.places >= num_skipped).float()  # (B, L) or (1, L)
-        routing.keep_weights = keep.unsqueeze(1).expand(hidden_states.shape[0], routing.planned_turns(), -1)
+        routing.result.keep_weights = keep.unsqueeze(1).expand(hidden_states.shape[0], routing.planned_turns(), -1)
 
     def settings(self) -> dict[str, Any]:
         """The order, the budget and the criterion."""

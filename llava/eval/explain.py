@@ -11,12 +11,13 @@ import torch
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.features import compute_features
 from fuzzyroe.routers.fuzzy import FuzzyRouter
+from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules.explain import Explanation, explain_features
 from llava.conversation import get_template
 from llava.data.image_files import open_rgb
 from llava.inference.generator import Generator, make_message
 from llava.model.builder import Checkpoint
-from llava.model.routing import prompt_routing, set_skip_rate
+from llava.model.routing import set_skip_rate
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,17 @@ def explain_question(
     images = [] if image is None else [open_rgb(image)]
     inputs = Generator(checkpoint, get_template(template)).encode([make_message(question, images)])
     # one pass for the router's decisions; the answer is generated apart, and routed the same way
-    input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
-    routing: Any = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
+    routing = RoutingState.from_batch(inputs, model.config.image_token_id)
     model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
-    raw_features = compute_features(routing.summary, router.antecedents)[0, 0].tolist()
+    raw_features = compute_features(routing.result.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()
-    keeps = routing.decisions()[0].tolist()
+    keeps = routing.kept_layers()[0].tolist()
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    answer = checkpoint.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    answer = checkpoint.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return QuestionExplanation(
-        rules=explain_features(rule_base, routing.features[0, 0].tolist(), max_rules),
+        rules=explain_features(rule_base, routing.result.features[0, 0].tolist(), max_rules),
         raw_features=dict(zip(router.antecedents, raw_features, strict=True)),
-        percentile=float(router.percentiles(routing.scores)[0, 0]),
+        percentile=float(router.percentiles(routing.result.scores)[0, 0]),
         target_skip_ratio=float(router.target_skip_ratio),
         thresholds=tuple(router.thresholds().tolist()),
         kept=tuple(layer for layer, keep in enumerate(keeps) if keep),

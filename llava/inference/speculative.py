@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from fuzzyroe.attach import find_decoder, find_decoder_layers
 from fuzzyroe.cache import RoutedCacheLayer, has_started, refuse_unsupported
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.row_split import RowSplit
-from llava.model.routing import prompt_routing
 
 
 @dataclass(frozen=True)
@@ -283,26 +282,16 @@ class _DraftAndVerify:
         return output.logits
 
 
-@dataclass
-class ObservedRouting(RoutingState):
-    """A state whose router decides as ever, while every row runs every layer."""
-
-    def split(self, layer: int) -> RowSplit:
-        """Give the decision to run the layer."""
-        return RowSplit(torch.ones(self.turn_ids.shape[0], dtype=torch.bool))
-
-
 def _prefill_and_plan(
     model: Any, input_ids: Tensor, model_kwargs: dict[str, Any], skip_rate: float | None
 ) -> tuple[Tensor, Tensor]:
     """Run the full model over the prompt while the router plans on it; give logits and kept layers, (L,) bool."""
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-    mask, pixel_values = inputs.get("attention_mask"), inputs.get("pixel_values")
-    prompt = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
-    routing = ObservedRouting(**{field.name: getattr(prompt, field.name) for field in fields(prompt) if field.init})
-    routing.skip_rate = skip_rate
+    # the router decides as ever, while every row runs every layer
+    routing = RoutingState.from_batch({**inputs, "input_ids": input_ids}, model.config.image_token_id, "observe")
+    routing.target_skip_ratio = skip_rate
     logits = model(**inputs, routing=routing).logits
-    return logits, routing.decisions()[0]
+    return logits, routing.kept_layers()[0]
 
 
 def _refuse_other_decoding(

@@ -17,7 +17,6 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.routing_state import RoutingState
-from llava.model.routing import prompt_routing
 from llava.model.token_pruning import embed_prompts
 
 
@@ -37,7 +36,7 @@ class PlannedPrompt:
 def plans_ahead(model: LlavaForConditionalGeneration) -> bool:
     """Say whether routing is on, by a router that decides before the first layer."""
     router = getattr(find_decoder(model), "router", None)
-    return bool(getattr(router, "enabled", False)) and not getattr(router, "decides_on_arrival", False)
+    return bool(getattr(router, "enabled", False)) and not getattr(router, "decides_layer_wise", False)
 
 
 @torch.no_grad()
@@ -59,10 +58,10 @@ def plan_prompts(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]
             "The model does not plan ahead: its routing is off, absent, or decides at each layer. Let generate decide."
         )
     input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
-    routing = prompt_routing(input_ids, mask, model.config.image_token_id, pixel_values)
+    routing = RoutingState.from_batch(inputs, model.config.image_token_id)
     states = embed_prompts(model.model, input_ids, pixel_values, routing)
     find_decoder(model).router.plan(states, routing)
-    keep, is_token = routing.decisions(), mask.bool()
+    keep, is_token = routing.kept_layers(), mask.bool()
     # clones, so that a prompt does not keep its whole batch in memory
     return [PlannedPrompt(states[row][is_token[row]].clone(), keep[row]) for row in range(len(input_ids))]
 
@@ -83,5 +82,5 @@ def generate_planned(model: LlavaForConditionalGeneration, prompts: Sequence[Pla
     mask = torch.arange(states.shape[1], device=states.device) >= states.shape[1] - lengths.unsqueeze(1)
     copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
     keep = torch.stack([prompt.keep for prompt in prompts]).to(states.device).repeat_interleave(copies, dim=0)
-    routing = RoutingState.forced(keep, mask.repeat_interleave(copies, dim=0))
+    routing = RoutingState.from_batch({"attention_mask": mask.repeat_interleave(copies, dim=0)}).forced(keep)
     return model.generate(inputs_embeds=states, attention_mask=mask.long(), routing=routing, **options)

@@ -73,35 +73,6 @@ def set_skip_rate(model: LlavaForConditionalGeneration, skip_rate: float | None)
     router.enabled = skip_rate is not None
 
 
-def prompt_routing(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    image_token_id: int,
-    pixel_values: Tensor | None = None,
-    num_drafted: int = 0,
-) -> RoutingState:
-    """The routing state of prompts: what follows the last image token is the question.
-
-    Args:
-        input_ids: Token ids with images expanded, (B, N).
-        attention_mask: 0 at padding, (B, N); None for none.
-        image_token_id: Token id of image positions.
-        pixel_values: Their images, (images, 3, H, W); None for none.
-        num_drafted: Last positions of every row that are drafts of the answer, and hence no part of the question.
-
-    Returns:
-        A hard state with one turn per example, still to be planned.
-    """
-    is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    image_mask = (input_ids == image_token_id) & is_token
-    images_from_here = image_mask.flip(1).cumsum(1).flip(1)  # (B, N), image positions at or behind each position
-    question_mask = is_token & (images_from_here == 0)
-    turn_ids = question_mask.long() - (~is_token).long()
-    if num_drafted:
-        question_mask[:, -num_drafted:] = False
-    return RoutingState(turn_ids, image_mask, question_mask, "hard", num_turns=1, pixel_values=pixel_values)
-
-
 def _remove_hooks(model: LlavaForConditionalGeneration) -> None:
     for hook in model.__dict__.pop("routing_hooks", ()):
         hook.remove()
@@ -132,21 +103,20 @@ def _describe_prompt(llava_model: Any, args: tuple, kwargs: dict[str, Any]) -> t
     if skip_rate is not None and (routing is not None or llava_model.training):
         found = "together with routing" if routing is not None else "in training"
         raise ValueError(
-            f"skip_rate was given {found}, where the routing state alone says what is skipped; set its skip_rate, or "
-            "leave routing out and call eval()."
+            f"skip_rate was given {found}, where the routing state alone says what is skipped; set its "
+            "target_skip_ratio, or leave routing out and call eval()."
         )
     input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     is_silent = skip_rate is None and (llava_model.training or not getattr(router, "enabled", False))
     if is_silent or routing is not None or has_started(kwargs.get("past_key_values")):
         return args, kwargs
     if input_ids is not None:
-        image_token_id, pixel_values = llava_model.config.image_token_id, kwargs.get("pixel_values")
-        state = prompt_routing(input_ids, attention_mask, image_token_id, pixel_values, num_drafted)
+        state = RoutingState.from_batch(kwargs, llava_model.config.image_token_id, num_drafted=num_drafted)
     elif skip_rate is None:
         return args, kwargs
     else:
         embeddings = kwargs["inputs_embeds"]
         mask = torch.ones(embeddings.shape[:2], device=embeddings.device) if attention_mask is None else attention_mask
-        state = RoutingState.for_prompt(mask)
-    state.skip_rate = skip_rate
+        state = RoutingState.from_batch({"attention_mask": mask})
+    state.target_skip_ratio = skip_rate
     return args, {**kwargs, "routing": state}

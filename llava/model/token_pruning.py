@@ -23,7 +23,6 @@ from fuzzyroe.attach import find_decoder
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IGNORE_INDEX, PADDING_TURN
 from llava.image_tokens import count_image_features
-from llava.model.routing import prompt_routing
 from llava.model.visual_tokens import VisualTokens, check_prunable, encode_images, first_positions, image_lengths
 
 if TYPE_CHECKING:
@@ -330,14 +329,10 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
     if router is None or not hasattr(router, "percentiles"):
         name = "no router" if router is None else f"a {type(router).__name__}"
         raise ValueError(f"The model has {name}, which gives no scores; plan with a fuzzy router.")
-    image_token_id, input_ids, pixel_values = (
-        model.config.image_token_id,
-        inputs["input_ids"],
-        inputs["pixel_values"],
-    )
-    routing = prompt_routing(input_ids, inputs.get("attention_mask"), image_token_id, pixel_values)
+    image_token_id, input_ids, pixel_values = model.config.image_token_id, inputs["input_ids"], inputs["pixel_values"]
+    routing = RoutingState.from_batch(inputs, image_token_id)
     router.plan(embed_prompts(model.model, input_ids, pixel_values, routing), routing)
-    percentiles = router.percentiles(routing.scores)[:, 0]  # (B,)
+    percentiles = router.percentiles(routing.result.scores)[:, 0]  # (B,)
     level = (percentiles * len(counts)).long().clamp(max=len(counts) - 1)
     images_per_row = (input_ids == image_token_id).sum(dim=1) // count_image_features(model.config)
     return torch.tensor(list(counts), device=level.device)[level].repeat_interleave(images_per_row.to(level.device))

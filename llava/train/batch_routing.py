@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.schedule import Relaxation
-from llava.constants import IGNORE_INDEX
+from fuzzyroe.routing_state import Mode, RoutingState
 from llava.train.per_source_budgets import SourceTargets
 
 ANNEALED = 0.8
 """Share of an annealed stage after which its plans are hard."""
-
-
-def describe_batch(inputs: dict[str, Any], image_token_id: int, mode: Literal["soft", "hard"] = "soft") -> RoutingState:
-    """Where turns, images and questions are; nothing is planned yet.
-
-    Without an image the system prompt is read as part of the first question, as ``prompt_routing`` does at inference:
-    there only token ids are known, and nothing but an image ends the prefix.
-
-    Args:
-        inputs: Batch with ``input_ids``, ``labels`` and ``turn_ids``, (B, N), and ``pixel_values`` if it has images.
-        image_token_id: Token id of image positions.
-        mode: ``"soft"`` computes both branches of every layer, ``"hard"`` one for each row: that of its last turn.
-
-    Returns:
-        A state. Answers are no part of a question, so they cannot influence a route.
-    """
-    turn_ids = inputs["turn_ids"]
-    image_mask = inputs["input_ids"] == image_token_id
-    has_image = image_mask.any(dim=1, keepdim=True)
-    turn_ids = turn_ids.masked_fill((turn_ids == 0) & ~has_image, 1)
-    question_mask = (turn_ids > 0) & (inputs["labels"] == IGNORE_INDEX) & ~image_mask
-    return RoutingState(
-        turn_ids,
-        image_mask,
-        question_mask,
-        mode,
-        num_turns=max(int(turn_ids.max()), 1),
-        pixel_values=inputs.get("pixel_values"),
-    )
 
 
 class BudgetedRouting:
@@ -53,7 +22,7 @@ class BudgetedRouting:
         image_token_id: Token id of image positions.
         max_skip_ratio: Largest budget.
         dense_ratio: Share of samples that skip nothing, in [0, 1].
-        mode: As in ``describe_batch``.
+        mode: ``"soft"`` computes both branches of every layer, ``"hard"`` one for each row: that of its last turn.
         targets: Narrower intervals for the samples of some sources; None for none.
 
     A call draws budgets uniform in [0, ``max_skip_ratio``] from torch's default generator, which the trainer saves and
@@ -65,7 +34,7 @@ class BudgetedRouting:
         image_token_id: int,
         max_skip_ratio: float,
         dense_ratio: float = 0.0,
-        mode: str = "soft",
+        mode: Mode = "soft",
         targets: SourceTargets | None = None,
     ) -> None:
         self.image_token_id = image_token_id
@@ -75,14 +44,14 @@ class BudgetedRouting:
         self.targets = targets
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
-        state = describe_batch(inputs, self.image_token_id, self.mode)
+        state = RoutingState.from_batch(inputs, self.image_token_id, self.mode)
         num_samples = state.turn_ids.shape[0]
         low, high = 0.0, self.max_skip_ratio
         if self.targets is not None:
             low, high = self.targets.intervals_of(inputs["sample_index"])
         budgets: Tensor = low + torch.rand(num_samples) * (high - low)
         budgets[torch.rand(num_samples) < self.dense_ratio] = 0.0
-        state.skip_rate = budgets.to(state.turn_ids.device)
+        state.target_skip_ratio = budgets.to(state.turn_ids.device)
         return state
 
 
@@ -120,8 +89,7 @@ class AnnealedRouting(BudgetedRouting, TrainerCallback):
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
         state = super().__call__(inputs)
-        if self.softness > 0:
-            state.relaxation = Relaxation(temperature=self.softness)
+        state.softness = self.softness
         return state
 
 
@@ -132,22 +100,21 @@ class RandomRouting:
         image_token_id: Token id of image positions.
         num_layers: Layers of the decoder; the first is always kept.
         max_skip_ratio: Largest rate over the layers that may be skipped.
-        mode: As in ``describe_batch``.
+        mode: ``"soft"`` computes both branches of every layer, ``"hard"`` one for each row: that of its last turn.
 
     Reference:
         RoE (arXiv:2407.14093) warms its adapters up with random skips.
     """
 
-    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float, mode: str = "soft") -> None:
+    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float, mode: Mode = "soft") -> None:
         self.image_token_id = image_token_id
         self.mode = mode
         self.num_layers = num_layers
         self.max_skip_ratio = max_skip_ratio
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
-        state = describe_batch(inputs, self.image_token_id, self.mode)
+        state = RoutingState.from_batch(inputs, self.image_token_id, self.mode)
         rates = torch.rand(state.turn_ids.shape[0], 1, 1) * self.max_skip_ratio
         keep = (torch.rand(state.turn_ids.shape[0], state.num_turns, self.num_layers) >= rates).float()
         keep[:, :, 0] = 1.0
-        state.keep_weights = keep.to(state.turn_ids.device)
-        return state
+        return state.forced(keep.to(state.turn_ids.device))

@@ -21,9 +21,9 @@ from fuzzyroe.budget import greedy_layer_order
 from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.schedule import Relaxation
 from llava.constants import IGNORE_INDEX
-from llava.train.batch_routing import describe_batch
 
 HARD_TEMPERATURE = 1e-6
 """Temperature at which soft decisions are 0 or 1."""
@@ -140,10 +140,10 @@ class Measurer:
         kept = []
         for batch in batches:
             state = self._describe(batch)
-            state.relaxation = Relaxation(temperature=HARD_TEMPERATURE, bias=-offset)
+            state.roe = RoEPass(Relaxation(temperature=HARD_TEMPERATURE, bias=-offset))
             self._forward(batch, state)
             answered = answered_turns(batch["labels"].to(self.device), state.turn_ids, state.num_turns)
-            kept.append(state.keep_weights[answered])
+            kept.append(state.result.keep_weights[answered])
             self.cost.passes += state.turn_ids.shape[0] * self.world_size
         return 1 - float(self._gather(torch.cat(kept)).mean())
 
@@ -175,7 +175,7 @@ class Measurer:
             state = self._describe(batch)
             keep = torch.ones(self.num_layers, device=self.device)
             keep[skipped] = 0.0
-            state.keep_weights = keep.expand(state.turn_ids.shape[0], state.num_turns, -1)
+            state = state.forced(keep.expand(state.turn_ids.shape[0], -1))
             logits = self._forward(batch, state).logits
             losses.append(turn_losses(logits, batch["labels"].to(self.device), state.turn_ids, state.num_turns))
             self.cost.passes += state.turn_ids.shape[0] * self.world_size
@@ -199,7 +199,7 @@ class Measurer:
         handle = decoder.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
-        state.keep_weights = torch.ones(state.turn_ids.shape[0], state.num_turns, self.num_layers, device=self.device)
+        state = state.forced(torch.ones(state.turn_ids.shape[0], self.num_layers, device=self.device))
         try:
             self._forward(batch, state)
         finally:
@@ -213,7 +213,7 @@ class Measurer:
 
     def _describe(self, batch: dict[str, Tensor]) -> RoutingState:
         moved = {key: value.to(self.device) for key, value in batch.items()}
-        return describe_batch(moved, self.image_token_id)
+        return RoutingState.from_batch(moved, self.image_token_id, "soft")
 
     def _forward(self, batch: dict[str, Tensor], state: RoutingState) -> Any:
         names = ("input_ids", "attention_mask", "pixel_values")

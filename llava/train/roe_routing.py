@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from fuzzyroe.compat import RoECompat, run_progress
 from fuzzyroe.loss import Objective, routing_objective
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.schedule import phase, relax
-from llava.train.batch_routing import describe_batch
 
 
 class RelaxedRouting(TrainerCallback):
@@ -59,11 +59,11 @@ class RelaxedRouting(TrainerCallback):
         return min(max(progress, begin), end - 1e-6)  # a stage keeps to its phase, also where units are whole
 
     def __call__(self, inputs: dict[str, Any]) -> RoutingState:
-        state = describe_batch(inputs, self.image_token_id)
+        state = RoutingState.from_batch(inputs, self.image_token_id, "soft")
         draws: Tensor | None = None
         if phase(self.progress) == "random":
             draws = torch.rand(self.num_layers, state.turn_ids.shape[0], state.num_turns, 2)
-        state.relaxation = relax(self.progress, self.skip_ratio, draws)
+        state.roe = RoEPass(relax(self.progress, self.skip_ratio, draws))
         return state
 
 
@@ -88,7 +88,7 @@ class RoEObjective:
             labels: (B, N).
             routing: State of the forward pass that gave the logits.
         """
-        keep_weights, turn_mask = routing.keep_weights, routing.turn_mask()
+        keep_weights, turn_mask = routing.result.keep_weights, routing.turn_mask()
         found = routing_objective(logits, labels, keep_weights, turn_mask, self.skip_ratio, self.damping, self.weight)
         self._parts.append(replace(found, loss=found.loss.detach()))
         return found.loss

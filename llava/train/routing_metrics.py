@@ -42,15 +42,15 @@ class RoutingMeter:
             sample_index: Index of each sample in the training set, (B,).
         """
         turns = routing.turn_mask()  # (B, T)
-        keep = routing.keep_weights.detach().float()  # (B, T, L)
+        keep = routing.result.keep_weights.detach().float()  # (B, T, L)
         turns = turns.to(keep.device)
         if routing.mode == "hard":
-            keep = routing.decisions().float().to(keep.device).unsqueeze(1).expand_as(keep)
+            keep = routing.kept_layers().float().to(keep.device).unsqueeze(1).expand_as(keep)
         self._layers.append(_mean_over_turns(keep, turns))
         entropy = -(torch.xlogy(keep, keep) + torch.xlogy(1 - keep, 1 - keep)).mean(dim=2, keepdim=True)
         self._entropies.append(_mean_over_turns(entropy, turns)[:, 0])
-        if self.rules is not None and routing.features is not None:
-            self._firings.append(_mean_over_turns(self.rules.firing_strengths(routing.features), turns))
+        if self.rules is not None and routing.result.features is not None:
+            self._firings.append(_mean_over_turns(self.rules.firing_strengths(routing.result.features), turns))
         self._samples.append(sample_index)
 
     def take(self) -> dict[str, float]:

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Subset
 from fuzzyroe.attach import set_router
 from fuzzyroe.plan_search import LabelledBatch, search_plans
 from fuzzyroe.routers import OracleRouter
+from fuzzyroe.routing_state import RoutingState
 from llava.data.collator import SFTCollator
 from llava.data.dataset import SFTDataset
 from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint
-from llava.train.batch_routing import describe_batch
 from playground.compare.cells import MAX_LENGTH
 
 BATCH_SIZE = 60
@@ -66,4 +66,4 @@ def _batches(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: 
     asked = Subset(dataset, [places[record["id"]] for record in questions])
     for batch in DataLoader(asked, BATCH_SIZE, collate_fn=SFTCollator(checkpoint.tokenizer.pad_token_id)):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        yield LabelledBatch(inputs, batch["labels"], describe_batch(batch, config.image_token_id, "hard"))
+        yield LabelledBatch(inputs, batch["labels"], RoutingState.from_batch(batch, config.image_token_id))

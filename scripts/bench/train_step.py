@@ -214,11 +214,9 @@ class ForcedPlans:
     keep: object
 
     def __call__(self, inputs: dict):
-        from llava.train.batch_routing import describe_batch
+        from fuzzyroe.routing_state import RoutingState
 
-        state = describe_batch(inputs, self.image_token_id, self.mode)
-        state.keep_weights = self.keep.unsqueeze(1).expand(-1, state.num_turns, -1)
-        return state
+        return RoutingState.from_batch(inputs, self.image_token_id, self.mode).forced(self.keep)
 
 
 def random_batch(shape: Shape, rank: int) -> dict:

@@ -39,7 +39,7 @@ def run(measurer: Measurer, router: Router, batches: list[dict[str, Tensor]], ra
         state = measurer._describe(batch)
         router.plan(measurer._decoder_input(batch, measurer._describe(batch)), state)
         labels = batch["labels"]
-        kept.append(state.keep_weights[answered_turns(labels, state.turn_ids, state.num_turns)])
+        kept.append(state.result.keep_weights[answered_turns(labels, state.turn_ids, state.num_turns)])
         logits = measurer._forward(batch, state).logits
         losses.append(turn_losses(logits, labels, state.turn_ids, state.num_turns))
     return {"requested": rate, "met": float(1 - torch.cat(kept).mean()), "loss": float(torch.cat(losses).mean())}

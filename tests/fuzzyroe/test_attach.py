@@ -98,13 +98,13 @@ def test_a_passed_state_is_planned_in_place_or_left_alone(tiny_llama, padded_pro
     router = fixed_router(KEEP)
     router.enabled = False
     attach(tiny_llama, 4, "xavier", router)
-    state = RoutingState.for_prompt(padded_prompts["attention_mask"])
+    state = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]})
     tiny_llama(**padded_prompts, routing=state)
-    assert torch.equal(state.decisions(), KEEP)
-    assert state.counts == {0: 0, 1: 3, 2: 2, 3: 2}
-    forced = RoutingState.forced(~KEEP, padded_prompts["attention_mask"])
+    assert torch.equal(state.kept_layers(), KEEP)
+    assert state.result.layer_runs == {0: 0, 1: 3, 2: 2, 3: 2}
+    forced = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(~KEEP)
     tiny_llama(**padded_prompts, routing=forced)
-    assert len(router.calls) == 1 and forced.counts == {0: 4, 1: 1, 2: 2, 3: 2}
+    assert len(router.calls) == 1 and forced.result.layer_runs == {0: 4, 1: 1, 2: 2, 3: 2}
 
 
 def test_the_router_sees_the_same_states_however_the_decoder_is_called(tiny_llama, padded_prompts, fixed_router):
@@ -136,7 +136,7 @@ def test_a_static_cache_is_refused_only_when_routing_is_on(tiny_llama, padded_pr
         tiny_llama.generate(**padded_prompts, max_new_tokens=2, cache_implementation="static")
     tiny_llama.model.router.enabled = False
     tiny_llama.generate(**padded_prompts, max_new_tokens=2, cache_implementation="static")
-    forced = RoutingState.forced(KEEP, padded_prompts["attention_mask"])
+    forced = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(KEEP)
     with pytest.raises(TypeError, match="needs a DynamicCache"):
         tiny_llama(
             **padded_prompts, past_key_values=StaticCache(config=tiny_llama.config, max_cache_len=16), routing=forced
@@ -146,7 +146,7 @@ def test_a_static_cache_is_refused_only_when_routing_is_on(tiny_llama, padded_pr
 def test_forced_decisions_survive_a_prompt_in_chunks(tiny_llama, padded_prompts):
     attach(tiny_llama, 4, "xavier")
     mask = padded_prompts["attention_mask"]
-    forced, cache = RoutingState.forced(KEEP, mask), DynamicCache()
+    forced, cache = RoutingState.from_batch({"attention_mask": mask}).forced(KEEP), DynamicCache()
     with torch.no_grad():
         expected = tiny_llama(**padded_prompts, routing=forced).logits
         for chunk in (slice(0, 4), slice(4, 9)):
@@ -164,7 +164,10 @@ def test_accelerate_hooks_before_attach_still_route(tiny_llama, padded_prompts):
     remove_hook_from_module(layers[1])  # leaves an instance attribute `forward` behind
     attach(tiny_llama, 4, "xavier")
     verify_attached(tiny_llama, **padded_prompts)
-    routed = tiny_llama(**padded_prompts, routing=RoutingState.forced(KEEP, padded_prompts["attention_mask"])).logits
+    routed = tiny_llama(
+        **padded_prompts,
+        routing=RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(KEEP),
+    ).logits
     assert not torch.equal(routed, tiny_llama(**padded_prompts).logits)
     detach(tiny_llama)
     tiny_llama(**padded_prompts)
@@ -201,7 +204,9 @@ def test_misuse_is_named(tiny_llama):
 def test_a_state_without_weights_needs_a_router(tiny_llama, padded_prompts):
     attach(tiny_llama, 4)
     with pytest.raises(ValueError, match="no keep_weights"):
-        tiny_llama(**padded_prompts, routing=RoutingState.for_prompt(padded_prompts["attention_mask"]))
+        tiny_llama(
+            **padded_prompts, routing=RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]})
+        )
 
 
 def test_a_user_cache_is_routed_like_the_models_own(tiny_llama, padded_prompts, fixed_router):

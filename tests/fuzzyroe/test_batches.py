@@ -90,9 +90,11 @@ def test_right_padding_changes_no_logit(tiny_decoder, unit):
     keep = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
     attach(tiny_decoder, 4, "xavier", skip_unit=unit)
     inputs = pad(rows, "right")
-    batch = tiny_decoder(**inputs, routing=RoutingState.forced(keep, inputs["attention_mask"])).logits
+    batch = tiny_decoder(
+        **inputs, routing=RoutingState.from_batch({"attention_mask": inputs["attention_mask"]}).forced(keep)
+    ).logits
     for index, row in enumerate(rows):
-        routing = RoutingState.forced(keep[index : index + 1], torch.ones(1, len(row)))
+        routing = RoutingState.from_batch({"attention_mask": torch.ones(1, len(row))}).forced(keep[index : index + 1])
         alone = tiny_decoder(input_ids=row.unsqueeze(0), routing=routing).logits
         torch.testing.assert_close(batch[index, : len(row)], alone[0], atol=1e-4, rtol=0)
 

@@ -111,10 +111,12 @@ def test_decisions_are_read_back_from_a_cache():
 def test_a_sequence_is_decided_once():
     keep = KEEP.unsqueeze(1)
     cache = DynamicCache()
-    split = rows_to_run(cache, 0, RoutingState.forced(keep, torch.ones(4, 3)), 4)
+    split = rows_to_run(cache, 0, RoutingState.from_batch({"attention_mask": torch.ones(4, 3)}).forced(keep), 4)
     assert torch.equal(split.keep, KEEP)
     cache.layers[0] = filled_layer()
-    assert torch.equal(rows_to_run(cache, 0, RoutingState.forced(~keep, torch.ones(4, 3)), 4).keep, KEEP)
+    assert torch.equal(
+        rows_to_run(cache, 0, RoutingState.from_batch({"attention_mask": torch.ones(4, 3)}).forced(~keep), 4).keep, KEEP
+    )
     with pytest.raises(ValueError, match="decisions for 4 rows, but the batch has 2"):
         rows_to_run(cache, 0, None, 2)
     cache.reset()

@@ -11,6 +11,7 @@ import torch
 
 from fuzzyroe.compat import OURS, PRESETS, PUBLISHED, RoECompat, run_progress
 from fuzzyroe.loss import routing_objective
+from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.schedule import Relaxation
 from golden_roe import NUM_TOKENS, build_model, golden, prompts, training_batch
 
@@ -37,9 +38,9 @@ def train_pass(compat: RoECompat) -> tuple[torch.Tensor, torch.Tensor]:
     """Keep weights of a golden training setting, (L, B, T), and which turns there are, (B, T)."""
     model = build_model(compat)
     inputs, _, state = training_batch(model)
-    state.relaxation = Relaxation(*golden("stage1b/cfg").tolist()[1:3])
+    state.roe = RoEPass(Relaxation(*golden("stage1b/cfg").tolist()[1:3]))
     model(**inputs, routing=state, use_cache=False)
-    return state.keep_weights.permute(2, 0, 1), state.turn_mask()
+    return state.result.keep_weights.permute(2, 0, 1), state.turn_mask()
 
 
 @pytest.mark.parametrize("name", ["tokens_in_front", "image_segment_takes_one_more", "tokens_take_positions"])
@@ -58,7 +59,7 @@ def test_ties_skip_only_as_published() -> None:
             torch.nn.init.zeros_(linear.weight)
         inputs, state = prompts(model, "eval_b1_0")
         model(**inputs, routing=state)
-        assert state.decisions().all() == kept and state.decisions().any() == kept
+        assert state.kept_layers().all() == kept and state.kept_layers().any() == kept
 
 
 def test_the_batch_decides_together_only_as_published() -> None:
@@ -67,7 +68,7 @@ def test_the_batch_decides_together_only_as_published() -> None:
         model = build_model(replace(PUBLISHED, batch_decides_together=together))
         inputs, state = prompts(model, "eval_b2")
         model(**inputs, routing=state)
-        found[together] = state.decisions()
+        found[together] = state.kept_layers()
     assert (found[True][0] == found[True][1]).all() and not (found[False][0] == found[False][1]).all()
 
 

@@ -22,7 +22,7 @@ class Watched(torch.nn.Module):
     def __init__(self, router: torch.nn.Module) -> None:
         super().__init__()
         self.router, self.enabled, self.calls = router, True, []
-        self.decides_on_arrival = getattr(router, "decides_on_arrival", False)
+        self.decides_layer_wise = getattr(router, "decides_layer_wise", False)
 
     def plan(self, hidden_states: torch.Tensor, routing: RoutingState) -> None:
         self.calls.append("plan")

@@ -18,7 +18,7 @@ def prompt(question, image_at=0, num_image=3, padding=0, pixels=None, dtype=torc
     states[0, padding + num_image :] = EMBEDDINGS[question]
     mask = (torch.arange(states.shape[1]) >= padding).long().unsqueeze(0)
     image = (torch.arange(states.shape[1]) >= padding) & (torch.arange(states.shape[1]) < padding + num_image)
-    routing = RoutingState.for_prompt(mask, image.unsqueeze(0))
+    routing = RoutingState.from_batch({"attention_mask": mask}, image.unsqueeze(0))
     routing.pixel_values = pixels
     return states.to(dtype), routing
 
@@ -42,7 +42,7 @@ def test_pixels_count_and_only_those_of_the_row():
     alone = [number([4, 7], pixels=first), number([4, 7], pixels=second), number([4, 7], num_image=0)]
     states = torch.cat([prompt([4, 7])[0], prompt([4, 7])[0], prompt([4, 7], num_image=0, padding=3)[0]])
     image = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5]).bool()
-    routing = RoutingState.for_prompt(torch.tensor([[1] * 5, [1] * 5, [0, 0, 0, 1, 1]]), image)
+    routing = RoutingState.from_batch({"attention_mask": torch.tensor([[1] * 5, [1] * 5, [0, 0, 0, 1, 1]])}, image)
     routing.pixel_values = torch.cat([first, second])
     assert fingerprints(states, routing).flatten().tolist() == alone and len(set(alone)) == 3
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.compat import PUBLISHED
 from fuzzyroe.loss import Objective, routing_objective
+from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.schedule import Relaxation
 from fuzzyroe.token_layout import find_segments
 from golden_roe import (
@@ -52,11 +53,12 @@ class Run:
     def __init__(self, setting: str, attention: str = "sdpa", compat: Any = PUBLISHED) -> None:
         model = build_model(compat, attention)
         inputs, labels, state = training_batch(model)
-        state.relaxation, skip_ratio = relaxation_of(setting)
+        relaxation, skip_ratio = relaxation_of(setting)
+        state.roe = RoEPass(relaxation)
         self.recorder = Recorder(model)
         self.logits = model(**inputs, routing=state, use_cache=False).logits
         self.objective: Objective = routing_objective(
-            self.logits, labels, state.keep_weights, state.turn_mask(), skip_ratio, compat.damping
+            self.logits, labels, state.result.keep_weights, state.turn_mask(), skip_ratio, compat.damping
         )
         self.state = state
         self.objective.loss.backward()
@@ -70,7 +72,9 @@ class Run:
     def router_weights(self, layer: int) -> Tensor:
         """Keep and skip weight of the image and of every turn, (B, 1 + T, 2)."""
         inner = self.recorder.states[layer]
-        keep = torch.cat([inner.prefix_weights[layer].unsqueeze(1), inner.arrived[layer]], dim=1)
+        image = inner.roe.layout.token_positions[:, :1]  # whose token counts to the prefix
+        prefix = inner.result.position_weights[layer].gather(1, image)
+        keep = torch.cat([prefix, inner.result.decisions[layer]], dim=1)
         return torch.stack([keep, 1 - keep], dim=-1)
 
 
@@ -94,7 +98,7 @@ def test_rows_see_what_they_saw_in_the_published_code() -> None:
     inputs, _, state = training_batch(model)
     recorder = Recorder(model)
     model(**inputs, routing=state, use_cache=False)
-    layout = recorder.states[0].inserted
+    layout = recorder.states[0].roe.layout
     assert torch.equal(layout.attention_mask[:, 0], golden("prep/attn_allowed"))
     assert torch.equal(layout.position_ids, golden("prep/position_ids").expand(3, -1))
 
@@ -128,7 +132,7 @@ def test_skip_statistics(case) -> None:
     setting, run = case
     turns = run.state.turn_mask()
     for layer in range(NUM_LAYERS):
-        skipped = ((1 - run.state.keep_weights[:, :, layer]) * turns).sum(dim=1) / turns.sum(dim=1)
+        skipped = ((1 - run.state.result.keep_weights[:, :, layer]) * turns).sum(dim=1) / turns.sum(dim=1)
         assert_close(skipped, golden(f"{setting}/skip_per_layer")[layer], f"layer {layer}")
     assert_close(run.objective.skip_rate, golden(f"{setting}/skip_per_layer").mean(dim=0))
     assert_close(run.objective.hinge, golden(f"{setting}/skip_loss"))
@@ -199,7 +203,7 @@ def test_a_prompt_takes_the_published_path_and_gives_the_published_tokens(name: 
     router.logits = lambda *args: seen.append(logits_of(*args)) or seen[-1]
     output = answer(model, inputs, state)
     assert_close(torch.stack(seen), golden(f"{name}/router_logits"), "router logits")
-    assert torch.equal(state.decisions().T, golden(f"{name}/execute"))
+    assert torch.equal(state.kept_layers().T, golden(f"{name}/execute"))
     assert output.sequences[0].tolist()[-6:] == golden(f"{name}/greedy")[0, 1:].tolist()
     assert_close(torch.stack(output.logits, dim=1), golden(f"{name}/greedy_scores"), "scores")
 
@@ -211,7 +215,7 @@ def test_the_states_of_a_prompt_are_the_published_ones(name: str) -> None:
     inputs, state = prompts(model, name)
     recorder = Recorder(model)
     logits = model(**inputs, routing=state, use_cache=True).logits
-    layout = recorder.states[0].inserted
+    layout = recorder.states[0].roe.layout
     assert torch.equal(layout.position_ids, golden(f"{name}/position_ids"))
     for layer in range(NUM_LAYERS):
         assert_close(recorder.outputs[layer], golden(f"{name}/layer_out")[layer], f"layer {layer}")
@@ -224,9 +228,9 @@ def test_a_batch_is_decided_together_as_published_and_row_by_row_as_ours() -> No
     inputs, state = prompts(model, "eval_b2")
     logits = model(**inputs, routing=state).logits
     own = golden("eval_b2/execute").T
-    assert torch.equal(state.decisions(), own.any(dim=0, keepdim=True).expand(2, -1))
+    assert torch.equal(state.kept_layers(), own.any(dim=0, keepdim=True).expand(2, -1))
     assert_close(logits, golden("eval_b2/prefill_logits")[:, 2:], "prefill logits")
     alone = build_model(replace(PUBLISHED, batch_decides_together=False))
     inputs, state = prompts(alone, "eval_b2")
     alone(**inputs, routing=state)
-    assert not torch.equal(state.decisions(), own.any(dim=0, keepdim=True).expand(2, -1))
+    assert not torch.equal(state.kept_layers(), own.any(dim=0, keepdim=True).expand(2, -1))

@@ -59,17 +59,19 @@ def test_a_batch_equals_each_prompt_alone(tiny_decoder, padded_prompts, router):
 @torch.no_grad()
 def test_the_weights_of_all_layers_are_gathered_in_the_state(tiny_llama, padded_prompts, router):
     attach(tiny_llama, 4, "xavier", router)
-    state = RoutingState.for_prompt(padded_prompts["attention_mask"])
+    state = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]})
     logits = tiny_llama(**padded_prompts, routing=state).logits
-    assert state.keep_weights.shape == (4, 1, 4)
-    forced = RoutingState.forced(state.keep_weights[:, 0], padded_prompts["attention_mask"])
+    assert state.result.keep_weights.shape == (4, 1, 4)
+    forced = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(
+        state.result.keep_weights[:, 0]
+    )
     assert torch.equal(tiny_llama(**padded_prompts, routing=forced).logits, logits)
     assert torch.equal(tiny_llama(**padded_prompts, routing=state).logits, logits)
     assert router.calls == [0, 1, 2, 3], "a state that is decided is not decided again"
 
 
 def soft_gradients(model, inputs, checkpointing):
-    routing = RoutingState.for_prompt(inputs["attention_mask"], mode="soft")
+    routing = RoutingState.from_batch({"attention_mask": inputs["attention_mask"]}, mode="soft")
     model.zero_grad()
     model.train()
     if checkpointing:

@@ -69,16 +69,16 @@ def test_the_oracle_replays_its_plans_for_the_same_prompts_without_answers(tiny_
     router.set_skip_rate(0.5)
     set_router(tiny_llama, router)
     asked = {name: value[:, :-2] for name, value in padded_prompts.items()}
-    state = RoutingState.for_prompt(asked["attention_mask"])
+    state = RoutingState.from_batch({"attention_mask": asked["attention_mask"]})
     with torch.no_grad():
         tiny_llama(**asked, routing=state)
-        loss = losses_under(tiny_llama, batch, state.decisions()).sum()
+        loss = losses_under(tiny_llama, batch, state.kept_layers()).sum()
         uniform = min(
             losses_under(tiny_llama, batch, keep).sum()
             for skipped in itertools.combinations(range(1, 4), 2)
             for keep in [torch.ones(4, 4).index_fill(1, torch.tensor(skipped), 0).bool()]
         )
-    assert (~state.decisions()).sum() == 8 and loss < uniform
+    assert (~state.kept_layers()).sum() == 8 and loss < uniform
     strangers = {"input_ids": asked["input_ids"] + 1, "attention_mask": asked["attention_mask"]}
     with pytest.raises(ValueError, match="are nan; .*does not know these prompts"):
         tiny_llama(**strangers)

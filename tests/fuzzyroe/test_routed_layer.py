@@ -43,7 +43,7 @@ def generate(model, inputs, num_tokens=5, **options):
 
 @torch.no_grad()
 def forward(model, inputs, keep, mode="hard", **options):
-    routing = RoutingState.forced(keep, inputs["attention_mask"], mode=mode)
+    routing = RoutingState.from_batch({"attention_mask": inputs["attention_mask"]}).forced(keep, mode=mode)
     return model(**inputs, routing=routing, **options)
 
 
@@ -200,8 +200,8 @@ def test_soft_routing_blends_each_turn_with_its_own_weight(tiny_llama):
 
 def soft_gradients(model, inputs, checkpointing):
     weights = torch.full((4, 1, 4), 0.4, requires_grad=True)
-    routing = RoutingState.for_prompt(inputs["attention_mask"], mode="soft")
-    routing.keep_weights = weights
+    routing = RoutingState.from_batch({"attention_mask": inputs["attention_mask"]}, mode="soft")
+    routing.result.keep_weights = weights
     model.zero_grad()
     model.train()
     if checkpointing is not None:
@@ -239,7 +239,7 @@ def test_hidden_states_are_captured_for_every_layer_and_row(tiny_llava, image_pr
 def test_hard_routing_passes_gradients_to_both_branches(tiny_llama, padded_prompts):
     attach(tiny_llama, 4, "xavier")
     keep = torch.tensor([[1, 0, 1, 0]] * 2 + [[0, 1, 1, 0]] * 2).bool()
-    routing = RoutingState.forced(keep, padded_prompts["attention_mask"])
+    routing = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(keep)
     tiny_llama(**padded_prompts, routing=routing, use_cache=False).logits.sum().backward()
     first, second, third, last = find_decoder_layers(tiny_llama)
     assert first.adapter.up.weight.grad is not None and first.mlp.up_proj.weight.grad is not None
@@ -249,14 +249,14 @@ def test_hard_routing_passes_gradients_to_both_branches(tiny_llama, padded_promp
 
 def test_turn_ids_of_another_length_are_refused(tiny_llama, padded_prompts):
     attach(tiny_llama, 4)
-    routing = RoutingState.forced(torch.ones(4, 4), torch.ones(4, 5), mode="soft")
+    routing = RoutingState.from_batch({"attention_mask": torch.ones(4, 5)}).forced(torch.ones(4, 4), mode="soft")
     with pytest.raises(ValueError, match=r"turn_ids is \(4, 5\), but the layer runs on \(4, 9\)"):
         tiny_llama(**padded_prompts, routing=routing)
 
 
 def test_a_mask_that_is_no_tensor_is_refused_where_rows_differ(tiny_llama):
     attach(tiny_llama, 4)
-    routing = RoutingState.forced(torch.tensor([[1] * 4, [0] * 4]), torch.ones(2, 3))
+    routing = RoutingState.from_batch({"attention_mask": torch.ones(2, 3)}).forced(torch.tensor([[1] * 4, [0] * 4]))
     with pytest.raises(TypeError, match="attention mask is a dict"):
         find_decoder_layers(tiny_llama)[0](torch.randn(2, 3, 32), routing=routing, attention_mask={})
 
@@ -271,7 +271,9 @@ def test_multi_axis_position_tensors_lose_rows_of_their_batch_dimension(tiny_lla
 
     layer = find_decoder_layers(tiny_llama)[0]
     monkeypatch.setattr(layer.base_class, "forward", base_forward)
-    routing = RoutingState.forced(torch.tensor([[1] * 4, [0] * 4, [1] * 4]), torch.ones(3, 5))
+    routing = RoutingState.from_batch({"attention_mask": torch.ones(3, 5)}).forced(
+        torch.tensor([[1] * 4, [0] * 4, [1] * 4])
+    )
     positions = torch.arange(3 * 3 * 5).view(3, 3, 5)  # (axes, B, N)
     rotary = (positions.unsqueeze(-1).expand(3, 3, 5, 8), torch.zeros(1, 5, 8))
     layer(

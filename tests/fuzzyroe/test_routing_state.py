@@ -8,9 +8,7 @@ from fuzzyroe.routing_state import RoutingState
 
 def make_state(turn_ids, keep_weights=None, mode="soft"):
     turn_ids = torch.tensor(turn_ids)
-    state = RoutingState(turn_ids, torch.zeros_like(turn_ids).bool(), turn_ids > 0, mode)
-    state.keep_weights = keep_weights
-    return state
+    return RoutingState(turn_ids, torch.zeros_like(turn_ids).bool(), turn_ids > 0, mode, keep_weights)
 
 
 def test_positions_get_the_weight_of_their_turn():
@@ -24,7 +22,7 @@ def test_positions_get_the_weight_of_their_turn():
 def test_an_example_without_turns_is_kept():
     state = make_state([[-1, 0, 0], [0, 1, 1]], torch.zeros(2, 1, 3))
     assert torch.equal(state.position_weights(0), torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
-    assert state.decisions().tolist() == [[True] * 3, [False] * 3]
+    assert state.kept_layers().tolist() == [[True] * 3, [False] * 3]
     assert state.mean_skip_rate() == 1.0
 
 
@@ -37,8 +35,8 @@ def test_position_weights_carry_gradient_to_every_used_turn():
 def test_the_last_turn_decides_at_one_half():
     weights = torch.tensor([[[0.9, 0.9], [0.5, 0.49]], [[0.2, 0.8], [0.9, 0.9]]])
     state = make_state([[0, 1, 2], [-1, 0, 1]], weights, mode="hard")
-    assert state.decisions().tolist() == [[True, False], [False, True]]
-    assert state.decisions() is state.decisions()
+    assert state.kept_layers().tolist() == [[True, False], [False, True]]
+    assert state.kept_layers() is state.kept_layers()
     assert state.split(0).keep.tolist() == [True, False]
 
 
@@ -49,18 +47,18 @@ def test_skip_rate_ignores_turns_an_example_does_not_have():
     assert state.turn_mask().tolist() == [[True, True], [True, False]]
 
 
-def test_for_prompt_marks_padding_image_and_question():
+def test_a_batch_of_prompts_marks_padding_image_and_question():
     attention_mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    image_mask = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]]).bool()
-    state = RoutingState.for_prompt(attention_mask, image_mask)
-    assert state.turn_ids.tolist() == [[-1, 0, 1, 1], [1, 1, 0, 1]]
-    assert state.question_mask.int().tolist() == [[0, 0, 1, 1], [1, 1, 0, 1]]
-    assert state.mode == "hard" and state.keep_weights is None
+    input_ids = torch.tensor([[0, 9, 5, 5], [5, 5, 9, 5]])
+    state = RoutingState.from_batch({"input_ids": input_ids, "attention_mask": attention_mask}, image_token_id=9)
+    assert state.turn_ids.tolist() == [[-1, 0, 1, 1], [0, 0, 0, 1]]
+    assert state.question_mask.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+    assert state.mode == "hard" and state.result.keep_weights is None
 
 
 def test_forced_decisions_are_those_given():
     keep = torch.tensor([[True, False], [False, True]])
-    assert torch.equal(RoutingState.forced(keep, torch.ones(2, 3)).decisions(), keep)
+    assert torch.equal(RoutingState.from_batch({"attention_mask": torch.ones(2, 3)}).forced(keep).kept_layers(), keep)
 
 
 def test_misuse_is_named():
@@ -69,14 +67,14 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="image_mask has shape"):
         RoutingState(torch.ones(1, 2), torch.ones(1, 3), torch.ones(1, 2), "soft")
     with pytest.raises(ValueError, match="no keep_weights"):
-        make_state([[1]]).decisions()
+        make_state([[1]]).kept_layers()
     with pytest.raises(ValueError, match=r"allowed is \(B, T, L\)"):
         make_state([[1]], torch.ones(2, 1, 1)).position_weights(0)
     with pytest.raises(ValueError, match="names turn 2"):
         make_state([[1, 2]], torch.ones(1, 1, 1)).position_weights(0)
     with pytest.raises(ValueError, match="names turn 2"):
-        make_state([[1, 2]], torch.ones(1, 1, 1)).decisions()
+        make_state([[1, 2]], torch.ones(1, 1, 1)).kept_layers()
     with pytest.raises(ValueError, match="Layer 3 asked"):
         make_state([[1]], torch.ones(1, 1, 2)).split(3)
     with pytest.raises(ValueError, match="2D mask"):
-        RoutingState.for_prompt(torch.ones(1, 1, 2, 2))
+        RoutingState.from_batch({"attention_mask": torch.ones(1, 1, 2, 2)})

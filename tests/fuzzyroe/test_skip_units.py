@@ -17,7 +17,9 @@ units = pytest.mark.parametrize("unit", list(SKIP_UNITS))
 
 @torch.no_grad()
 def logits_of(model, inputs, keep, mode="hard"):
-    return model(**inputs, routing=RoutingState.forced(keep, inputs["attention_mask"], mode)).logits
+    return model(
+        **inputs, routing=RoutingState.from_batch({"attention_mask": inputs["attention_mask"]}).forced(keep, mode)
+    ).logits
 
 
 def skipped_output(layer, unit, states, rotary):
@@ -90,8 +92,8 @@ def test_checkpointing_changes_no_gradient(tiny_llama, padded_prompts, unit):
 
     def gradients():
         weights = torch.full((4, 1, 4), 0.4, requires_grad=True)
-        routing = RoutingState.for_prompt(padded_prompts["attention_mask"], mode="soft")
-        routing.keep_weights = weights
+        routing = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}, mode="soft")
+        routing.result.keep_weights = weights
         tiny_llama.zero_grad()
         tiny_llama(**padded_prompts, labels=padded_prompts["input_ids"], routing=routing).loss.backward()
         return [weights.grad, *(parameter.grad.clone() for parameter in tiny_llama.parameters())]
@@ -105,7 +107,7 @@ def test_checkpointing_changes_no_gradient(tiny_llama, padded_prompts, unit):
 @units
 def test_hidden_states_are_captured_for_every_layer_and_row(tiny_llama, padded_prompts, unit):
     attach(tiny_llama, 4, "xavier", skip_unit=unit)
-    routing = RoutingState.forced(KEEP, padded_prompts["attention_mask"])
+    routing = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(KEEP)
     states = tiny_llama(**padded_prompts, routing=routing, output_hidden_states=True).hidden_states
     assert [tuple(state.shape) for state in states] == [(4, 9, 32)] * 5
 

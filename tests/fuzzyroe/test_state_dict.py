@@ -21,7 +21,9 @@ KEEP = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 1]]).bo
 
 def logits(model, inputs):
     with torch.no_grad():
-        return model(**inputs, routing=RoutingState.forced(KEEP, inputs["attention_mask"])).logits
+        return model(
+            **inputs, routing=RoutingState.from_batch({"attention_mask": inputs["attention_mask"]}).forced(KEEP)
+        ).logits
 
 
 def test_a_saved_model_computes_the_same_after_loading(tiny_llama, padded_prompts, fixed_router, tmp_path):

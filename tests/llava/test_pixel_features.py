@@ -16,7 +16,6 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX
 from llava.model.routing import attach_routing
-from llava.train.batch_routing import describe_batch
 
 NAMES = ("edge_density", "coding_cost", "question_length")
 
@@ -56,7 +55,7 @@ def test_prompts_and_training_batches_see_the_same_pixels(model, image_prompts: 
     after_image = is_image.flip(1).cumsum(1).flip(1) == 0
     turn_ids = (after_image.long() - (image_prompts["attention_mask"] == 0).long()).clamp(min=-1)
     batch = {**image_prompts, "labels": torch.full_like(turn_ids, IGNORE_INDEX), "turn_ids": turn_ids}
-    state = describe_batch(batch, model.config.image_token_id)
+    state = RoutingState.from_batch(batch, model.config.image_token_id, "soft")
     torch.testing.assert_close(planned_features(model, image_prompts, routing=state), features)
 
 

@@ -33,7 +33,7 @@ class LengthRouter(torch.nn.Module):
 
     def plan(self, hidden_states: torch.Tensor, routing: RoutingState) -> None:
         lengths = routing.question_mask.sum(dim=1, keepdim=True)
-        routing.keep_weights = ((lengths + torch.arange(4)) % 3 != 0).float().unsqueeze(1)
+        routing.result.keep_weights = ((lengths + torch.arange(4)) % 3 != 0).float().unsqueeze(1)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ class LastTokenRouter(Router):
         sharpness: Factor of the logits; finite keep weights have gradients.
     """
 
-    decides_on_arrival = True
+    decides_layer_wise = True
 
     def __init__(self, num_layers: int, hidden_size: int, sharpness: float = 3.0) -> None:
         super().__init__()

@@ -12,6 +12,6 @@ def labelled(inputs: dict[str, Tensor], num_answer: int = 2) -> LabelledBatch:
     """Give left-padded prompts whose last tokens are the answer."""
     labels = inputs["input_ids"].clone()
     labels[:, :-num_answer] = -100
-    routing = RoutingState.for_prompt(inputs["attention_mask"])
+    routing = RoutingState.from_batch({"attention_mask": inputs["attention_mask"]})
     routing.question_mask[:, -num_answer:] = False
     return LabelledBatch(inputs, labels, routing)

@@ -30,9 +30,10 @@ from torch.utils.data import SequentialSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from fuzzyroe.routing_state import RoutingState
 from llava.train import run
 from llava.train.arguments import parse_arguments
-from llava.train.batch_routing import BudgetedRouting, describe_batch
+from llava.train.batch_routing import BudgetedRouting
 from llava.train.trainer import LlavaTrainer
 
 
@@ -42,14 +43,13 @@ class PlanFromTokens(BudgetedRouting):
     num_layers = 4
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
-        state = describe_batch(inputs, self.image_token_id, self.mode)
+        state = RoutingState.from_batch(inputs, self.image_token_id, self.mode)
         tokens = (inputs["input_ids"] * inputs["attention_mask"]).sum(dim=1)  # (B,), the same however it is padded
         keep = torch.ones(len(tokens), state.num_turns, self.num_layers)
         for row, total in enumerate(tokens.tolist()):
             keep[row, :, 1 + total % (self.num_layers - 1)] = 0.0
             keep[row, 0, 1 + total // 2 % (self.num_layers - 1)] = 0.25
-        state.keep_weights = keep.to(state.turn_ids.device)
-        return state
+        return state.forced(keep.to(state.turn_ids.device))
 
 
 def gather_all(model: nn.Module) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
         def __call__(self, inputs: dict[str, Any]) -> Any:
             state = super().__call__(inputs)
             states.append(state)
-            if state.keep_weights is not None:
-                seen["plans"].append(state.keep_weights[:, 0].tolist())
+            if state.result.keep_weights is not None:
+                seen["plans"].append(state.result.keep_weights[:, 0].tolist())
             return state
 
     patches = [
@@ -126,7 +126,9 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     finally:
         for patch in patches:
             patch.stop()
-    seen["rows_run"] = [[state.counts[layer] for layer in sorted(state.counts)] for state in states]
+    seen["rows_run"] = [
+        [state.result.layer_runs[layer] for layer in sorted(state.result.layer_runs)] for state in states
+    ]
     (folder / f"{name}.rank{rank}.json").write_text(json.dumps(seen))
 
 

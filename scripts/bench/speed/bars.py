@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fuzzyroe.compat import RoECompat
 from fuzzyroe.routers import LinearRouter
+from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.schedule import Relaxation
 from llava.inference.scheduler import form_batches
 from scripts.bench.speed.lines import Line
@@ -178,11 +179,11 @@ def _decide(bench: Bench, plans: Tensor, length: int) -> Tensor:
     router, state = bench.router.router, prompt_state(len(plans), length, "cpu")
     margin = plans.float() * 2 - 1
     logits = torch.stack([margin, -margin], dim=-1)  # (B, L, 2)
-    state.relaxation = Relaxation(draws=logits.transpose(0, 1).unsqueeze(2))  # (L, B, 1, 2)
+    state.roe = RoEPass(Relaxation(draws=logits.transpose(0, 1).unsqueeze(2)))  # (L, B, 1, 2)
     state.decide, state.num_layers = router.decide, plans.shape[1]
     for layer in range(plans.shape[1]):
-        state.decide_on_arrival(layer, torch.empty(len(plans), 1, bench.shape.width))
-    return state.decisions()
+        state.decide_layer(layer, torch.empty(len(plans), 1, bench.shape.width))
+    return state.kept_layers()
 
 
 def _prefills(bench: Bench, forms: dict[str, Form], batch: int, effort: Effort, repeats: int) -> dict[str, list[float]]:

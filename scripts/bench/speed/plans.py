@@ -49,7 +49,7 @@ class Replayed(Router):
         super().__init__()
         self.router = router
         self.layers = getattr(router, "layers", nn.ModuleList())
-        self.decides_on_arrival = router.decides_on_arrival
+        self.decides_layer_wise = router.decides_layer_wise
         self.num_layers = num_layers
         self.plans = torch.ones(1, num_layers)
         self.calls = 0
@@ -63,8 +63,8 @@ class Replayed(Router):
         """Let the policy plan, and replace what it planned."""
         self.calls += 1
         self.router.plan(hidden_states, routing)
-        if not self.decides_on_arrival:
-            routing.keep_weights = self.plans.unsqueeze(1)
+        if not self.decides_layer_wise:
+            routing.result.keep_weights = self.plans.unsqueeze(1)
 
     def prepare(self, decoder: nn.Module, inputs: dict[str, Any], routing: RoutingState) -> dict[str, Any]:
         """Let the policy prepare the pass."""

@@ -55,9 +55,9 @@ def test_an_antecedent_that_is_no_feature_is_named(rule_base: FuzzyRuleBase) -> 
 def test_a_new_router_skips_nothing(rule_base: FuzzyRuleBase) -> None:
     router = FuzzyRouter(rule_base, NUM_LAYERS)
     states, routing = make_batch()
-    routing.skip_rate = torch.tensor([0.0, 0.2, 0.5])
+    routing.target_skip_ratio = torch.tensor([0.0, 0.2, 0.5])
     router.plan(states, routing)
-    assert routing.keep_weights.all()
+    assert routing.result.keep_weights.all()
     with pytest.raises(ValueError, match=r"range \[0, 0.000\]"):
         router.set_skip_rate(0.3)
 
@@ -70,12 +70,12 @@ def test_an_incomplete_rule_base_is_completed_by_interpolation(rule_base: FuzzyR
 def test_plan_fills_the_state(router: FuzzyRouter) -> None:
     states, routing = make_batch()
     router.plan(states, routing)
-    assert routing.summary.text_mean.shape == (3, 2, 8)
-    assert routing.features.shape == (3, 2, 3) and routing.scores.shape == (3, 2)
-    assert routing.features.min() >= 0 and routing.features.max() <= 1
-    assert torch.equal(routing.scores, router.rules(routing.features))
-    assert torch.equal(routing.keep_weights, router.keep_weights(routing.scores))
-    assert set(routing.keep_weights.unique().tolist()) <= {0.0, 1.0}
+    assert routing.result.summary.text_mean.shape == (3, 2, 8)
+    assert routing.result.features.shape == (3, 2, 3) and routing.result.scores.shape == (3, 2)
+    assert routing.result.features.min() >= 0 and routing.result.features.max() <= 1
+    assert torch.equal(routing.result.scores, router.rules(routing.result.features))
+    assert torch.equal(routing.result.keep_weights, router.keep_weights(routing.result.scores))
+    assert set(routing.result.keep_weights.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_a_plan_ignores_the_neighbours_of_an_example(router: FuzzyRouter) -> None:
@@ -85,8 +85,8 @@ def test_a_plan_ignores_the_neighbours_of_an_example(router: FuzzyRouter) -> Non
     other_states, other = make_batch()
     other_states[1:] = 3.0
     router.plan(other_states, other)
-    assert torch.equal(other.scores[0], routing.scores[0])
-    assert torch.equal(other.keep_weights[0], routing.keep_weights[0])
+    assert torch.equal(other.result.scores[0], routing.result.scores[0])
+    assert torch.equal(other.result.keep_weights[0], routing.result.keep_weights[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -102,9 +102,9 @@ def test_non_finite_states_keep_every_layer_and_spare_the_neighbours(
     broken, routing = make_batch()
     broken[1, position] = value
     router.plan(broken, routing)
-    assert routing.keep_weights[1].all() and torch.isfinite(routing.scores).all()
-    assert torch.equal(routing.keep_weights[[0, 2]], expected.keep_weights[[0, 2]])
-    assert not expected.keep_weights.all()
+    assert routing.result.keep_weights[1].all() and torch.isfinite(routing.result.scores).all()
+    assert torch.equal(routing.result.keep_weights[[0, 2]], expected.result.keep_weights[[0, 2]])
+    assert not expected.result.keep_weights.all()
 
 
 def test_turns_with_a_non_finite_feature_are_counted_and_not_saved(router: FuzzyRouter) -> None:
@@ -114,7 +114,7 @@ def test_turns_with_a_non_finite_feature_are_counted_and_not_saved(router: Fuzzy
     states[0] = torch.nan
     for _ in range(2):
         router.plan(states, make_batch()[1])
-    assert int(router.non_finite_turns) == 2 * routing.keep_weights.shape[1]
+    assert int(router.non_finite_turns) == 2 * routing.result.keep_weights.shape[1]
     assert "non_finite_turns" not in router.state_dict()
 
 
@@ -161,10 +161,10 @@ def test_thresholds_equal_those_of_the_budget_table(router: FuzzyRouter) -> None
 
 def test_a_budget_per_example_is_that_budget_alone(router: FuzzyRouter) -> None:
     states, routing = make_batch()
-    routing.skip_rate = torch.tensor([0.0, 0.17, 0.5])
+    routing.target_skip_ratio = torch.tensor([0.0, 0.17, 0.5])
     router.plan(states, routing)
-    for index, rate in enumerate(routing.skip_rate.tolist()):
-        assert torch.equal(routing.keep_weights[index], router.keep_weights(routing.scores, rate)[index])
+    for index, rate in enumerate(routing.target_skip_ratio.tolist()):
+        assert torch.equal(routing.result.keep_weights[index], router.keep_weights(routing.result.scores, rate)[index])
 
 
 def test_set_budget_is_the_default_and_refuses_what_was_not_calibrated(router: FuzzyRouter) -> None:
@@ -221,7 +221,7 @@ def test_states_in_half_precision_are_routed_as_their_values(router: FuzzyRouter
     router.plan(rounded, routing)
     expected = make_batch()[1]
     router.plan(rounded.float(), expected)
-    assert routing.scores.dtype == torch.float32 and torch.equal(routing.scores, expected.scores)
+    assert routing.result.scores.dtype == torch.float32 and torch.equal(routing.result.scores, expected.result.scores)
 
 
 def test_planning_never_reads_a_value_back(router: FuzzyRouter) -> None:
@@ -230,9 +230,9 @@ def test_planning_never_reads_a_value_back(router: FuzzyRouter) -> None:
     states, routing = make_batch(num_turns=2)
     for skip_rate in (None, torch.full((len(states),), 0.2, device="meta")):
         masks = (routing.turn_ids.to("meta"), routing.image_mask.to("meta"), routing.question_mask.to("meta"))
-        planned = RoutingState(*masks, "hard", num_turns=routing.num_turns, skip_rate=skip_rate)
+        planned = RoutingState(*masks, "hard", num_turns=routing.num_turns, target_skip_ratio=skip_rate)
         router.to("meta").plan(states.to("meta"), planned)
-        assert planned.keep_weights.shape == (len(states), routing.num_turns, NUM_LAYERS)
+        assert planned.result.keep_weights.shape == (len(states), routing.num_turns, NUM_LAYERS)
 
 
 @pytest.mark.gpu

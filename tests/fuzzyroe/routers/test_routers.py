@@ -46,17 +46,19 @@ def prompts() -> tuple[torch.Tensor, RoutingState]:
     spread = torch.rand(NUM_PROMPTS, 1, 1, generator=generator)
     states = torch.randn(NUM_PROMPTS, 14, HIDDEN, generator=generator) * spread
     states = states + torch.randn(HIDDEN, generator=generator)
-    return states, RoutingState.for_prompt(mask.long(), image)
+    return states, RoutingState.from_batch({"input_ids": image.long(), "attention_mask": mask.long()}, image_token_id=1)
 
 
 def make_fuzzy(states: torch.Tensor, routing: RoutingState, kind: type[FuzzyRouter] = FuzzyRouter) -> FuzzyRouter:
     router = kind(load_rule_base("default"), NUM_LAYERS)
     router.plan(states, routing)
-    raw = routing.features[:, 0]
+    raw = routing.result.features[:, 0]
     router.feature_low.copy_(raw.amin(dim=0))
     router.feature_high.copy_(raw.amax(dim=0))
     router.plan(states, routing)
-    router.score_quantiles.copy_(routing.scores[:, 0].quantile(torch.linspace(0, 1, len(router.score_quantiles))))
+    router.score_quantiles.copy_(
+        routing.result.scores[:, 0].quantile(torch.linspace(0, 1, len(router.score_quantiles)))
+    )
     losses = np.random.default_rng(0).exponential(size=(80, NUM_LAYERS)).cumsum(axis=1)
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
     set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], NUM_LAYERS))
@@ -70,11 +72,11 @@ def make_per_layer(states: torch.Tensor, routing: RoutingState) -> PerLayerFuzzy
     router.budget_rates.fill_((NUM_LAYERS - 1) / NUM_LAYERS)
     router.budget_thresholds[:, 1:] = 1.0
     router.plan(states, routing)
-    raw = routing.features[:, 0]
+    raw = routing.result.features[:, 0]
     router.feature_low.copy_(raw.amin(dim=0))
     router.feature_high.copy_(raw.amax(dim=0))
     router.plan(states, routing)
-    pooled = router.rules(routing.features)[..., 1:].flatten()
+    pooled = router.rules(routing.result.features)[..., 1:].flatten()
     router.score_quantiles.copy_(pooled.quantile(torch.linspace(0, 1, len(router.score_quantiles))))
     return router
 
@@ -120,14 +122,14 @@ def plan(router: Router, prompts: tuple, rows: slice = slice(None), skip_rate=No
     """Keep weights of some of the prompts, (B, L)."""
     states, routing = prompts
     state = part(routing, rows)
-    state.skip_rate = skip_rate
+    state.target_skip_ratio = skip_rate
     router.plan(states[rows], state)
-    assert state.keep_weights.shape == (len(states[rows]), 1, NUM_LAYERS)
-    return state.keep_weights[:, 0]
+    assert state.result.keep_weights.shape == (len(states[rows]), 1, NUM_LAYERS)
+    return state.result.keep_weights[:, 0]
 
 
 def test_every_router_that_plans_ahead_is_tested_here() -> None:
-    assert {name for name, router in ROUTERS.items() if not router.decides_on_arrival} == set(MAKERS)
+    assert {name for name, router in ROUTERS.items() if not router.decides_layer_wise} == set(MAKERS)
 
 
 @planners
@@ -231,10 +233,10 @@ def test_a_generation_follows_the_plan_of_its_prompt(name, make, tiny_llama, pad
     router = make(name)
     router.set_skip_rate(0.5 * router.max_skip_ratio)
     attach(tiny_llama, 4, "xavier", router)
-    state = RoutingState.for_prompt(padded_prompts["attention_mask"])
+    state = RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]})
     tiny_llama(**padded_prompts, routing=state)
     output = tiny_llama.generate(**padded_prompts, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert torch.equal(kept_layers(output.past_key_values, 4), state.decisions())
+    assert torch.equal(kept_layers(output.past_key_values, 4), state.kept_layers())
     for row in range(4):
         mask = padded_prompts["attention_mask"][row].bool()
         alone = {"input_ids": padded_prompts["input_ids"][row : row + 1, mask]}

@@ -125,7 +125,7 @@ def test_the_score_may_choose_the_number_of_visual_tokens(build, routed: Checkpo
 
     def scored(self, states, routing) -> None:
         plan(self, states, routing)
-        routing.scores = (routing.question_mask.sum(dim=1, keepdim=True) > 6).float()
+        routing.result.scores = (routing.question_mask.sum(dim=1, keepdim=True) > 6).float()
 
     type(router).plan = scored
     try:

@@ -217,10 +217,10 @@ def test_the_cache_is_left_as_plain_decoding_leaves_it(routed, prompts) -> None:
         torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
 
 
-class _AlternateOnArrival(torch.nn.Module):
+class _AlternateLayers(torch.nn.Module):
     """A router that decides each layer when its input is there: odd layers are skipped."""
 
-    decides_on_arrival = True
+    decides_layer_wise = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,8 +234,8 @@ class _AlternateOnArrival(torch.nn.Module):
         return torch.full((hidden_states.shape[0], 1), float(layer % 2 == 0))
 
 
-def test_a_router_that_decides_on_arrival_drafts_too(tiny_llava, prompts) -> None:
-    router = _AlternateOnArrival()
+def test_a_layer_wise_router_drafts_too(tiny_llava, prompts) -> None:
+    router = _AlternateLayers()
     attach_routing(tiny_llava, router, 4, "xavier")
     found, report = lossless(tiny_llava, prompts["image"])
     assert router.seen == [0, 1, 2, 3] and report.kept_layers.tolist() == [True, False, True, False]
@@ -248,7 +248,7 @@ def test_the_skip_rate_reaches_the_router(routed, prompts, monkeypatch) -> None:
     router, asked = find_decoder(model).router, []
     plan = router.plan
     monkeypatch.setattr(
-        router, "plan", lambda states, routing: (asked.append(routing.skip_rate), plan(states, routing))
+        router, "plan", lambda states, routing: (asked.append(routing.target_skip_ratio), plan(states, routing))
     )
     lossless(model, prompts["image"], skip_rate=0.25)
     lossless(model, prompts["image"])

@@ -9,7 +9,8 @@ from transformers import LlavaForConditionalGeneration
 from fuzzyroe.attach import find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routers import KeepAllRouter, RandomRouter
-from llava.model.routing import attach_routing, detach_routing, prompt_routing, set_skip_rate
+from fuzzyroe.routing_state import RoutingState
+from llava.model.routing import attach_routing, detach_routing, set_skip_rate
 from routed_llava import encode_questions, route
 
 
@@ -88,7 +89,7 @@ def test_a_budget_that_cannot_be_met_is_refused(routed, prompts, skip_rate, erro
 
 
 def test_a_budget_beside_a_state_or_in_training_is_refused(routed, prompts) -> None:
-    state = prompt_routing(prompts["input_ids"], prompts["attention_mask"], 4)
+    state = RoutingState.from_batch({"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}, 4)
     with pytest.raises(ValueError, match="given together with routing"):
         run(routed, prompts, skip_rate=0.2, routing=state)
     with pytest.raises(ValueError, match="given in training"):

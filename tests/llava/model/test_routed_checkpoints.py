@@ -15,10 +15,11 @@ from fuzzyroe.cache import kept_layers
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.fingerprint import fingerprints
 from fuzzyroe.routers import KeepAllRouter, OracleRouter, RandomRouter, StaticRouter
+from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.skip_units import SKIP_UNITS, get_unit_name
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import prompt_routing, set_skip_rate
+from llava.model.routing import set_skip_rate
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpoint import save_stage
 from llava.train.stages import STAGES
@@ -60,7 +61,14 @@ def run(model, prompts: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
 def known_prompts(model, prompts: dict) -> OracleRouter:
     """An oracle that knows the prompts."""
     embeddings = model.get_input_embeddings()(prompts["input_ids"])
-    state = prompt_routing(prompts["input_ids"], prompts["attention_mask"], 4, prompts["pixel_values"])
+    state = RoutingState.from_batch(
+        {
+            "input_ids": prompts["input_ids"],
+            "attention_mask": prompts["attention_mask"],
+            "pixel_values": prompts["pixel_values"],
+        },
+        4,
+    )
     plans = torch.tensor([[[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0]]] * 3).bool()
     return OracleRouter.from_search(fingerprints(embeddings, state)[:, 0], plans, torch.rand(3, 3).cumsum(dim=1))
 

@@ -10,13 +10,13 @@ from fuzzyroe.attach import detach, find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.routers import FuzzyRouter
+from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.collator import SFTCollator
 from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import Turn
-from llava.model.routing import attach_routing, prompt_routing, set_skip_rate
-from llava.train.batch_routing import describe_batch
+from llava.model.routing import attach_routing, set_skip_rate
 from routed_llava import encode_questions, route
 
 
@@ -36,12 +36,12 @@ def prompts(bpe_tokenizer) -> dict[str, torch.Tensor]:
 def test_what_follows_the_last_image_is_the_question() -> None:
     ids = torch.tensor([[3, 1, 4, 4, 8, 4, 4, 9, 9], [3, 3, 3, 1, 8, 8, 8, 8, 8]])
     mask = torch.tensor([[0] + [1] * 8, [0, 0, 0] + [1] * 6])
-    state = prompt_routing(ids, mask, image_token_id=4)
-    assert state.mode == "hard" and state.num_turns == 1 and state.keep_weights is None
+    state = RoutingState.from_batch({"input_ids": ids, "attention_mask": mask}, 4)
+    assert state.mode == "hard" and state.num_turns == 1 and state.result.keep_weights is None
     assert state.turn_ids.tolist() == [[-1, 0, 0, 0, 0, 0, 0, 1, 1], [-1, -1, -1, 1, 1, 1, 1, 1, 1]]
     assert state.image_mask.int().tolist() == [[0, 0, 1, 1, 0, 1, 1, 0, 0], [0] * 9]
     assert torch.equal(state.question_mask, state.turn_ids == 1)
-    whole = prompt_routing(ids, None, image_token_id=4)
+    whole = RoutingState.from_batch({"input_ids": ids}, 4)
     assert whole.turn_ids.tolist() == [[0] * 7 + [1, 1], [1] * 9]
 
 
@@ -54,7 +54,7 @@ def test_inference_computes_the_features_of_training(template: str, question: st
     longer = {key: torch.tensor(getattr(encoded, key) * 2) for key in keys} | {"pixel_values": None}
     sample = {key: torch.tensor(getattr(encoded, key)) for key in keys} | {"pixel_values": None}
     batch = SFTCollator(3)([sample, longer])
-    trained = describe_batch(batch, 4)
+    trained = RoutingState.from_batch(batch, 4, "soft")
     expected = compute_features(summarise(embeddings(batch["input_ids"]), trained), tuple(FEATURES))[0, 0]
 
     conversation = get_template(template)
@@ -62,7 +62,9 @@ def test_inference_computes_the_features_of_training(template: str, question: st
     conversation.append_message(conversation.roles[0], text)
     conversation.append_message(conversation.roles[1], None)
     ids = torch.tensor([[3, 3, 3] + encode_prompt(conversation, bpe_tokenizer, 16, 4)[0]])
-    asked = prompt_routing(ids, (torch.arange(ids.shape[1]) >= 3).long().unsqueeze(0), 4)
+    asked = RoutingState.from_batch(
+        {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) >= 3).long().unsqueeze(0)}, 4
+    )
     found = compute_features(summarise(embeddings(ids), asked), tuple(FEATURES))[0, 0]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     trained_ids = batch["input_ids"][0][trained.question_mask[0]].tolist()
@@ -113,14 +115,14 @@ def test_rows_that_enter_a_layer_are_the_decisions(
 def test_decisions_of_generation_are_the_plan_of_the_prompt(
     routed: LlavaForConditionalGeneration, prompts: dict[str, torch.Tensor]
 ) -> None:
-    state = prompt_routing(prompts["input_ids"], prompts["attention_mask"], 4)
+    state = RoutingState.from_batch({"input_ids": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}, 4)
     with torch.no_grad():
         routed(**prompts, routing=state)
     output = routed.generate(
         **prompts, max_new_tokens=2, do_sample=False, use_cache=True, return_dict_in_generate=True, pad_token_id=3
     )
-    assert torch.equal(kept_layers(output.past_key_values, 3), state.decisions())
-    assert state.features.shape == (3, 1, 3) and not state.features[2, 0, 0]
+    assert torch.equal(kept_layers(output.past_key_values, 3), state.kept_layers())
+    assert state.result.features.shape == (3, 1, 3) and not state.result.features[2, 0, 0]
 
 
 @torch.no_grad()

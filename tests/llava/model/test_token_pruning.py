@@ -17,7 +17,7 @@ from fuzzyroe.rules import load_rule_base
 from llava.image_tokens import count_image_features, count_image_tokens
 from llava.inference.speculative import generate_lossless
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing, prompt_routing, set_skip_rate
+from llava.model.routing import attach_routing, set_skip_rate
 from llava.model.token_pruning import PRUNERS, plan_visual_tokens, prune_inputs, set_token_pruning
 from llava.model.visual_tokens import encode_images
 from llava.model.zero3_text_batches import make_text_batches_safe
@@ -136,7 +136,7 @@ class _Watching(torch.nn.Module):
 
     def plan(self, hidden_states, routing) -> None:
         self.states.append((hidden_states, routing))
-        routing.keep_weights = torch.ones(len(hidden_states), 1, 4)
+        routing.result.keep_weights = torch.ones(len(hidden_states), 1, 4)
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 13]], ids=str)
@@ -148,8 +148,13 @@ def test_the_router_sees_image_positions_and_the_row_s_own_pixels(llava, image_p
     ((hidden_states, routing),) = router.states
     assert routing.image_mask.sum(dim=1).tolist() == lengths
     features = compute_features(summarise(hidden_states, routing), ["coding_cost", "edge_density", "question_length"])
-    full = prompt_routing(
-        image_prompts["input_ids"], image_prompts["attention_mask"], IMAGE_TOKEN, image_prompts["pixel_values"]
+    full = RoutingState.from_batch(
+        {
+            "input_ids": image_prompts["input_ids"],
+            "attention_mask": image_prompts["attention_mask"],
+            "pixel_values": image_prompts["pixel_values"],
+        },
+        IMAGE_TOKEN,
     )
     states = torch.zeros(2, image_prompts["input_ids"].shape[1], 32)
     expected = compute_features(summarise(states, full), ["coding_cost", "edge_density", "question_length"])
@@ -200,7 +205,7 @@ def test_training_learns_through_pruned_images_under_soft_routing(llava, trainin
     llava.train()
     loss = llava(**batch, routing=routing).loss
     loss.backward()
-    assert torch.isfinite(loss) and sorted(routing.counts) == [0, 1, 2, 3]
+    assert torch.isfinite(loss) and sorted(routing.result.layer_runs) == [0, 1, 2, 3]
     projector = llava.model.multi_modal_projector
     assert all(bool(weight.grad.abs().sum() > 0) for weight in projector.parameters())
     text = {"input_ids": torch.tensor([[1, 5, 6, 7]]), "labels": torch.tensor([[-100, 5, 6, 7]])}
@@ -229,14 +234,19 @@ def scored_llava(llava):
 def test_a_higher_score_keeps_more_tokens(scored_llava, image_prompts) -> None:
     set_token_pruning(scored_llava, 4)
     router = find_decoder(scored_llava).router
-    routing = prompt_routing(
-        image_prompts["input_ids"], image_prompts["attention_mask"], IMAGE_TOKEN, image_prompts["pixel_values"]
+    routing = RoutingState.from_batch(
+        {
+            "input_ids": image_prompts["input_ids"],
+            "attention_mask": image_prompts["attention_mask"],
+            "pixel_values": image_prompts["pixel_values"],
+        },
+        IMAGE_TOKEN,
     )
     features = torch.stack(list(scored_llava.get_image_features(image_prompts["pixel_values"]).pooler_output))
     states = scored_llava.get_input_embeddings()(image_prompts["input_ids"])
     states[image_prompts["input_ids"] == IMAGE_TOKEN] = features.flatten(0, 1)
     router.plan(states.detach(), routing)
-    scores = routing.scores[:, 0]
+    scores = routing.result.scores[:, 0]
     assert scores[0] != scores[1]
     between = float(scores.mean())
     router.score_quantiles.copy_(torch.linspace(between - 0.5, between + 0.5, len(router.score_quantiles)))

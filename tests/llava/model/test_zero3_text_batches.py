@@ -61,10 +61,10 @@ def test_soft_routing_runs_the_tower_outside_training_too(tiny_llava: LlavaForCo
     attach(tiny_llava, 4)
     make_text_batches_safe(tiny_llava)
     runs = count_tower_runs(tiny_llava)
-    state = RoutingState.forced(torch.ones(2, 4), MASK, mode="soft")
+    state = RoutingState.from_batch({"attention_mask": MASK}).forced(torch.ones(2, 4), mode="soft")
     tiny_llava(**BATCH, routing=state)
     assert runs == [1]
-    tiny_llava(**BATCH, routing=RoutingState.forced(torch.ones(2, 4), MASK))
+    tiny_llava(**BATCH, routing=RoutingState.from_batch({"attention_mask": MASK}).forced(torch.ones(2, 4)))
     assert runs == [1]
 
 

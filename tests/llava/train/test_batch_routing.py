@@ -9,10 +9,11 @@ from torch import Tensor
 from fuzzyroe.budget import BudgetTable
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
+from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.collator import SFTCollator
-from llava.train.batch_routing import BudgetedRouting, RandomRouting, describe_batch
+from llava.train.batch_routing import BudgetedRouting, RandomRouting
 
 IMAGE = 4
 
@@ -38,8 +39,8 @@ def test_a_literal_batch_is_described() -> None:
         "labels": torch.tensor([[M] * 6 + [9, 2, M, 9], [M] * 4 + [9, 2] + [M] * 4]),
         "turn_ids": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1, -1, -1, -1, -1]]),
     }
-    state = describe_batch(inputs, IMAGE)
-    assert state.mode == "soft" and state.num_turns == 2 and state.keep_weights is None
+    state = RoutingState.from_batch(inputs, IMAGE, "soft")
+    assert state.mode == "soft" and state.num_turns == 2 and state.result.keep_weights is None
     assert torch.equal(state.turn_ids, inputs["turn_ids"])
     assert state.image_mask.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0, 0, 0], [0] * 10]
     assert state.question_mask.int().tolist() == [[0, 0, 0, 0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]]
@@ -51,7 +52,7 @@ def test_without_an_image_the_system_prompt_belongs_to_the_first_question() -> N
         "labels": torch.tensor([[M, M, M, M, 9], [M, M, M, M, 9]]),
         "turn_ids": torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]),
     }
-    state = describe_batch(inputs, IMAGE)
+    state = RoutingState.from_batch(inputs, IMAGE, "soft")
     assert state.turn_ids.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
     assert state.question_mask.int().tolist() == [[1, 1, 1, 1, 0], [0, 0, 0, 1, 0]]
     assert inputs["turn_ids"][0, 0] == 0, "the batch itself is left as it is"
@@ -64,8 +65,8 @@ def test_other_answers_change_no_feature_and_no_route(batch: dict[str, Tensor], 
     other["input_ids"][learned] = other["labels"][learned] = 150
     plans = []
     for inputs in (batch, other):
-        state = describe_batch(inputs, IMAGE)
-        state.skip_rate = 0.5
+        state = RoutingState.from_batch(inputs, IMAGE, "soft")
+        state.target_skip_ratio = 0.5
         router.plan(embeddings(inputs["input_ids"]), state)
         plans.append(state)
     assert not torch.equal(embeddings(batch["input_ids"]), embeddings(other["input_ids"]))
@@ -103,10 +104,10 @@ def test_budgets_follow_torchs_generator_which_a_resumed_run_restores(batch: dic
 
 def test_budgets_that_were_drawn_are_planned(batch: dict[str, Tensor], router: FuzzyRouter) -> None:
     state = BudgetedRouting(IMAGE, 0.75, dense_ratio=0.5)(batch)
-    state.skip_rate[:] = torch.tensor([0.0, 0.75, 0.0, 0.75, 0.75, 0.0])
+    state.target_skip_ratio[:] = torch.tensor([0.0, 0.75, 0.0, 0.75, 0.75, 0.0])
     router.score_quantiles.add_(0.999)  # every score has a percentile near 0
     router.plan(torch.nn.Embedding(200, 16)(batch["input_ids"]), state)
-    kept = state.keep_weights.mean(dim=(1, 2))
+    kept = state.result.keep_weights.mean(dim=(1, 2))
     assert kept.tolist() == pytest.approx([1, 0.25, 1, 0.25, 0.25, 1])
 
 

@@ -12,12 +12,12 @@ from fuzzyroe.budget import BudgetTable
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
 from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.rules import load_rule_base
 from fuzzyroe.schedule import relax
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import SFTCollator
 from llava.model.routing import attach_routing
-from llava.train.batch_routing import describe_batch
 
 IMAGE, OTHER = 4, 97
 
@@ -39,11 +39,11 @@ def calibrated() -> FuzzyRouter:
 
 def route(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> RoutingState:
     """Run a batch as training does; what was decided."""
-    state = describe_batch(batch, IMAGE)
+    state = RoutingState.from_batch(batch, IMAGE, "soft")
     if isinstance(find_decoder(model).router, LinearRouter):
-        state.relaxation = relax(0.6, 0.3, None)
+        state.roe = RoEPass(relax(0.6, 0.3, None))
     else:
-        state.skip_rate = 0.5
+        state.target_skip_ratio = 0.5
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("turn_ids", "labels")}
     model(**inputs, routing=state)
     return state
@@ -62,7 +62,7 @@ def test_no_token_of_an_answer_changes_a_feature_or_a_plan_up_to_its_turn(
 ) -> None:
     model = attach_routing(reading_llava, calibrated(), 8, "xavier").train()
     expected = route(model, batch)
-    assert 0 < expected.keep_weights.mean() < 1 and expected.keep_weights.unique().numel() > 1
+    assert 0 < expected.result.keep_weights.mean() < 1 and expected.keep_weights.unique().numel() > 1
     learned = (batch["labels"] != IGNORE_INDEX).nonzero().tolist()
     assert len(learned) > 30 and {row for row, _ in learned} == set(range(6))
     for row, position in learned:

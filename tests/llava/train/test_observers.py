@@ -35,8 +35,7 @@ def two_turns() -> RoutingState:
     keep = torch.ones(3, 2, NUM_LAYERS)
     keep[0, 0, 1], keep[0, :, 2], keep[1, 0, 3] = 0.0, 0.0, 0.5
     keep[1:, 1] = 0.0  # turns that these do not have
-    state.keep_weights = keep
-    return state
+    return state.forced(keep)
 
 
 def test_skip_rates_add_up_over_layers_samples_and_sources() -> None:

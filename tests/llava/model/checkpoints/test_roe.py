@@ -40,7 +40,7 @@ def test_a_prompt_takes_the_published_path_to_the_published_logits(folder: Path,
     assert isinstance(find_decoder(checkpoint.model).router, LinearRouter)
     inputs, state = prompts(checkpoint.model, case)
     output = checkpoint.model(**inputs, routing=state, use_cache=True)
-    assert torch.equal(state.decisions().T, golden(f"{case}/execute"))
+    assert torch.equal(state.kept_layers().T, golden(f"{case}/execute"))
     assert_close(output.logits[..., :VOCAB_SIZE], golden(f"{case}/prefill_logits")[:, 2:], "logits")
 
 
