@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from llava.cli.check_data import check_data_command
 from llava.cli.commands import chat, convert, explain, report
-from llava.cli.data_stats import data_stats_command
+from llava.cli.data import check_data_command, data_stats_command
 from llava.cli.doctor import doctor_command
 from llava.cli.estimate import estimate_command
 from llava.cli.rules import rules_app

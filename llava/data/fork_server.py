@@ -14,7 +14,6 @@ MODULES = (
     "transformers.tokenization_utils_tokenizers",
     "transformers.models.clip.image_processing_pil_clip",
     "llava.data.dataset",
-    "llava.data.collator",
 )
 """What a worker imports when it unpickles its dataset: several hundred megabytes, the same in all of them."""
 

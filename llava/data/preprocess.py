@@ -7,31 +7,36 @@ compared, so no "tokenization mismatch" can occur.
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.data.offsets import tokenize_with_offsets
-from llava.data.records import DataError, Turn
+from llava.data.records import DataError, Record, Turn
+
+BYTES_PER_TOKEN = 4
+"""About what a token of English takes."""
+
+_TOKENS_WITHOUT_TEXT = 4  # most that a tokenizer adds to a piece of text around images: begin, end, a leading space
+_IMAGE_KEY = re.compile(rb'"image"\s*:\s*["\[]')  # in a text the quotes would be escaped, so that it cannot match
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE_PIECE = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes for a space
 
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids of one conversation with what training needs to know of each.
+    """Token ids of one conversation with what training needs to know of each."""
 
-    Attributes:
-        input_ids: Token ids after image expansion, N.
-        labels: Token ids where learned, ``IGNORE_INDEX`` elsewhere, N.
-        turn_ids: 0 up to and including the first question's last image token (the system prompt where there is no
-            image) and at every other image token, else the number of the turn, N.
-        is_truncated: Whether turns or tokens were cut to fit the maximum length.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[int]  # token ids after image expansion, N
+    labels: list[int]  # token ids where learned, ``IGNORE_INDEX`` elsewhere, N
+    # 0 up to and including the first question's last image token (the system prompt where there is no image) and at
+    # every other image token, else the number of the turn, N
     turn_ids: list[int]
-    is_truncated: bool = False
+    is_truncated: bool = False  # whether turns or tokens were cut to fit the maximum length
 
     @property
     def num_trained(self) -> int:
@@ -39,17 +44,8 @@ class EncodedConversation:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-@dataclass(frozen=True)
-class _Token:
-    """A token with the half-open character range it covers in the rendered prompt; an image marker has ``id`` None."""
-
-    id: int | None
-    start: int
-    end: int
-
-
 def encode_conversation(
-    turns: tuple[Turn, ...] | list[Turn],
+    turns: Sequence[Turn],
     tokenizer: Any,
     template: Conversation,
     num_image_tokens: int,
@@ -67,9 +63,6 @@ def encode_conversation(
         max_length: Longest result in tokens, after image expansion. What does not fit is cut from the end; an image
             is never cut in half.
 
-    Returns:
-        The encoded conversation.
-
     Raises:
         DataError: If an image does not fit ``max_length``.
         ValueError: If a slow tokenizer rewrites its text.
@@ -79,25 +72,50 @@ def encode_conversation(
         question = _marker_first(turn.question).replace(DEFAULT_IMAGE_TOKEN, template.image_markup)
         conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], turn.answer)
-    ids, labels, turn_ids = [], [], []
-    for token_id, turn, is_answer in _marked_tokens(conversation, tokenizer):
-        count = num_image_tokens if token_id is None else 1
-        ids += [image_token_id if token_id is None else token_id] * count
-        labels += [token_id if is_answer else IGNORE_INDEX] * count
-        turn_ids += [turn] * count
-    return _truncate(ids, labels, turn_ids, image_token_id, max_length)
+    whole = _encode(conversation, tokenizer, num_image_tokens, image_token_id)
+    if max_length is None or len(whole.input_ids) <= max_length:
+        return whole
+    if image_token_id in whole.input_ids[max_length:]:
+        last_image = len(whole.input_ids) - whole.input_ids[::-1].index(image_token_id)
+        raise DataError(
+            f"The image tokens end at position {last_image}, beyond model_max_length {max_length}; raise "
+            "--model_max_length or drop the sample."
+        )
+    ids, labels, turn_ids = (part[:max_length] for part in (whole.input_ids, whole.labels, whole.turn_ids))
+    return EncodedConversation(ids, labels, turn_ids, is_truncated=True)
 
 
 def encode_prompt(
     conversation: Conversation, tokenizer: Any, num_image_tokens: int, image_token_id: int
 ) -> tuple[list[int], list[int]]:
     """Token ids and turn ids of a conversation whose last answer is open; a prefix of its training encoding."""
-    ids, turn_ids = [], []
-    for token_id, turn, _ in _marked_tokens(conversation, tokenizer):
-        count = num_image_tokens if token_id is None else 1
-        ids += [image_token_id if token_id is None else token_id] * count
-        turn_ids += [turn] * count
-    return ids, turn_ids
+    encoded = _encode(conversation, tokenizer, num_image_tokens, image_token_id)
+    return encoded.input_ids, encoded.turn_ids
+
+
+def _encode(
+    conversation: Conversation, tokenizer: Any, num_image_tokens: int, image_token_id: int
+) -> EncodedConversation:
+    """Encode a conversation, whole."""
+    text, ends, marks = "", [], []
+    for segment in conversation.segments():
+        text += segment.text
+        ends.append(len(text))
+        marks.append((segment.turn, segment.is_answer))
+    tokens = _tokenize_around_images(text, tokenizer)
+    # A token belongs to the segment of its last character: a leading space belongs to what follows it.
+    segments = [bisect_right(ends, max(stop - 1, start, 0)) for _, start, stop in tokens]
+    owners = [marks[min(segment, len(marks) - 1)] for segment in segments]
+    first_question = [n for n, (token_id, _, _) in enumerate(tokens) if token_id is None and owners[n][0] == 1]
+    prefix_end = max(first_question, default=-1)
+    encoded = EncodedConversation([], [], [])
+    for number, ((token_id, _, _), (turn, is_answer)) in enumerate(zip(tokens, owners, strict=True)):
+        is_image = token_id is None
+        count = num_image_tokens if is_image else 1
+        encoded.input_ids.extend([image_token_id if token_id is None else token_id] * count)
+        encoded.labels.extend([token_id if is_answer and token_id is not None else IGNORE_INDEX] * count)
+        encoded.turn_ids.extend([0 if is_image or number <= prefix_end else turn] * count)
+    return encoded
 
 
 def _marker_first(question: str) -> str:
@@ -111,63 +129,156 @@ def _marker_first(question: str) -> str:
     return f"{DEFAULT_IMAGE_TOKEN}\n{text}".strip()
 
 
-def _marked_tokens(conversation: Conversation, tokenizer: Any) -> list[tuple[int | None, int, bool]]:
-    """Token id (None for an image), turn and whether it is learned, for every token of a conversation."""
-    text, spans = _render(conversation)
-    tokens = _tokenize(text, tokenizer)
-    places = [_lookup(spans, token) for token in tokens]
-    first_images = (i for i, token in enumerate(tokens) if token.id is None and places[i][0] == 1)
-    prefix_end = max(first_images, default=-1)
-    return [
-        (token.id, 0 if token.id is None or index <= prefix_end else turn, is_answer and token.id is not None)
-        for index, (token, (turn, is_answer)) in enumerate(zip(tokens, places, strict=True))
-    ]
+# ---- tokens and the characters they cover ---------------------------------------------------------------------------
 
 
-def _render(conversation: Conversation) -> tuple[str, list[tuple[int, int, bool]]]:
-    """The prompt and, per segment, (end, turn, is_answer)."""
-    text, spans = "", []
-    for segment in conversation.segments():
-        text += segment.text
-        spans.append((len(text), segment.turn, segment.is_answer))
-    return text, spans
-
-
-def _lookup(spans: list[tuple[int, int, bool]], token: _Token) -> tuple[int, bool]:
-    """Turn and kind of the segment that holds a token's last character (a leading blank belongs to what follows)."""
-    position = max(token.end - 1, token.start, 0)
-    for end, turn, is_answer in spans:
-        if position < end:
-            return turn, is_answer
-    return spans[-1][1], spans[-1][2]
-
-
-def _tokenize(text: str, tokenizer: Any) -> list[_Token]:
-    """Tokenize chunk-wise around ``<image>``, as ``tokenizer_image_token`` does, keeping character ranges."""
-    tokens: list[_Token] = []
+def _tokenize_around_images(text: str, tokenizer: Any) -> list[tuple[int | None, int, int]]:
+    """Tokenize around ``<image>`` as ``tokenizer_image_token`` does: id (None for an image) and character range."""
+    tokens: list[tuple[int | None, int, int]] = []
     start = 0
     for number, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
         if number:
-            tokens.append(_Token(None, start, start + len(DEFAULT_IMAGE_TOKEN)))
+            tokens.append((None, start, start + len(DEFAULT_IMAGE_TOKEN)))
             start += len(DEFAULT_IMAGE_TOKEN)
         for position, (token_id, left, right) in enumerate(tokenize_with_offsets(chunk, tokenizer)):
             is_bos = position == 0 and token_id == tokenizer.bos_token_id and left == right
-            if number and is_bos:
-                continue
-            tokens.append(_Token(token_id, start + left, start + right))
+            if not (number and is_bos):  # <s> is kept once, in front
+                tokens.append((token_id, start + left, start + right))
         start += len(chunk)
     return tokens
 
 
-def _truncate(
-    ids: list[int], labels: list[int], turn_ids: list[int], image_token_id: int, max_length: int | None
-) -> EncodedConversation:
-    if max_length is None or len(ids) <= max_length:
-        return EncodedConversation(ids, labels, turn_ids)
-    if image_token_id in ids[max_length:]:
-        last_image = len(ids) - ids[::-1].index(image_token_id)
-        raise DataError(
-            f"The image tokens end at position {last_image}, beyond model_max_length {max_length}; raise "
-            "--model_max_length or drop the sample."
-        )
-    return EncodedConversation(ids[:max_length], labels[:max_length], turn_ids[:max_length], is_truncated=True)
+def tokenize_with_offsets(text: str, tokenizer: Any) -> list[tuple[int, int, int]]:
+    """Tokenize a text, special tokens included, and say where each token stands.
+
+    A fast tokenizer tells the ranges itself. The pieces of a slow one are laid along the text, one after the other.
+
+    Returns:
+        Id, start and end of each token: a half-open range of characters, empty for a token without text such as
+        ``<s>``.
+
+    Raises:
+        ValueError: If a slow tokenizer rewrites the text, so that its pieces are not found there.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        return [(i, *span) for i, span in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+    ids, pieces = tokenizer(text).input_ids, tokenizer.tokenize(text)
+    spans = _lay_along(text, pieces, type(tokenizer).__name__)
+    starts_with_bos = bool(ids) and ids[0] == tokenizer.bos_token_id and pieces[:1] != [tokenizer.bos_token]
+    front = int(starts_with_bos and len(ids) > len(pieces))
+    back = len(ids) - len(pieces) - front
+    spans = [(0, 0)] * front + spans + [(len(text), len(text))] * back
+    return [(token_id, *span) for token_id, span in zip(ids, spans, strict=True)]
+
+
+def _lay_along(text: str, pieces: list[str], tokenizer_name: str) -> list[tuple[int, int]]:
+    """Ranges of pieces that follow one another in a text."""
+    spans: list[tuple[int, int]] = []
+    position, pending = 0, b""  # bytes of a character that is not complete yet
+    for piece in pieces:
+        end = _end_of(text, position, piece)
+        byte = _BYTE_PIECE.fullmatch(piece)
+        if end is None and byte:
+            pending += bytes.fromhex(byte[1])
+            spans.append((position, position + 1))
+            if text[position : position + 1].encode() == pending:
+                position, pending = position + 1, b""
+            continue
+        if end is None or pending:
+            raise ValueError(
+                f"Tokenizer {tokenizer_name} gives the piece {piece!r}, which is not in the text at "
+                f"{text[position : position + 20]!r}; a slow tokenizer must not rewrite its text. Load a fast one."
+            )
+        spans.append((position, end))
+        position = end
+    return spans
+
+
+def _end_of(text: str, position: int, piece: str) -> int | None:
+    """Where a piece ends that begins at a position; None if it does not begin there.
+
+    A piece may have a leading space that the text has not (the first word's), or has as another white space.
+    """
+    surface = piece.replace(_SPACE_PIECE, " ")
+    if text.startswith(surface, position):
+        return position + len(surface)
+    word = surface.lstrip(" ")
+    if surface == word:
+        return None
+    while position < len(text) and word and text[position].isspace():
+        position += 1
+    return position + len(word) if text.startswith(word, position) else None
+
+
+# ---- lengths, and a view of what is learned --------------------------------------------------------------------------
+
+
+def estimate_length(text: bytes, num_image_tokens: int) -> int:
+    """Rough length of a record in tokens, negative without an image; a tenth of the time that parsing takes.
+
+    Args:
+        text: The record as it stands in its file.
+        num_image_tokens: Positions one image takes.
+
+    >>> estimate_length(b'{"image": "coco/1.jpg", "conversations": []}', 576)
+    587
+    """
+    num_tokens = max(1, len(text) // BYTES_PER_TOKEN)
+    if not _IMAGE_KEY.search(text):
+        return -num_tokens
+    return num_tokens + max(1, text.count(DEFAULT_IMAGE_TOKEN.encode())) * num_image_tokens
+
+
+@dataclass(frozen=True)
+class LengthMeter:
+    """Measures records as training encodes them; needs a model's configuration and tokenizer, not its weights."""
+
+    tokenizer: Any  # fast tokenizer of the model
+    template: Conversation  # empty conversation of the template to train with
+    num_image_tokens: int  # positions one image takes
+    image_token_id: int  # token id of an image position
+    max_length: int  # longest sample in tokens, images included
+
+    def encode(self, record: Record, max_length: int | None = None) -> EncodedConversation:
+        """Encode a record, whole or cut. Raises DataError if an image does not fit."""
+        image = (self.num_image_tokens, self.image_token_id)
+        return encode_conversation(record.turns, self.tokenizer, self.template, *image, max_length)
+
+    def measure(self, record: Record) -> tuple[int, int]:
+        """Tokens in all, and trained tokens within the maximum length. Raises DataError if an image does not fit."""
+        whole = self.encode(record)
+        total = len(whole.input_ids)
+        return total, (whole if total <= self.max_length else self.encode(record, self.max_length)).num_trained
+
+    def may_exceed(self, record: Record) -> bool:
+        """Whether a record could be longer than the maximum, judged without tokenizing: a token is at least a byte."""
+        frame = self.template.copy()  # what the template puts around one question and its answer
+        frame.system = ""
+        for role in (*frame.roles, *frame.roles):
+            frame.append_message(role, "")
+        markup = len(self.template.system.encode()) + len(record.turns) * len(frame.get_prompt().encode())
+        num_bytes = sum(len(turn.question.encode()) + len(turn.answer.encode()) for turn in record.turns)
+        num_images = len(record.images)
+        text = num_bytes + markup + (num_images + 1) * _TOKENS_WITHOUT_TEXT
+        return text + num_images * self.num_image_tokens > self.max_length
+
+
+def view_tokens(
+    encoded: EncodedConversation, tokenizer: Any, image_token_id: int
+) -> Iterator[tuple[str, int, int, str]]:
+    """Show what is learned of a conversation, what is masked and where images are.
+
+    Yields:
+        For each run of tokens of one kind and turn: "trained", "masked" or "image", the turn (0 in front of the first
+        question), the number of tokens, and their text with special tokens, empty for an image.
+    """
+
+    def describe(position: int) -> tuple[str, int]:
+        kind = "masked" if encoded.labels[position] == IGNORE_INDEX else "trained"
+        is_image = encoded.input_ids[position] == image_token_id
+        return "image" if is_image else kind, encoded.turn_ids[position]
+
+    for (kind, turn), positions in groupby(range(len(encoded.input_ids)), describe):
+        ids = [encoded.input_ids[position] for position in positions]
+        yield kind, turn, len(ids), "" if kind == "image" else tokenizer.decode(ids)

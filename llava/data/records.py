@@ -1,75 +1,77 @@
-"""A training record: one conversation with its images, validated, read from disk one at a time."""
+"""Training records in LLaVA's format: located in their file once, then read and validated one at a time."""
 
 from __future__ import annotations
 
+import codecs
+import json
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.json_index import DataError, build_index, parse_json
-
-__all__ = [
-    "DataError",
-    "ImageFileError",
-    "Record",
-    "RecordError",
-    "RecordFile",
-    "Turn",
-    "image_names",
-    "parse_record",
-    "resolve_image",
-    "source_of",
-]
 
 QUESTION_ROLE, ANSWER_ROLE = "human", "gpt"
 TEXT_SOURCE = "text"
+CHUNK_BYTES = 1 << 22
+_WHITESPACE = " \t\r\n"
 _ROLE_HINTS = {"user": QUESTION_ROLE, "assistant": ANSWER_ROLE, "model": ANSWER_ROLE, "Human": QUESTION_ROLE}
+_MEDIA_HINTS = dict.fromkeys(("images", "image_path", "Image"), "Rename '{}' to 'image'") | dict.fromkeys(
+    ("video", "videos", "audio"), "Drop the record; '{}' is not read"
+)
+_FOREIGN_STARTS = (
+    (b"\x1f\x8b", "is gzip-compressed", "decompress it first: gunzip FILE"),
+    (b"PK\x03\x04", "is a zip archive", "unpack it first: unzip FILE"),
+    (b"PAR1", "is a Parquet file", "export its rows to JSON Lines first"),
+    (b"\xff\xfe", "is UTF-16 text", "save it again as UTF-8"),
+    (b"\xfe\xff", "is UTF-16 text", "save it again as UTF-8"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the data itself", "fetch the data: git lfs pull"),
+    (b"<", "is a web page (HTML or XML)", "download the raw file, not the page that shows it"),
+)
+
+
+class DataError(ValueError):
+    """Says that training data, or the way it was asked for, is wrong in a way its owner can mend."""
 
 
 class RecordError(DataError):
     """Says which record cannot be trained on, and why."""
 
 
-class ImageFileError(DataError):
-    """Says why an image named by a record cannot be opened from the image folder."""
+class _Problem(DataError):
+    """What is wrong with a record, before the record is named."""
+
+    def __init__(self, found: str, allowed: str, remedy: str) -> None:
+        super().__init__(f"{found}; {allowed}. {remedy}.")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer.
+    """One question with its answer."""
 
-    Attributes:
-        question: Text of the human, with its image tags.
-        answer: Text to train on, never empty, without image tags.
-    """
-
-    question: str
-    answer: str
+    question: str  # text of the user, with its image tags
+    answer: str  # text to train on, never empty, without image tags
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        index: Position in the file, from 0; with ``id`` it names the record, as ids repeat in public mixtures.
-        id: The file's own identifier; the index where the file has none.
-        images: Image files relative to the image folder, one per image tag, in the order of the tags.
-        turns: At least one.
-        source: First folder of the first image, such as ``coco``; ``.`` without a folder; ``text`` without an image.
-        raw: The JSON object as read.
-    """
+    index: int  # position in the file, from 0; with ``id`` it names the record, as ids repeat in public mixtures
+    id: str  # the file's own identifier; the index where the file has none
+    images: tuple[str, ...]  # image files relative to the image folder, one per image tag, in the order of the tags
+    turns: tuple[Turn, ...]  # at least one
+    source: str  # first folder of the first image, such as ``coco``; ``.`` without a folder; ``text`` without an image
+    raw: dict  # the JSON object as read
 
-    index: int
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
-    source: str
-    raw: dict
+
+# ---- one record -----------------------------------------------------------------------------------------------------
 
 
 def parse_record(obj: Any, index: int, path: str | Path) -> Record:
@@ -83,16 +85,23 @@ def parse_record(obj: Any, index: int, path: str | Path) -> Record:
     Raises:
         RecordError: If a question lacks its answer, roles do not alternate, image tags and images differ in number, or
             a value has the wrong kind; naming file, index, id, what was found, what is allowed and what to do.
+
+    >>> messages = [{"from": "human", "value": "<image>\\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
+    >>> record = parse_record({"id": 7, "image": "coco/1.jpg", "conversations": messages}, 0, "mix.json")
+    >>> record.source, record.turns
+    ('coco', (Turn(question='<image>\\nWhich colour?', answer='Red.'),))
     """
     try:
-        identifier = _identifier(obj, index)
-        images = image_names(obj)
-        turns = _turns(obj)
-        _check_tags(images, turns, obj)
+        identifier, images, turns = _identifier(obj, index), image_names(obj), _turns(obj)
+        _check_media(images, turns, obj)
     except _Problem as problem:
-        identifier = obj.get("id") if isinstance(obj, Mapping) else None
-        raise RecordError(f"{path}: record {index} (id {identifier!r}): {problem}") from None
+        raise name_record(path, index, obj.get("id") if isinstance(obj, Mapping) else None, problem) from None
     return Record(index, identifier, images, turns, source_of(images), obj)
+
+
+def name_record(path: str | Path, index: int, identifier: Any, problem: object) -> RecordError:
+    """Put file, index and id of a record in front of what is wrong with it."""
+    return RecordError(f"{path}: record {index} (id {identifier!r}): {problem}")
 
 
 def image_names(obj: Mapping[str, Any]) -> tuple[str, ...]:
@@ -110,7 +119,7 @@ def image_names(obj: Mapping[str, Any]) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise _Problem(f"'image' holds {_kind(name)}", "a name or a list of names is allowed", "Write a file name")
-        _check_image_name(name)
+        check_image_name(name)
     return tuple(names)
 
 
@@ -130,121 +139,32 @@ def source_of(images: Sequence[str]) -> str:
     return f"{source}/" if source == TEXT_SOURCE else source
 
 
-def resolve_image(image_folder: str | Path, relative: str) -> Path:
-    """Find an image inside the image folder.
-
-    Args:
-        image_folder: Folder that all image names are relative to.
-        relative: Name as written in a record, with forward slashes.
-
-    Returns:
-        Path of an existing file below ``image_folder``, links resolved.
-
-    Raises:
-        ImageFileError: If the name is absolute, climbs out of the folder, follows a link out of it, or names no file.
-    """
-    try:
-        _check_image_name(relative)
-    except _Problem as problem:
-        raise ImageFileError(str(problem)) from None
-    folder = Path(os.path.realpath(image_folder))
-    found = Path(os.path.realpath(folder / relative))
-    if not found.is_relative_to(folder):
-        raise ImageFileError(
-            f"Image '{relative}' is a link to '{found}', outside the image folder '{folder}'; only files inside it are "
-            "allowed. Move the file there, or name the folder above both as the image folder."
-        )
-    if not found.exists():
-        raise ImageFileError(
-            f"Image '{relative}' is not in '{folder}'; every image a record names must be there. "
-            "Download it, or drop the record."
-        )
-    if not found.is_file():
-        raise ImageFileError(
-            f"Image '{relative}' is a folder in '{folder}'; a record must name a file. Correct the name in the record."
-        )
-    return found
+# Whether a name is wrong, what is wrong with it, and the remedy; the first that applies is told.
+_NAME_CHECKS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
+    (lambda name: not name.strip(), "'image' is an empty name", "Leave 'image' out for a text-only record"),
+    (lambda name: "\0" in name, "image {name!r} holds a NUL character", "Rename the file"),
+    (
+        lambda name: "://" in name or name.startswith("data:"),
+        "image '{name:.60}' is a web address",
+        "Download it and name the local file",
+    ),
+    (lambda name: "\\" in name, "image '{name}' holds a backslash", "Replace every backslash by a forward slash"),
+    (
+        lambda name: name.startswith("/") or name[1:2] == ":",
+        "image '{name}' is an absolute path",
+        "Cut the image folder off its front",
+    ),
+    (lambda name: ".." in name.split("/"), "image '{name}' climbs out with '..'", "Choose a higher image folder"),
+    (lambda name: name.endswith("/"), "image '{name}' names a folder", "Add the file name"),
+)
 
 
-class RecordFile(Sequence):
-    """The records of one JSON array or JSON Lines file, parsed one at a time.
-
-    Only byte offsets stay in memory, 16 bytes per record. The file is opened by each process when first needed, so a
-    ``RecordFile`` can be handed to data-loader workers, however they are started.
-
-    Args:
-        path: UTF-8 file.
-
-    Raises:
-        DataError: If the file cannot be read or is not a list of objects; with line and column.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._index = build_index(self.path)
-        self._descriptor: int | None = None
-
-    def __len__(self) -> int:
-        return len(self._index.spans)
-
-    def __getitem__(self, index: int) -> Record:
-        """Give one validated record; negative indices count from the end. Raises RecordError if it is unusable."""
-        index = self._position(index)
-        return parse_record(self.raw(index), index, self.path)
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
-
-    @property
-    def is_lines(self) -> bool:
-        """True for JSON Lines, False for one JSON array."""
-        return self._index.is_lines
-
-    def raw(self, index: int) -> dict:
-        """Give one JSON object without looking at what it says. Raises RecordError if it is not a JSON object."""
-        index = self._position(index)
-        start = int(self._index.spans[index, 0])
-        try:
-            obj = parse_json(self.path, start, self.raw_bytes(index), f"record {index}")
-        except DataError as error:
-            raise RecordError(str(error)) from None
-        if not isinstance(obj, dict):
-            raise RecordError(
-                f"{self.path}: record {index} is {_kind(obj)}; an object {{...}} is needed. Write a record per line."
-            )
-        return obj
-
-    def raw_bytes(self, index: int) -> bytes:
-        """Give the text of one record exactly as it stands in the file."""
-        start, stop = self._index.spans[self._position(index)].tolist()
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            if os.fstat(self._descriptor).st_size != self._index.size:
-                raise DataError(
-                    f"{self.path} changed size since it was read ({self._index.size:,} bytes then); a file must stay "
-                    "as it is while it is in use. Start again."
-                )
-        return os.pread(self._descriptor, stop - start, start)  # leaves no shared file position behind: fork-safe
-
-    def _position(self, index: int) -> int:
-        index, length = operator.index(index), len(self)
-        if not -length <= index < length:
-            raise IndexError(f"{self.path} has no record {index}; 0 to {length - 1} are there. Use one of these.")
-        return index % length
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)
-
-
-class _Problem(DataError):
-    """A finding before its record is named."""
-
-    def __init__(self, found: str, allowed: str, remedy: str) -> None:
-        super().__init__(f"{found}; {allowed}. {remedy}.")
+def check_image_name(name: str) -> None:
+    """Refuse a name that is no path inside the image folder. Raises DataError."""
+    for is_wrong, found, remedy in _NAME_CHECKS:
+        if is_wrong(name):
+            allowed = "a path inside the image folder with forward slashes is allowed"
+            raise _Problem(found.format(name=name), allowed, remedy)
 
 
 def _kind(value: Any) -> str:
@@ -263,90 +183,43 @@ def _identifier(obj: Any, index: int) -> str:
     return str(identifier)
 
 
-def _check_image_name(name: str) -> None:
-    allowed = "a path inside the image folder with forward slashes is allowed"
-    parts = PurePosixPath(name).parts
-    if not name.strip():
-        raise _Problem("'image' is an empty name", allowed, "Leave 'image' out for a text-only record")
-    if "\0" in name:
-        raise _Problem(f"image {name!r} holds a NUL character", allowed, "Rename the file")
-    if "://" in name or name.startswith("data:"):
-        raise _Problem(f"image '{name[:60]}' is a web address", allowed, "Download it and name the local file")
-    if "\\" in name:
-        raise _Problem(f"image '{name}' holds a backslash", allowed, "Replace every backslash by a forward slash")
-    if name.startswith("/") or PurePosixPath(name).is_absolute() or name[1:2] == ":":
-        raise _Problem(f"image '{name}' is an absolute path", allowed, "Cut the image folder off its front")
-    if ".." in parts:
-        raise _Problem(f"image '{name}' climbs out with '..'", allowed, "Choose a higher image folder instead")
-    if name.endswith("/"):
-        raise _Problem(f"image '{name}' names a folder", allowed, "Add the file name")
-
-
 def _turns(obj: Mapping[str, Any]) -> tuple[Turn, ...]:
     shape = "a list of {'from', 'value'} is needed"
     if "conversations" not in obj:
         near = next((key for key in ("conversation", "messages", "dialog", "text") if key in obj), None)
-        found = "'conversations' is missing" + (f" (there is '{near}')" if near else "")
-        raise _Problem(found, shape, f"Rename '{near}'" if near else "Add it or drop the record")
+        hint = f" (there is '{near}')" if near else ""
+        remedy = f"Rename '{near}'" if near else "Add it or drop the record"
+        raise _Problem(f"'conversations' is missing{hint}", shape, remedy)
     messages = obj["conversations"]
     if not isinstance(messages, list):
         raise _Problem(f"'conversations' is {_kind(messages)}", shape, "Put the messages into a list")
     if not messages:
         raise _Problem("'conversations' is empty", "at least one question and answer is needed", "Drop the record")
-    first = _first_question(messages)
-    texts = [_text(message, number, first) for number, message in enumerate(messages)][first:]
-    if len(texts) % 2:
-        raise _Problem(
-            f"conversations[{len(messages) - 1}] is a question without an answer",
-            "every question needs one",
-            "Cut it off or drop the record",
-        )
+    # An answer to nothing, as ShareGPT has in front, is left out as in LLaVA.
+    first = int(isinstance(messages[0], Mapping) and messages[0].get("from") == ANSWER_ROLE)
+    texts = [_text(messages[n], n, (n - first) % 2 == 1) for n in range(first, len(messages))]
     if not texts:
-        raise _Problem(
-            "'conversations' holds an answer and no question", "a question must come first", "Drop the record"
-        )
-    turns = tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True))
-    for number, turn in enumerate(turns):
-        where = f"conversations[{first + 2 * number + 1}]"
-        if not turn.question.strip():
-            raise _Problem(
-                f"the question conversations[{first + 2 * number}] is empty",
-                "text or an image tag is needed",
-                "Write the question or drop the record",
-            )
-        if not turn.answer.strip():
-            raise _Problem(
-                f"the answer {where} is empty", "there must be text to train on", "Write the answer or drop the record"
-            )
-        if DEFAULT_IMAGE_TOKEN in turn.answer:
-            raise _Problem(
-                f"the answer {where} contains '{DEFAULT_IMAGE_TOKEN}'",
-                "only questions may hold image tags",
-                "Move it to the question, or spell it differently if it is meant as text",
-            )
-    return turns
+        raise _Problem("'conversations' holds an answer and no question", "a question is needed", "Drop the record")
+    if len(texts) % 2:
+        where = f"conversations[{len(messages) - 1}]"
+        raise _Problem(f"{where} is a question without an answer", "each needs one", "Cut it off or drop the record")
+    return tuple(map(Turn, texts[::2], texts[1::2]))
 
 
-def _first_question(messages: list[Any]) -> int:
-    """Where the first question stands: an answer to nothing, as ShareGPT has in front, is left out as in LLaVA."""
-    opening = messages[0]
-    return int(isinstance(opening, Mapping) and opening.get("from") == ANSWER_ROLE)
-
-
-def _text(message: Any, number: int, first: int) -> str:
-    """Give the text of one message after checking its kind, its role and its place."""
+def _text(message: Any, number: int, is_answer: bool) -> str:
+    """Give the text of one message after checking kind, role, place and content."""
     where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
         raise _Problem(f"{where} is {_kind(message)}", "an object {'from', 'value'} is needed", "Wrap it as one")
     if "from" not in message:
         near = "it has 'role', " if "role" in message else ""
         raise _Problem(f"{where} has no 'from'", f"{near}'human' or 'gpt' is needed", "Add who speaks under 'from'")
-    role, expected = message["from"], ANSWER_ROLE if (number - first) % 2 else QUESTION_ROLE
+    role = message["from"]
     if role not in (QUESTION_ROLE, ANSWER_ROLE):
-        near = _ROLE_HINTS.get(role) if isinstance(role, str) else None
-        hint = f"Write '{near}' instead" if near else "Move its text into a question or drop the record"
+        known = _ROLE_HINTS.get(role) if isinstance(role, str) else None
+        hint = f"Write '{known}' instead" if known else "Move its text into a question or drop the record"
         raise _Problem(f"{where} is from {role!r}", "only 'human' and 'gpt' are allowed", hint)
-    if role != expected:
+    if role != (ANSWER_ROLE if is_answer else QUESTION_ROLE):
         raise _Problem(f"{where} is a second '{role}' in a row", "'human' and 'gpt' must alternate", "Join the two")
     if "value" not in message:
         raise _Problem(f"{where} has no 'value'", "a string is needed", "Add the text under 'value'")
@@ -357,26 +230,311 @@ def _text(message: Any, number: int, first: int) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            found = f"the value of {where} holds half a surrogate pair at character {error.start}"
-            raise _Problem(found, "whole Unicode characters are needed", "Remove that character") from None
+            problem = f"the value of {where} holds half a surrogate pair at character {error.start}"
+            raise _Problem(problem, "whole Unicode characters are needed", "Remove that character") from None
+    if not value.strip():
+        what, needed = ("answer", "text to train on") if is_answer else ("question", "text or an image tag")
+        raise _Problem(f"the {what} {where} is empty", f"{needed} is needed", f"Write the {what} or drop the record")
+    if is_answer and DEFAULT_IMAGE_TOKEN in value:
+        remedy = "Move it to the question, or spell it differently if it is meant as text"
+        raise _Problem(f"the answer {where} contains '{DEFAULT_IMAGE_TOKEN}'", "only questions may hold it", remedy)
     return value
 
 
-def _check_tags(images: tuple[str, ...], turns: tuple[Turn, ...], obj: Mapping[str, Any]) -> None:
+def _check_media(images: tuple[str, ...], turns: tuple[Turn, ...], obj: Mapping[str, Any]) -> None:
+    """Refuse images and tags that differ in number, and media that training would not see."""
+    if not images:
+        key = next((key for key in _MEDIA_HINTS if obj.get(key)), None)
+        if key is not None:
+            remedy = _MEDIA_HINTS[key].format(key)
+            raise _Problem(f"there is '{key}' but no 'image'", "images are read from 'image' alone", remedy)
     tags = sum(turn.question.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if tags == len(images):
         return
     allowed = "there must be as many tags as images"
     if not images:
-        near = next((key for key in ("images", "video", "image_path") if key in obj), None)
-        remedy = f"Rename '{near}' to 'image'" if near else "Name the image, or spell the tag otherwise if it is text"
+        remedy = "Name the image, or spell the tag otherwise if it is text"
         raise _Problem(f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions but no 'image'", allowed, remedy)
     if not tags:
-        raise _Problem(
-            f"{len(images)} image(s) but no '{DEFAULT_IMAGE_TOKEN}' in the questions",
-            allowed,
-            f"Start the first question with '{DEFAULT_IMAGE_TOKEN}\\n'",
+        remedy = f"Start the first question with '{DEFAULT_IMAGE_TOKEN}\\n'"
+        raise _Problem(f"{len(images)} image(s) but no '{DEFAULT_IMAGE_TOKEN}' in the questions", allowed, remedy)
+    problem = f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions for {len(images)} image(s)"
+    raise _Problem(problem, allowed, "Make the two equal")
+
+
+# ---- a file of records ----------------------------------------------------------------------------------------------
+
+
+class RecordFile:
+    """The records of one JSON array or JSON Lines file, parsed one at a time.
+
+    Only byte offsets stay in memory, 16 bytes per record. The file is opened by each process when first needed, so a
+    ``RecordFile`` can be handed to data-loader workers, however they are started.
+
+    Args:
+        path: UTF-8 file, with or without a byte order mark.
+
+    Attributes:
+        is_lines: True for JSON Lines, False for one JSON array.
+
+    Raises:
+        DataError: If the file is absent, empty, compressed, no list of objects, or cut off; with line and column.
+
+    >>> records = RecordFile("playground/digits/example.json")  # doctest: +SKIP
+    >>> len(records), records[0].turns[0].answer  # doctest: +SKIP
+    (12, 'seven')
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._descriptor: int | None = None
+        self._size, self.is_lines, begin = _recognise(self.path)
+        self._spans = _line_spans(self.path, begin) if self.is_lines else _ArrayScan(self.path, begin).spans()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Record:
+        """Give one validated record; negative indices count from the end. Raises RecordError if it is unusable."""
+        index = self._position(index)
+        return parse_record(self.raw(index), index, self.path)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def raw(self, index: int) -> dict:
+        """Give one JSON object without looking at what it says. Raises RecordError if it is not a JSON object."""
+        index = self._position(index)
+        data, start, name = self.raw_bytes(index), int(self._spans[index, 0]), f"record {index}"
+        try:
+            text = data.decode("utf-8")
+            obj = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise RecordError(_not_utf8(self.path, name, start + error.start, data[error.start])) from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError(_not_json(self.path, name, start, text, error)) from None
+        if not isinstance(obj, dict):
+            raise RecordError(f"{self.path}: {name} is {_kind(obj)}; an object {{...}} is needed. Write one per line.")
+        return obj
+
+    def raw_bytes(self, index: int) -> bytes:
+        """Give the text of one record exactly as it stands in the file."""
+        start, stop = self._spans[self._position(index)].tolist()
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            if os.fstat(self._descriptor).st_size != self._size:
+                raise DataError(
+                    f"{self.path} changed size since it was read ({self._size:,} bytes then); a file must stay "
+                    "as it is while it is in use. Start again."
+                )
+        return os.pread(self._descriptor, stop - start, start)  # leaves no shared file position behind: fork-safe
+
+    def _position(self, index: int) -> int:
+        index, length = operator.index(index), len(self)
+        if not -length <= index < length:
+            raise IndexError(f"{self.path} has no record {index}; 0 to {length - 1} are there. Use one of these.")
+        return index % length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}  # a descriptor means nothing in another process
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]  # checked in the line above
+
+
+def _recognise(path: Path) -> tuple[int, bool, int]:
+    """Size of a file, whether it is JSON Lines, and the byte where its text begins."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; a JSON or JSON Lines file is needed. Name the file inside it.")
+    if not path.exists():
+        raise DataError(f"{path} does not exist; a JSON or JSON Lines file is needed. Check the path or download it.")
+    try:
+        with open(path, "rb") as handle:
+            size, head = os.fstat(handle.fileno()).st_size, handle.read(1 << 16)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); a readable file is needed. Check its rights."
+        ) from None
+    begin = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    text = head[begin:].lstrip(_WHITESPACE.encode())
+    if not text:
+        raise DataError(f"{path} is empty ({size:,} bytes); at least one record is needed. Download it again.")
+    for magic, kind, remedy in _FOREIGN_STARTS:
+        if text.startswith(magic):
+            raise DataError(f"{path} {kind}; a JSON array or JSON Lines is needed. Please {remedy}.")
+    if text[:1] not in (b"{", b"["):
+        raise DataError(
+            f"{path} starts with {text[:20]!r}; '[' (an array of records) or '{{' (JSON Lines) is allowed. "
+            "Check that this is the right file."
         )
-    raise _Problem(
-        f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions for {len(images)} image(s)", allowed, "Make the two equal"
+    return size, text[:1] == b"{", begin
+
+
+def _line_spans(path: Path, begin: int) -> np.ndarray:
+    """First byte and one past the last byte of every non-blank line, int64, (records, 2)."""
+    spans, first = array("q"), b""
+    with open(path, "rb") as handle:
+        handle.seek(begin)
+        start = begin
+        for line in handle:
+            stripped = line.strip(_WHITESPACE.encode())
+            if stripped:
+                first = first or stripped
+                lead = line.index(stripped)
+                spans.extend((start + lead, start + lead + len(stripped)))
+            start += len(line)
+    if first.endswith(b","):
+        raise DataError(
+            f"{path}: a comma after the record at {_place(path, spans[1] - 1)}; JSON Lines has nothing between its "
+            "lines. Remove the commas, or put [ and ] around the whole."
+        )
+    if len(spans) > 2 and not first.endswith(b"}"):
+        raise DataError(
+            f"{path}: line 1 opens an object that does not end on that line; JSON Lines has one whole record per line. "
+            "Write one record per line, or put the records into an array: [ {...}, {...} ]."
+        )
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+class _ArrayScan:
+    """One pass over a JSON array with the standard library's decoder, some megabytes in memory at a time.
+
+    ``json.load`` would hold all records of a mixture as objects, ten times its size; here each is dropped again.
+    """
+
+    _GAP = re.compile(r"[ \t\r\n,]*")
+    # Only where a record ends is wanted: numbers stay text, however long they are.
+    _DECODER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
+    _LONGEST_TOKEN = 16  # an error so near the end of what was read may be one of reading too little
+
+    def __init__(self, path: Path, begin: int) -> None:
+        self.path, self.index = path, 0
+        self.text, self.at, self.offset = "", 0, begin  # text[at] is the character at byte ``offset``
+
+    def spans(self) -> np.ndarray:
+        """First byte and one past the last byte of every record, int64, (records, 2)."""
+        spans = array("q")
+        with open(self.path, "rb") as self.handle:
+            self.handle.seek(self.offset)
+            self.decode = codecs.getincrementaldecoder("utf-8")().decode
+            while "[" not in self.text and self._read_more():
+                pass
+            self._advance(self.text.index("[") + 1)
+            while self._next_record():
+                start = self.offset
+                self._advance(self._end_of_record())
+                spans.extend((start, self.offset))
+                self.index += 1
+            while not self.text[self.at :].strip(_WHITESPACE):
+                self._advance(len(self.text))
+                if not self._read_more():
+                    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+            self._refuse("more text follows the end of the array at {}", "one array is allowed", "Join the arrays")
+
+    def _read_more(self) -> bool:
+        """Read at least as much again as is held; False at the end of the file."""
+        data = self.handle.read(max(CHUNK_BYTES, len(self.text) - self.at))
+        try:
+            self.text, self.at = self.text[self.at :] + self.decode(data, final=not data), 0
+        except UnicodeDecodeError as error:
+            offset = self.handle.tell() - len(error.object) + error.start
+            byte = error.object[error.start]
+            raise DataError(_not_utf8(self.path, f"record {self.index} or later", offset, byte)) from None
+        return bool(data)
+
+    def _advance(self, stop: int) -> None:
+        self.offset += len(self.text[self.at : stop].encode())
+        self.at = stop
+
+    def _next_record(self) -> bool:
+        """Go to the next record; False behind the bracket that closes the array."""
+        while (stop := self._gap_end()) == len(self.text) and self._read_more():
+            pass
+        commas, char = self.text.count(",", self.at, stop), self.text[stop : stop + 1]
+        if char == "]" and not commas:
+            self._advance(stop + 1)
+            if not self.index:
+                self._refuse("the file holds an empty array", "at least one record is needed", "Check how it was made")
+            return False
+        if char == "{" and commas == (self.index > 0):
+            self._advance(stop)
+            return True
+        side = "between two records" if char == "{" else "after the last one"
+        if commas > (self.index > 0) or (commas and char == "]"):
+            self._advance(self.text.index(",", self.at))
+            side = side if self.index else "before the first one"
+            allowed = "single commas between records are allowed"
+            self._refuse(f"a stray comma at {{}}, {side}", allowed, "Remove it")
+        self._advance(stop)
+        if not char:
+            problem = "the array is not closed at the end of the file ({})"
+            self._refuse(problem, "']' is needed there", "Download the file again, or add the bracket")
+        if char == "{":
+            problem = f"no comma at {{}} before element {self.index}"
+            self._refuse(problem, "records are separated by one", "Add a comma")
+        if char == "[":
+            problem = f"element {self.index} at {{}} is an array"
+            self._refuse(problem, "every element must be an object {...}", "Unpack the inner array")
+        if char == "}":
+            self._refuse("'}}' closes the array at {}", "']' is needed there", "Mend it")
+        word = re.split(r"[\s,\]}]", self.text[stop : stop + 30])[0]
+        problem = f"{word!r} at {{}} (near element {self.index}) is not a record"
+        remedy = "Remove it, or look for an unbalanced quote or bracket before it"
+        self._refuse(problem, "every element must be an object {...}", remedy)
+
+    def _gap_end(self) -> int:
+        match = self._GAP.match(self.text, self.at)
+        return match.end() if match else self.at
+
+    def _end_of_record(self) -> int:
+        """Parse the record at ``at`` and give the character behind it."""
+        while True:
+            try:
+                return self._DECODER.raw_decode(self.text, self.at)[1]
+            except json.JSONDecodeError as error:
+                text, pos = self.text[self.at :], error.pos - self.at
+                is_cut = error.msg.startswith("Unterminated") or pos > len(text) - self._LONGEST_TOKEN
+                if is_cut and self._read_more():
+                    continue
+                problem = json.JSONDecodeError(error.msg, text, pos)
+                raise DataError(_not_json(self.path, f"record {self.index}", self.offset, text, problem)) from None
+            except RecursionError as error:
+                raise DataError(_not_json(self.path, f"record {self.index}", self.offset, "", error)) from None
+
+    def _refuse(self, problem: str, allowed: str, remedy: str) -> NoReturn:
+        raise DataError(f"{self.path}: {problem.format(_place(self.path, self.offset))}; {allowed}. {remedy}.")
+
+
+def _place(path: Path, offset: int) -> str:
+    """Line and column of a byte as editors count them: from 1, columns in characters."""
+    line, tail = 1, b""
+    with open(path, "rb") as handle:
+        while chunk := handle.read(min(CHUNK_BYTES, offset - handle.tell())):
+            line += chunk.count(b"\n")
+            tail = chunk.rpartition(b"\n")[2] if b"\n" in chunk else tail + chunk
+    return f"line {line}, column {len(tail.decode('utf-8-sig', errors='replace')) + 1}"
+
+
+def _not_utf8(path: Path, name: str, offset: int, byte: int) -> str:
+    place = _place(path, offset)
+    return (
+        f"{path}: {name}: byte 0x{byte:02x} at {place} is not UTF-8; only UTF-8 text is allowed. "
+        "Convert the file: iconv -t UTF-8."
     )
+
+
+def _not_json(path: Path, name: str, start: int, text: str, error: ValueError | RecursionError) -> str:
+    """Say why the text of a record, from byte ``start`` on, is not JSON."""
+    if isinstance(error, RecursionError):
+        return f"{path}: {name}: nested too deeply; flat records are allowed. Remove the nesting."
+    if not isinstance(error, json.JSONDecodeError):  # Python refuses to convert numbers of thousands of digits
+        return f"{path}: {name}: a number of too many digits at {_place(path, start)}; shorten it or drop the record."
+    before, rest = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    problem, remedy = f"invalid JSON ({error.msg})", "Mend the text there"
+    if before.endswith(",") and rest[:1] in ("}", "]") or "trailing comma" in error.msg:
+        problem, remedy = "a comma before a closing bracket, which JSON does not allow,", "Remove that comma"
+    elif not rest or error.msg.startswith("Unterminated string"):
+        problem, remedy = f"the text ends early ({error.msg})", "Download the file again, or close what is open"
+    place = _place(path, start + len(text[: error.pos].encode()))
+    return f"{path}: {name}: {problem} at {place}; each record is one JSON object. {remedy}."

@@ -14,7 +14,7 @@ from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules.explain import Explanation, explain_features
 from llava.conversation import get_template
-from llava.data.image_files import open_rgb
+from llava.data.images import open_rgb
 from llava.inference.generator import Generator, make_message
 from llava.model.builder import Checkpoint
 from llava.model.routing import set_skip_rate

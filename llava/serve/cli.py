@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from llava.conversation import get_template
-from llava.data.image_files import open_rgb
+from llava.data.images import open_rgb
 from llava.inference.generator import DENSE, GenerationOptions, parse_skip_rate
 from llava.serve.chat import Answer, Chat, choose_template
 

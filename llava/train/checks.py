@@ -18,7 +18,7 @@ from fuzzyroe.routers import FuzzyRouter, get_router_class
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.check import check_data
-from llava.data.lengths import LengthMeter
+from llava.data.preprocess import LengthMeter
 from llava.data.records import RecordFile
 from llava.image_tokens import count_image_tokens
 from llava.model.checkpoints.layout import LANGUAGE_MODELS, is_language_model, read_config_dict

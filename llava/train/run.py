@@ -16,8 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.compat import PRESETS
 from fuzzyroe.routers import LinearRouter
-from llava.data.collator import SFTCollator
-from llava.data.dataset import SFTDataset
+from llava.data.dataset import SFTCollator, SFTDataset
 from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint
 from llava.model.routing import attach_routing

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 
-from llava.data.sampler import ModalityLengthSampler
+from llava.data.dataset import ModalityLengthSampler
 from llava.train.forecast import Forecast
 from llava.train.observers import Observers
 from llava.train.param_groups import build_param_groups

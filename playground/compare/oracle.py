@@ -13,8 +13,7 @@ from fuzzyroe.attach import set_router
 from fuzzyroe.plan_search import LabelledBatch, search_plans
 from fuzzyroe.routers import OracleRouter
 from fuzzyroe.routing_state import RoutingState
-from llava.data.collator import SFTCollator
-from llava.data.dataset import SFTDataset
+from llava.data.dataset import SFTCollator, SFTDataset
 from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint
 from playground.compare.cells import MAX_LENGTH

@@ -40,8 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.data.collator import SFTCollator
-from llava.data.dataset import SFTDataset
+from llava.data.dataset import SFTCollator, SFTDataset
 from llava.data.records import parse_record
 from llava.data.workers import preload_fork_server
 from scripts.bench.speed.lines import Line

@@ -69,8 +69,7 @@ def make_measurer(
         samples, order_samples, score_samples: How much to measure, see ``CalibrationSize``.
         **options: ``max_skip_ratio``, ``single_layers`` of ``CalibrationSize``; ``seed``.
     """
-    from llava.data.collator import SFTCollator
-    from llava.data.dataset import SFTDataset
+    from llava.data.dataset import SFTCollator, SFTDataset
     from llava.image_tokens import count_image_tokens
     from llava.model.builder import load_checkpoint
     from llava.model.routing import attach_routing

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llava.data.image_files import open_rgb
-from llava.data.records import RecordFile, resolve_image
+from llava.data.images import open_rgb, resolve_image
+from llava.data.records import RecordFile
 from llava.inference.generator import Generator, make_message
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from dataclasses import replace
 
@@ -13,16 +12,9 @@ from PIL import Image
 from llava.conversation import get_template
 from llava.data.check import DataError, check_data
 from llava.data.dataset import SFTDataset
-from llava.data.image_files import (
-    ImageState,
-    find_other_extension,
-    inspect_image,
-    looks_whole,
-    open_rgb,
-    sniff_format,
-)
-from llava.data.lengths import LengthMeter
-from llava.data.records import ImageFileError, RecordFile, parse_record
+from llava.data.images import ImageState
+from llava.data.preprocess import LengthMeter
+from llava.data.records import RecordFile, parse_record
 
 
 def _record(identifier: str, image: str | list | None, answer: str = "Yes.") -> dict:
@@ -107,16 +99,6 @@ def test_corrupt_images_are_told_from_mislabelled_ones(data, images, decode):
     report = check_data(data, images, decode=decode)
     assert report.bad_images["vg/page.jpg"] is report.bad_images["vg/cut.jpg"] is ImageState.CORRUPT
     assert "ocr_vqa/mislabelled.jpg" not in report.bad_images
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_whole_images_are_not_decoded_and_those_with_more_behind_their_end_are_good(tmp_path, kind):
-    _save(tmp_path / "image", kind)
-    assert looks_whole(tmp_path / "image")
-    with open(tmp_path / "image", "ab") as handle:
-        handle.write(b"\0\0 written by a camera")
-    assert looks_whole(tmp_path / "image") == (kind == "WEBP"), "only WEBP says in front how long it is"
-    assert inspect_image(tmp_path, "image")[0] is ImageState.GOOD
 
 
 def test_bad_images_are_listed_once_each(data, images):
@@ -267,47 +249,3 @@ def test_bad_arguments_are_refused_and_the_data_is_untouched(data, images, argum
     with pytest.raises(DataError, match=message):
         check_data(**{"data_path": data, "image_folder": images, **arguments})
     assert data.read_bytes() == before
-
-
-def test_images_outside_the_folder_are_missing(tmp_path, images):
-    (tmp_path / "secret.jpg").write_bytes(b"x")
-    (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
-    assert inspect_image(images, "out.jpg")[0] is ImageState.MISSING
-    assert inspect_image(images, "../secret.jpg")[0] is ImageState.MISSING
-    assert inspect_image(images, "x" * 5000)[0] is ImageState.MISSING
-
-
-def test_first_frame_of_a_gif_named_jpg_is_decoded_as_rgb(images):
-    image = open_rgb(images / "ocr_vqa/mislabelled.jpg")
-    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 0, 0))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("vg/empty.jpg", "zero bytes"),
-        ("vg/page.jpg", "not a known image format"),
-        ("vg/cut.jpg", "does not decode .JPEG"),
-    ],
-)
-def test_undecodable_image_says_why(images, name, message):
-    with pytest.raises(ImageFileError, match=message):
-        open_rgb(images / name)
-
-
-def test_unreadable_image_says_why(images):
-    with pytest.raises(ImageFileError, match="cannot be read"):
-        open_rgb(images / "absent.jpg")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_format_is_known_from_the_first_bytes(tmp_path, kind):
-    _save(tmp_path / "image.bin", kind)
-    assert sniff_format(tmp_path / "image.bin") == kind
-
-
-def test_other_extension_must_be_an_image(images):
-    (images / "vg/fake.png").write_bytes(b"not an image")
-    assert find_other_extension(images, "vg/fake.jpg") is None
-    os.replace(images / "coco/good.jpg", images / "vg/fake.webp")
-    assert find_other_extension(images, "vg/fake.jpg") == "vg/fake.webp"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 
 
 def sample(ids: list[int], labels: list[int], turns: list[int], num_images: int = 0, value: float = 0.0) -> dict:

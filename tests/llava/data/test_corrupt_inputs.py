@@ -13,7 +13,7 @@ from corrupt_inputs import BAD_FILES, BAD_IMAGES, BAD_OBJECTS, DAMAGED_IMAGES, T
 from llava.conversation import get_template
 from llava.data.check import DataError, check_data
 from llava.data.dataset import SFTDataset
-from llava.data.lengths import LengthMeter
+from llava.data.preprocess import LengthMeter
 
 MAX_LENGTH = 250  # the system prompt of v1 takes a good hundred of the tiny tokenizer's tokens
 

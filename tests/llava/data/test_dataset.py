@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SFTDataset
-from llava.data.outlines import estimate_length
+from llava.data.preprocess import estimate_length
 from llava.data.records import RecordError
 from llava.mm_utils import process_images
 

@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 
 from corrupt_inputs import BAD_FILES, BAD_OBJECTS, GOOD, TEXT_ONLY
-from llava.data import json_index
+from llava.data import records as records_module
 from llava.data.records import (
     DataError,
-    ImageFileError,
     Record,
     RecordError,
     RecordFile,
     Turn,
     parse_record,
-    resolve_image,
     source_of,
 )
 
@@ -75,7 +73,7 @@ def test_source_is_the_first_folder_of_the_first_image(images, source):
 @pytest.mark.parametrize("chunk_bytes", [1, 5, 64, 1 << 22])
 @pytest.mark.parametrize("form", ["compact", "pretty", "lines", "crlf-lines", "bom"])
 def test_file_gives_what_was_written(tmp_path, monkeypatch, chunk_bytes, form):
-    monkeypatch.setattr(json_index, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(records_module, "CHUNK_BYTES", chunk_bytes)
     objects = [GOOD, TEXT_ONLY, AWKWARD] * 3
     text = {
         "compact": json.dumps(objects),
@@ -168,7 +166,7 @@ def test_absent_file_and_folder_are_refused(tmp_path):
 
 
 def test_damage_anywhere_never_ends_in_another_kind_of_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_index, "CHUNK_BYTES", 61)
+    monkeypatch.setattr(records_module, "CHUNK_BYTES", 61)
     generator = np.random.default_rng(0)
     pieces = [b"{", b"}", b"[", b"]", b'"', b",", b"\\", b"null", b"\n", b"\xff", b"\x00"]
     original = json.dumps([GOOD, TEXT_ONLY], indent=1).encode()
@@ -180,37 +178,3 @@ def test_damage_anywhere_never_ends_in_another_kind_of_error(tmp_path, monkeypat
         except DataError:
             continue
         assert isinstance(json.loads(damaged), list)
-
-
-def test_image_inside_the_folder_is_found(tmp_path):
-    (tmp_path / "coco").mkdir()
-    (tmp_path / "coco" / "1.jpg").write_bytes(b"x")
-    assert resolve_image(tmp_path, "coco/1.jpg") == (tmp_path / "coco" / "1.jpg").resolve()
-
-
-def test_linked_image_folder_is_allowed_and_links_out_of_it_are_not(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "secret.jpg").write_bytes(b"x")
-    (tmp_path / "real" / "in.jpg").write_bytes(b"x")
-    (tmp_path / "real" / "out.jpg").symlink_to(tmp_path / "secret.jpg")
-    (tmp_path / "linked").symlink_to(tmp_path / "real")
-    assert resolve_image(tmp_path / "linked", "in.jpg").name == "in.jpg"
-    with pytest.raises(ImageFileError, match="outside the image folder"):
-        resolve_image(tmp_path / "linked", "out.jpg")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("../secret.jpg", "climbs out"),
-        ("/etc/passwd", "absolute path"),
-        ("coco/absent.jpg", "is not in"),
-        ("coco", "is a folder in"),
-        ("", "empty name"),
-    ],
-)
-def test_other_image_names_are_refused(tmp_path, name, message):
-    (tmp_path / "data" / "coco").mkdir(parents=True)
-    (tmp_path / "secret.jpg").write_bytes(b"x")
-    with pytest.raises(ImageFileError, match=message):
-        resolve_image(tmp_path / "data", name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.data.sampler import MEGABATCH, ModalityLengthSampler
+from llava.data.dataset import MEGABATCH, ModalityLengthSampler
 
 SETS = {
     "mixed": [(-1) ** index * (index % 37 + 1) for index in range(1001)],

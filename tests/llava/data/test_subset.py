@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data import derived
-from llava.data.derived import DerivedFile, write_derived
+from llava import files
 from llava.data.records import DataError, RecordFile
-from llava.data.subset import SubsetSettings, _bounds, draw_subset, parse_split
+from llava.data.subset import OutputFile, SubsetSettings, _bounds, draw_subset, parse_split, write_outputs
 
 SCRIPT = Path(__file__).parents[3] / "random_drop.py"
 COUNTS = {"coco": 200, "gqa": 60, "ocr_vqa": 30, "text": 10, "tiny": 1}
@@ -217,7 +216,7 @@ def test_full_disk_leaves_nothing_behind(mixture, monkeypatch, fail_at):
         if len(calls) == fail_at:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(derived.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(DataError, match="No space left on device"):
         _draw(mixture, split=(("a", 0.5), ("b", 0.5)))
     assert [path.name for path in mixture.parent.iterdir()] == ["mix.json"]
@@ -227,9 +226,9 @@ def test_interrupt_leaves_nothing_behind(mixture):
     def interrupt(index, text):
         raise KeyboardInterrupt
 
-    files = [DerivedFile(mixture.with_name("out.json"), np.arange(3), {})]
+    files = [OutputFile(mixture.with_name("out.json"), np.arange(3), {})]
     with pytest.raises(KeyboardInterrupt):
-        write_derived(files, RecordFile(mixture), rewrite=interrupt)
+        write_outputs(files, RecordFile(mixture), rewrite=interrupt)
     assert [path.name for path in mixture.parent.iterdir()] == ["mix.json"]
 
 

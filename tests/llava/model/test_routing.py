@@ -13,7 +13,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import Turn
 from llava.model.routing import attach_routing, set_skip_rate

@@ -12,7 +12,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 from llava.train.batch_routing import BudgetedRouting, RandomRouting
 
 IMAGE = 4

@@ -15,7 +15,7 @@ from fuzzyroe.calibrate_layers import calibrate_layers
 from fuzzyroe.features import FEATURES
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 from llava.model.zero3_text_batches import make_text_batches_safe
 from llava.train.calibrate import CalibrationSize, Measurer, answered_turns, turn_losses
 

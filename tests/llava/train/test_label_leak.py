@@ -16,7 +16,7 @@ from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.rules import load_rule_base
 from fuzzyroe.schedule import relax
 from llava.constants import IGNORE_INDEX
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 from llava.model.routing import attach_routing
 
 IMAGE, OTHER = 4, 97

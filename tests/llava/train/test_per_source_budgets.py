@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zero3_cases
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 from llava.train.arguments import parse_arguments, parse_source_ratios
 from llava.train.batch_routing import AnnealedRouting, BudgetedRouting
 from llava.train.checks import check_inputs

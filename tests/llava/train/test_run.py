@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.data.collator import SFTCollator
+from llava.data.dataset import SFTCollator
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
 from llava.serve.chat import choose_template

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import zero3_cases
-from llava.data.sampler import ModalityLengthSampler
+from llava.data.dataset import ModalityLengthSampler
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.callbacks import MetricsFile

@@ -1,4 +1,4 @@
-"""``fuzzyroe check-data``: everything training would read, looked at before a model is loaded."""
+"""``fuzzyroe check-data`` and ``fuzzyroe data-stats``: a file of records, looked at before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llava.cli.terminal import USER_ERROR
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llava.data.data_report import DataReport, LengthCounts
-    from llava.data.lengths import LengthMeter
+    from llava.data.check import DataReport, LengthCounts
+    from llava.data.preprocess import LengthMeter
 
 _STYLES = {"trained": "bold green", "masked": "dim", "image": "cyan"}
 _SHOWN_CHARACTERS = 400
@@ -37,7 +37,8 @@ def check_data_command(
     version: Annotated[str | None, typer.Option(help="Conversation template of the training.")] = None,
     decode: Annotated[bool, typer.Option(help="Decode every image too; minutes to hours.")] = False,
     on_missing: Annotated[
-        OnMissing, typer.Option(help="error: report; drop: write a file without bad records; resolve: mend endings.")
+        OnMissing,
+        typer.Option(help="error: report; drop: write a file without bad records; resolve: mend file extensions."),
     ] = OnMissing.error,
     output: Annotated[Path | None, typer.Option(help="File that drop and resolve write.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace other content there.")] = False,
@@ -45,7 +46,7 @@ def check_data_command(
         str | None, typer.Option(help="Checkpoint or language model to measure lengths in tokens with.")
     ] = None,
     vision_tower: Annotated[
-        str | None, typer.Option(help="CLIP checkpoint that a language model given as --model will see with.")
+        str | None, typer.Option(help="CLIP checkpoint to be joined to a language model given as --model.")
     ] = None,
     model_max_length: Annotated[int, typer.Option(help="Longest sample in tokens, with --model.", min=1)] = 2048,
     allow_truncation: Annotated[
@@ -76,15 +77,41 @@ def check_data_command(
     _print_report(console, report)
     if meter:
         _print_samples(console, meter, report.usable_path, show)
-    _print_findings(open_console(stderr=True), report)
+    _print_problems(open_console(stderr=True), report)
     if not report.is_ok:
         raise typer.Exit(USER_ERROR)
+
+
+def data_stats_command(data: Annotated[Path, typer.Argument(help="JSON or JSON Lines file of records.")]) -> None:
+    """Count records, images, turns and words per source; images are not looked at."""
+    import numpy as np
+
+    from llava.cli.terminal import make_table, open_console, progress_bar
+    from llava.data.check import collect_stats
+
+    def spread(counts: list[int]) -> str:
+        middle, high, most = np.quantile(counts or [0], [0.5, 0.95, 1], method="lower").tolist()
+        return f"{middle} / {high} / {most}"
+
+    with progress_bar("reading records") as progress:
+        sources, total, unusable = collect_stats(data, progress)
+    rows = []
+    for name, counts in [*sources.items(), ("total", total)]:
+        numbers = (counts.records, counts.with_image, counts.records - counts.with_image, counts.images)
+        lengths = (counts.turns, counts.question_words, counts.answer_words)
+        rows.append([name, *(f"{number:,}" for number in numbers), *map(spread, lengths)])
+    columns = ("source", "records", "with image", "text only", "images", "turns", "question words", "answer words")
+    console = open_console()
+    console.print(make_table(str(data), columns, rows, bold=[len(rows) - 1]))
+    console.print("turns and words per record: median / 95 % quantile / maximum", style="dim")
+    if unusable:
+        console.print(f"{unusable:,} records break the format and are not counted; see check-data", style="bold")
 
 
 def _open_meter(model: str, vision_tower: str | None, version: str | None, max_length: int) -> LengthMeter:
     """Read configuration and tokenizer of a model, not its weights."""
     from llava.conversation import get_template
-    from llava.data.lengths import LengthMeter
+    from llava.data.preprocess import LengthMeter
     from llava.image_tokens import count_image_tokens
     from llava.model.checkpoints.reading import read_config_and_tokenizer
     from llava.model.checkpoints.vision import VisionSettings
@@ -136,8 +163,8 @@ def _print_samples(console: Console, meter: LengthMeter, path: Path, count: int)
     """Show a few records as training sees them."""
     from rich.text import Text
 
+    from llava.data.preprocess import view_tokens
     from llava.data.records import DataError, RecordFile
-    from llava.data.token_view import view_tokens
 
     records, shown = RecordFile(path), 0
     for index in range(len(records)):
@@ -147,16 +174,16 @@ def _print_samples(console: Console, meter: LengthMeter, path: Path, count: int)
             record = records[index]
             encoded = meter.encode(record, meter.max_length)
         except (DataError, ValueError):
-            continue  # already among the findings
+            continue  # already reported
         shown += 1
         console.print(f"\nrecord {record.index} (id {record.id}), {len(encoded.input_ids):,} tokens", markup=False)
-        for run in view_tokens(encoded, meter.tokenizer, meter.image_token_id):
-            head = Text(f"  turn {run.turn}  {run.kind:<7} {run.num_tokens:>5}  ")
-            text = run.text if len(run.text) <= _SHOWN_CHARACTERS else run.text[:_SHOWN_CHARACTERS] + " ..."
-            console.print(head.append(repr(text) if text else "", style=_STYLES[run.kind]), soft_wrap=True)
+        for kind, turn, num_tokens, text in view_tokens(encoded, meter.tokenizer, meter.image_token_id):
+            head = Text(f"  turn {turn}  {kind:<7} {num_tokens:>5}  ")
+            text = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
+            console.print(head.append(repr(text) if text else "", style=_STYLES[kind]), soft_wrap=True)
 
 
-def _print_findings(console: Console, report: DataReport) -> None:
+def _print_problems(console: Console, report: DataReport) -> None:
     for error in report.errors:
         console.print(error, soft_wrap=True, markup=False)
     more = report.num_bad - len(report.errors)

@@ -1,0 +1,159 @@
+"""Images are looked for inside their folder only, and whatever is wrong with one is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from llava.data.images import (
+    ImageFileError,
+    ImageState,
+    find_other_extension,
+    inspect_image,
+    looks_whole,
+    open_rgb,
+    resolve_image,
+    sniff_format,
+)
+
+
+def _save(path, kind: str, color=(255, 0, 0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (4, 4), color)
+    more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), (0, 0, 255))]} if kind == "GIF" else {}
+    image.save(path, format=kind, **more)
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    _save(folder / "coco/good.jpg", "JPEG")
+    _save(folder / "ocr_vqa/gif.gif", "GIF")
+    _save(folder / "ocr_vqa/png.PNG", "PNG")
+    _save(folder / "ocr_vqa/mislabelled.jpg", "GIF")
+    (folder / "vg").mkdir()
+    (folder / "vg/empty.jpg").write_bytes(b"")
+    (folder / "vg/page.jpg").write_bytes(b"<html>gone</html>")
+    (folder / "vg/cut.jpg").write_bytes((folder / "coco/good.jpg").read_bytes()[:300])
+    return folder
+
+
+def test_image_inside_the_folder_is_found(tmp_path):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "1.jpg").write_bytes(b"x")
+    assert resolve_image(tmp_path, "coco/1.jpg") == (tmp_path / "coco" / "1.jpg").resolve()
+
+
+def test_linked_image_folder_is_allowed_and_links_out_of_it_are_not(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (tmp_path / "real" / "in.jpg").write_bytes(b"x")
+    (tmp_path / "real" / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    assert resolve_image(tmp_path / "linked", "in.jpg").name == "in.jpg"
+    with pytest.raises(ImageFileError, match="outside the image folder"):
+        resolve_image(tmp_path / "linked", "out.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../secret.jpg", "climbs out"),
+        ("/etc/passwd", "absolute path"),
+        ("coco/absent.jpg", "is not in"),
+        ("coco", "is a folder in"),
+        ("", "empty name"),
+    ],
+)
+def test_other_image_names_are_refused(tmp_path, name, message):
+    (tmp_path / "data" / "coco").mkdir(parents=True)
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    with pytest.raises(ImageFileError, match=message):
+        resolve_image(tmp_path / "data", name)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_whole_images_are_not_decoded_and_those_with_more_behind_their_end_are_good(tmp_path, kind):
+    _save(tmp_path / "image", kind)
+    assert looks_whole(tmp_path / "image")
+    with open(tmp_path / "image", "ab") as handle:
+        handle.write(b"\0\0 written by a camera")
+    assert looks_whole(tmp_path / "image") == (kind == "WEBP"), "only WEBP says in front how long it is"
+    assert inspect_image(tmp_path, "image")[0] is ImageState.GOOD
+
+
+def test_images_outside_the_folder_are_missing(tmp_path, images):
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    assert inspect_image(images, "out.jpg")[0] is ImageState.MISSING
+    assert inspect_image(images, "../secret.jpg")[0] is ImageState.MISSING
+    assert inspect_image(images, "x" * 5000)[0] is ImageState.MISSING
+
+
+def test_first_frame_of_a_gif_named_jpg_is_decoded_as_rgb(images):
+    image = open_rgb(images / "ocr_vqa/mislabelled.jpg")
+    assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vg/empty.jpg", "zero bytes"),
+        ("vg/page.jpg", "not a known image format"),
+        ("vg/cut.jpg", "does not decode .JPEG"),
+    ],
+)
+def test_undecodable_image_says_why(images, name, message):
+    with pytest.raises(ImageFileError, match=message):
+        open_rgb(images / name)
+
+
+def test_unreadable_image_says_why(images):
+    with pytest.raises(ImageFileError, match="cannot be read"):
+        open_rgb(images / "absent.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_format_is_known_from_the_first_bytes(tmp_path, kind):
+    _save(tmp_path / "image.bin", kind)
+    assert sniff_format(tmp_path / "image.bin") == kind
+
+
+def test_other_extension_must_be_an_image(images):
+    (images / "vg/fake.png").write_bytes(b"not an image")
+    assert find_other_extension(images, "vg/fake.jpg") is None
+    os.replace(images / "coco/good.jpg", images / "vg/fake.webp")
+    assert find_other_extension(images, "vg/fake.jpg") == "vg/fake.webp"
+
+
+def _ramp(kind: type) -> np.ndarray:
+    return np.linspace(0, 65535, 256).astype(kind).reshape(1, 256).repeat(8, 0)
+
+
+@pytest.mark.parametrize("name", ["ramp.png", "ramp.tif"])
+def test_greyscale_of_sixteen_bits_keeps_its_shades(tmp_path: Path, name: str) -> None:
+    Image.fromarray(_ramp(np.uint16)).save(tmp_path / name)
+    shades = np.asarray(open_rgb(tmp_path / name))
+    assert shades.shape == (8, 256, 3) and len(np.unique(shades)) > 250 and abs(shades.mean() - 127) < 1
+
+
+def test_an_image_of_floating_point_numbers_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(_ramp(np.float32) / 65535).save(tmp_path / "ramp.tif")
+    with pytest.raises(ImageFileError, match="holds floating-point numbers; 8 or 16 bits per pixel are allowed"):
+        open_rgb(tmp_path / "ramp.tif")
+    assert inspect_image(tmp_path, "ramp.tif")[0] is ImageState.CORRUPT
+
+
+def test_what_the_decoder_will_refuse_is_told_by_the_header_alone(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text("prompt", "x" * (2 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "text.png", pnginfo=metadata)
+    for name, remedy in (("huge.png", "Make it smaller"), ("text.png", "save it without")):
+        assert looks_whole(tmp_path / name)
+        state, reason = inspect_image(tmp_path, name)
+        assert state is ImageState.CORRUPT and remedy in reason and "ownload it again" not in reason
