@@ -36,6 +36,7 @@ LEVELS = {
     "data": 2,
     "model": 2,
     "inference": 3,
+    "report": 3,
     "serve": 4,
     "eval": 4,
     "train": 4,
