@@ -8,7 +8,7 @@ from llava.cli.commands import chat, convert, explain, report
 from llava.cli.data import check_data_command, data_stats_command
 from llava.cli.doctor import doctor_command
 from llava.cli.estimate import estimate_command
-from llava.cli.rules import rules_app
+from llava.cli.rule_commands import rules_app
 from llava.cli.terminal import FriendlyGroup
 
 COMMANDS = {
