@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 
 from playground.compare.answers import TRAINED, Point
 from playground.compare.cells import MAIN_BUDGET, ROUTER_BUDGETS, TARGETS
 from playground.compare.summary import Interval, Results, Run
 from playground.compare.verdicts import bars
+
+LOWEST_SHOWN = 84
+"""Lowest accuracy in the figure, in percent."""
 
 LABELS = {
     "roe": "RoE",
@@ -31,115 +37,55 @@ ABLATIONS = {
     "fuzzy_no_adapter": "FuzzyRoE without adapters",
 }
 
-INTRODUCTION = """# Results
-
-FuzzyRoE against RoE and against what is simpler than both, on the digits of the playground: one base model (12 decoder
-layers of width 112, 7 MB), {questions:,} held-out questions about images, {seeds} seeds. This page and its figures are
-written from `results/cells/*.json` by `bash scripts/playground/compare.sh`, which also runs the cells that are missing.
-It is a tiny model and one task: directions, not what a 7B model does.
-
-## What was done alike
-
-Each method trains its adapters (width 32) in 120 steps and then everything in 120 steps, batches of 32, the same
-samples for the same seed, AdamW with a cosine from 2e-3 (adapters, linear routers) and then 1e-3 (these) and 3e-4
-(backbone). RoE's routers learn in the last 48 of the first 120 steps: 20 % of the run, as published. It is trained for
-one skip rate and was trained three times. All others plan ahead, train once at random budgets up to 50 % and serve any
-rate; their routers are fitted by forward passes before training, by no more than {budget} % of the passes of RoE's
-router stage, and not again. The dense model has the 120 steps of finetuning. RoE runs as it does here by default:
-routing tokens behind their segments, none of the published off-by-ones; its published layout is in the last table.
-
-- **accuracy**: exact match; mean of the seeds, lowest and highest in brackets.
-- **minus dense**: paired with the dense model of the same seed, points; 95 % interval over questions, seeds averaged
-  first. It does not hold the spread of the seeds.
-- **agreement**: share of answers that are those of the dense model, right or wrong.
-- **skip**: layers left out, as seen on these questions. Targets were set on training data, which has other questions.
-- **time**: processor seconds of generation over those of the same checkpoint with routing off, batches of 64 in turns.
-"""
+READING_FILE = "reading.md"
+"""A person's reading of the cells, beside them; its first line names the cells that it was written about."""
 
 
-READING = """## Reading
+def write_page(results: Results, reading: str = "") -> str:
+    """Give the page as Markdown, one line break at its end.
 
-- **Which layers are left out matters more than for whom.** Static skip, one order of layers for all questions, trained
-  like the others, is as good as any router here. A router's score can only add to it what it knows about single
-  questions, and on this base no feature knows much: rank correlations of scores with losses are .2 to .3.
-- **The oracle shows what there would be to know**: with the best plan for each question nothing is lost.
-- **The published saving of 67 % is there, but it is not the rules' merit.** A fuzzy router fitted by a third of the
-  passes, or by a twentieth, is as good as RoE. So is RoE with a third or a twentieth of its router stage: its finetune
-  stage goes on training the routers, and on this base a shorter router stage is even better.
-- **Orders come from few samples.** 12 of them (19 for static skip) found a poor sixth layer in seed 2, which costs
-  all planned methods at 40 % and 50 %. More passes for the order help there, see the table of shares.
-- **RoE has one operating point, and it is not always where it was aimed.** Trained softly for 40 %, two of three seeds
-  leave out the first layer for every question at inference, and answer nothing. In seed 1 the margin is .007 of a
-  logit: its calibrated bias moves it back. The weights that training mixes by hide such a flip.
-- **Of RoE's parts only its regularisation is needed here.** Without it nothing is skipped; without adapters, or with
-  pooled states for routing tokens, accuracy is no lower, as all weights are finetuned afterwards. Its published layout,
-  tokens in front of the prompt, and the default one behind each segment do equally well.
-- **Time.** RoE decides layer by layer, in the order of layers, for each row; a plan known before the first layer is
-  cheaper to follow in a batch, at the same skip rate."""
-
-AFTERWARDS = """## What was changed after a first look
-
-The first run of the fuzzy cell of seed 0 (commit fd5590d) lost to static skip: 96.0 % right at 25.8 % of the layers
-skipped, 95.0 at 36.7, 90.1 at 50.0. Its budgets followed differences between score bins of some ten questions each,
-which were chance, so some questions skipped far more layers than others. Since then bins count only as far as their
-questions show that they differ (`trust_in_bins` in `fuzzyroe/budget.py`), and a third of the passes that measured
-losses order the layers instead. All cells of fitted scores are of the later code. The questions were the same, so
-these cells had one look at them more than the others."""
-
-
-def write_page(results: Results) -> str:
-    """Give the page as Markdown, one line break at its end."""
-    first = next(iter(results.of("dense")))
-    seeds = len(results.of("dense"))
-    parts = [INTRODUCTION.format(questions=first["questions"], seeds=seeds, budget=MAIN_BUDGET)]
-    parts += ["## Bars\n", *bars(results), ""]
-    parts += [
-        "## Methods\n",
-        "![Accuracy against skipped layers](results/accuracy.svg)\n",
-        _dense_line(results),
-        BELOW,
-        "",
-    ]
-    for target in TARGETS:
-        parts += [f"### Target {100 * target:.0f} %\n", *_methods_table(results, target), ""]
-    parts += ["### At RoE's own skip rate\n", EQUAL_RATE, "", *_equal_table(results), ""]
-    parts += ["## What training costs\n", COST, "", *_cost_table(results), ""]
-    parts += [
-        "## How much routing has to be learned\n",
-        LEARNED,
-        "",
-        "![Cost of the router](results/router_cost.svg)\n",
-    ]
-    parts += [*_level_table(results), ""]
-    parts += ["## Parts of the methods left out\n", *_ablation_table(results), "", LEFT_OUT, ""]
-    parts += [READING, "", AFTERWARDS]
-    return "\n".join(parts).rstrip() + "\n"
+    Args:
+        results: The cells; all numbers and verdicts are computed from them.
+        reading: Text of ``READING_FILE``; left out unless it was written about exactly these cells.
+    """
+    dense = results.of("dense")
+    about, _, text = reading.partition("\n")
+    environment = Environment(
+        loader=PackageLoader("playground.compare", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    page = environment.get_template("results.md.jinja").render(
+        questions=f"{dense[0]['questions']:,}",
+        seeds=len(dense),
+        budget=MAIN_BUDGET,
+        bars="\n".join(bars(results)),
+        dense=_accuracy([results.run_at(cell, None) for cell in dense]),
+        lowest=LOWEST_SHOWN,
+        methods={f"{100 * target:.0f}": _methods_table(results, target) for target in TARGETS},
+        equal=_equal_table(results),
+        costs=_cost_table(results),
+        sizes="; ".join(f"{level} %: {', '.join(map(str, numbers))}" for level, numbers in ROUTER_BUDGETS.items()),
+        bias_passes=14 * 32,
+        levels=_level_table(results),
+        ablations=_ablation_table(results),
+        reading=text.strip() if about == reading_mark(results) else "",
+    )
+    return page.rstrip() + "\n"
 
 
-BELOW = "What is below 84 % is not in the figure."
-
-EQUAL_RATE = """Each method at the skip rate that RoE as trained reached, seed by seed, between its two nearest
-operating points (at its lowest if RoE skipped less). Points of accuracy more than RoE, 95 % interval."""
-
-COST = """Router stage: optimizer steps, training samples touched, passes through the decoder (a step with a frozen
-decoder counts as two) and processor seconds of the stage, loading the model included. Total: all stages of one
-training; RoE needs one for each skip rate. Means over seeds; two cells ran at a time, one on each core."""
-
-SIZES = "; ".join(f"{level} %: {', '.join(map(str, numbers))}" for level, numbers in ROUTER_BUDGETS.items())
-
-LEARNED = f"""RoE's router stage cut to a share of its 48 steps, and FuzzyRoE's fitted by at most the passes of that
-share (samples for order, losses and scores: {SIZES}).
-All else is the same. RoE goes on learning to route in its finetune stage. Its calibrated bias is measured on 32 samples
-at the end, {14 * 32} passes more."""
-
-LEFT_OUT = """Target 30 %. The last column compares the column before it with the same of the whole method, each at the
-rate it reached: RoE's rates cannot be interpolated where they jump."""
+def reading_mark(results: Results) -> str:
+    """Give the first line of a reading of these cells: other cells have another."""
+    content = json.dumps(results.cells, sort_keys=True)
+    return f"<!-- read from cells {hashlib.sha256(content.encode()).hexdigest()[:16]} -->"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def points(found: Interval) -> str:
@@ -154,11 +100,6 @@ def _accuracy(runs: Sequence[Run]) -> str:
 
 def _percent(values: Iterable[float]) -> str:
     return f"{100 * float(np.mean(list(values))):.1f}"
-
-
-def _dense_line(results: Results) -> str:
-    runs = [results.run_at(cell, None) for cell in results.of("dense")]
-    return f"Dense: {_accuracy(runs)} % right."
 
 
 def _variants(method: str, target: float) -> list[tuple[str, Point]]:
@@ -181,7 +122,7 @@ def _row(results: Results, cells: list[dict[str, Any]], label: str, runs: list[R
     ]
 
 
-def _methods_table(results: Results, target: float) -> list[str]:
+def _methods_table(results: Results, target: float) -> str:
     rows = []
     for method in LABELS:
         cells = results.of(method, target)
@@ -191,7 +132,7 @@ def _methods_table(results: Results, target: float) -> list[str]:
     return table(["", "accuracy, %", "minus dense", "agreement, %", "skip, %", "time"], rows)
 
 
-def _equal_table(results: Results) -> list[str]:
+def _equal_table(results: Results) -> str:
     head, rows = [""], {method: [LABELS[method]] for method in LABELS if method not in ("roe", "oracle")}
     for target in TARGETS:
         references = {cell["seed"]: results.run_at(cell, TRAINED) for cell in results.of("roe", target)}
@@ -208,7 +149,7 @@ def _equal_table(results: Results) -> list[str]:
     return table(head, rows.values())
 
 
-def _cost_table(results: Results) -> list[str]:
+def _cost_table(results: Results) -> str:
     rows = []
     for method, label in LABELS.items():
         cells = results.of(method, 0.3)
@@ -229,7 +170,7 @@ def _cost_table(results: Results) -> list[str]:
     return table(head, rows)
 
 
-def _level_table(results: Results) -> list[str]:
+def _level_table(results: Results) -> str:
     rows = []
     for level in ROUTER_BUDGETS:
         roe, fuzzy = results.at_level("roe", level), results.at_level("fuzzy", level)
@@ -256,7 +197,7 @@ def _at(runs: Sequence[Run]) -> str:
     return f"{_percent(float(run.correct.mean()) for run in runs)} % at {_percent(run.skip_rate for run in runs)} %"
 
 
-def _ablation_table(results: Results) -> list[str]:
+def _ablation_table(results: Results) -> str:
     rows = []
     for method, label in {"roe": "RoE", **ABLATIONS}.items():
         whole = {cell["seed"]: cell for cell in results.of(method.split("_")[0], 0.3)}

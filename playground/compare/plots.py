@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fuzzyroe.plots import LIGHT, Theme, new_figure, style_axes
 from playground.compare.answers import TRAINED
 from playground.compare.cells import PLANNED, ROUTER_BUDGETS, TARGETS
-from playground.compare.page import LABELS
+from playground.compare.page import LABELS, LOWEST_SHOWN
 from playground.compare.summary import Results, Run
 
 STYLES = {
@@ -25,10 +25,6 @@ STYLES = {
     "oracle": ("#1f2933", "*"),
 }
 """Colour and mark of each method."""
-
-
-LOWEST_SHOWN = 84
-"""Lowest accuracy in the figure, in percent."""
 
 
 def draw_accuracy(results: Results, theme: Theme = LIGHT) -> Figure:

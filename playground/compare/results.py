@@ -10,17 +10,17 @@ import functools
 from pathlib import Path
 
 from fuzzyroe.plots import render_svg
-from playground.compare.page import write_page
+from playground.compare.page import READING_FILE, reading_mark, write_page
 from playground.compare.plots import draw_accuracy, draw_router_cost
 from playground.compare.summary import Results
 
 FIGURES = {"accuracy.svg": draw_accuracy, "router_cost.svg": draw_router_cost}
 
 
-def render(results: Results) -> dict[str, str]:
-    """The page, under the name ``results.md``, and its figures, by file name."""
+def render(results: Results, reading: str = "") -> dict[str, str]:
+    """The page, under the name ``results.md``, and its figures, by file name; ``reading`` as for ``write_page``."""
     figures = {name: render_svg(functools.partial(draw, results)) for name, draw in FIGURES.items()}
-    return {"results.md": write_page(results), **figures}
+    return {"results.md": write_page(results, reading), **figures}
 
 
 def main() -> None:
@@ -32,7 +32,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, text in render(Results.read(arguments.cells)).items():
+    results, reading = Results.read(arguments.cells), arguments.output / READING_FILE
+    read = reading.read_text(encoding="utf-8") if reading.exists() else ""
+    if read and not read.startswith(reading_mark(results)):
+        print(f"compare: {reading} is about other cells and left out; read these and begin it with", end=" ")
+        print(reading_mark(results))
+    for name, text in render(results, read).items():
         path = arguments.output.with_suffix(".md") if name == "results.md" else arguments.output / name
         path.write_text(text, encoding="utf-8")
         print(f"compare: {path} written")

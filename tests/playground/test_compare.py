@@ -13,7 +13,7 @@ from llava.train.arguments import parse_arguments, stage_of
 from playground.compare import verdicts
 from playground.compare.cells import BATCH, MAIN_BUDGET, ROUTER_BUDGETS, ROUTER_STEPS, SEEDS, Cell, cells
 from playground.compare.packing import pack, unpack
-from playground.compare.page import ABLATIONS, LABELS
+from playground.compare.page import ABLATIONS, LABELS, write_page
 from playground.compare.results import render
 from playground.compare.run_cell import flags_of
 from playground.compare.summary import Results, interval_of
@@ -147,7 +147,8 @@ def test_a_cell_that_goes_on_from_another_has_cost_that_one_too() -> None:
 
 
 def test_the_page_and_its_figures_are_what_the_committed_cells_give() -> None:
-    for name, text in render(Results.read(ROOT / "docs" / "results" / "cells")).items():
+    reading = (ROOT / "docs" / "results" / "reading.md").read_text()
+    for name, text in render(Results.read(ROOT / "docs" / "results" / "cells"), reading).items():
         path = ROOT / "docs" / ("results.md" if name == "results.md" else f"results/{name}")
         assert path.read_text(encoding="utf-8") == text, (
             f"{path.name}: RESULTS_ONLY=1 bash scripts/playground/compare.sh"
@@ -159,3 +160,11 @@ def test_every_cell_of_the_comparison_is_committed() -> None:
     assert {path.stem for path in folder.glob("*.json")} == {cell.name for cell in CELLS}
     for path in folder.glob("*.json"):
         assert len(json.loads(path.read_text())["commit"]) == 40  # of a clean checkout
+
+
+def test_conclusions_about_other_cells_are_left_out() -> None:
+    results = Results.read(ROOT / "docs" / "results" / "cells")
+    reading = (ROOT / "docs" / "results" / "reading.md").read_text()
+    assert "## Reading" in write_page(results, reading)
+    changed = Results({name: cell for name, cell in results.cells.items() if name != "static_2"})
+    assert "## Reading" not in write_page(changed, reading)
