@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,17 @@ def test_the_page_and_its_figures_are_what_the_committed_cells_give() -> None:
     reading = (ROOT / "docs" / "results" / "reading.md").read_text()
     for name, text in render(Results.read(ROOT / "docs" / "results" / "cells"), reading).items():
         path = ROOT / "docs" / ("results.md" if name == "results.md" else f"results/{name}")
-        assert path.read_text(encoding="utf-8") == text, (
-            f"{path.name}: RESULTS_ONLY=1 bash scripts/playground/compare.sh"
+        committed, remedy = (
+            path.read_text(encoding="utf-8"),
+            f"{name}: RESULTS_ONLY=1 bash scripts/playground/compare.sh",
         )
+        if name.endswith(".svg"):  # positions are computed, and their last digits differ between processors
+            number = re.compile(r"-?\d+\.\d+")
+            assert number.sub("", committed) == number.sub("", text), remedy
+            ours, theirs = ([float(found) for found in number.findall(svg)] for svg in (text, committed))
+            assert ours == pytest.approx(theirs, abs=1e-3), remedy
+        else:
+            assert committed == text, remedy
 
 
 def test_every_cell_of_the_comparison_is_committed() -> None:
