@@ -31,10 +31,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train import train
-from llava.train.engine import import_deepspeed
-from llava.train.step_checkpoint import SAVING, find_fault, list_checkpoints, step_of
+from llava.train.callbacks import HUNG
+from llava.train.checkpointing import MANIFEST, find_fault, list_checkpoints, step_of
 from llava.train.trainer import LlavaTrainer
-from llava.train.watchdog import STALLED
+from llava.train.zero3 import import_deepspeed
 
 NUM_RANKS = 2
 TIMEOUT = 180.0
@@ -119,8 +119,10 @@ def stand_still_at(number: int) -> None:
     calls, compute_loss = [], LlavaTrainer.compute_loss
 
     def compute(self: LlavaTrainer, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self.observers.before_forward(inputs))
+        calls.append(inputs)
         if len(calls) == number:
+            for callback in self.batch_callbacks:
+                callback.on_batch_begin(inputs)
             time.sleep(TIMEOUT)
         return compute_loss(self, model, inputs, *args, **kwargs)
 
@@ -135,7 +137,7 @@ def run_hanging(output: Path, flags: list[str], log: Path) -> None:
     """
     ranks = Ranks([*flags, "--output_dir", str(output)], log, hangs=True)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks.alive]
-    if codes != [STALLED] * NUM_RANKS:
+    if codes != [HUNG] * NUM_RANKS:
         raise RuntimeError(f"the ranks ended with {codes}:\n{log.read_text()[-5000:]}")
 
 
@@ -212,23 +214,29 @@ def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float) ->
     while time.monotonic() < deadline:
         if ranks.poll():
             return True
-        if kind == "half" and (partial / "checkpoint-3").exists():
+        if kind == "half" and (partial / "checkpoint-3" / MANIFEST).exists():
             return False
-        if kind == "save" and list(partial.glob(f"{SAVING}/checkpoint-*")):
+        if kind == "save" and find_unfinished(partial):
             time.sleep(later)
             return ranks.poll()
         time.sleep(0.002)
     return False
 
 
+def find_unfinished(partial: Path) -> list[str]:
+    """Names of the step checkpoints that are being written: they have no manifest yet."""
+    return [folder.name for folder in list_checkpoints(partial) if not (folder / MANIFEST).exists()]
+
+
 def look(kind: str, partial: Path) -> dict:
     """What a kill left behind."""
-    folders = list_checkpoints(partial)
+    unfinished = find_unfinished(partial)
+    folders = [folder for folder in list_checkpoints(partial) if folder.name not in unfinished]
     return {
         "kind": kind,
         "steps": [folder.name for folder in folders],
         "faults": {folder.name: find_fault(folder) for folder in folders if find_fault(folder)},
-        "unfinished": [path.name for path in partial.glob(f"{SAVING}/checkpoint-*")],
+        "unfinished": unfinished,
     }
 
 

@@ -13,7 +13,7 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.dataset import SFTCollator
-from llava.train.batch_routing import BudgetedRouting, RandomRouting
+from llava.train.routing_policies import BudgetedRouting, RandomRouting
 
 IMAGE = 4
 
