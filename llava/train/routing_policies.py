@@ -128,15 +128,13 @@ class RandomRouting:
         RoE (arXiv:2407.14093) warms its adapters up with random skips.
     """
 
-    def __init__(
-        self, image_token_id: int, num_layers: int, max_skip_ratio: float, mode: Mode = "soft"
-    ) -> None:
+    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float, mode: Mode = "soft") -> None:
         self.image_token_id, self.mode = image_token_id, mode
         self.num_layers, self.max_skip_ratio = num_layers, max_skip_ratio
 
     def __call__(self, batch: dict[str, Any], step: int = 0, num_steps: int = 1) -> RoutingState:
         state = RoutingState.from_batch(batch, self.image_token_id, self.mode)
-        num_samples, num_turns = len(state.turn_ids), int(state.num_turns or 1)
+        num_samples, num_turns = len(state.turn_ids), state.planned_turns()
         rates = torch.rand(num_samples, 1, 1) * self.max_skip_ratio
         keep = (torch.rand(num_samples, num_turns, self.num_layers) >= rates).float()
         keep[:, :, 0] = 1.0
@@ -176,7 +174,7 @@ class RelaxedRouting:
         state = RoutingState.from_batch(batch, self.image_token_id, "soft")
         progress, draws = self.progress_at(step, num_steps), None
         if phase(progress) == "random":
-            draws = torch.rand(self.num_layers, len(state.turn_ids), int(state.num_turns or 1), 2)
+            draws = torch.rand(self.num_layers, len(state.turn_ids), state.planned_turns(), 2)
         state.roe = RoEPass(relax(progress, self.skip_ratio, draws))
         return state
 

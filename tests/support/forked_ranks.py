@@ -3,10 +3,11 @@
     python tests/support/forked_ranks.py PLAN.json
 
 The plan is a list of cases, each with ``name``, ``flags`` (those of llava/train/train.py, without ``output_dir``) and
-``kills``, how often it is killed. A case runs once undisturbed into ``NAME.whole``. Then it runs into ``NAME``, where
-both ranks are killed -9 again and again: as soon as half of its steps are saved, at random moments of the time that
-what is left of it takes, and inside a save; whenever it comes through before the last kill, it begins anew. After each
-kill every step checkpoint must be whole. ``NAME.kills.json`` says when it was killed and what was there.
+``kinds``, when it is killed. A case runs once undisturbed into ``NAME.whole``. Then it runs into ``NAME``, where both
+ranks are killed -9 once for each kind: ``half``, as soon as half of its steps are saved; ``save``, inside a save;
+``time``, at a random moment, drawn with ``seed``, of the time that what is left of it takes. Whenever it comes through
+before the last kill, it begins anew. After each kill every step checkpoint must be whole. ``NAME.kills.json`` says when
+it was killed and what was there.
 
 A case with ``hangs`` runs once, with rank 1 standing still before its second forward pass, and must be ended by the
 watchdog of each rank; what they printed is in ``NAME.log``.
@@ -24,6 +25,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,10 +180,10 @@ def run_whole(flags: list[str], output: Path, log: Path) -> Pace:
 
 
 def run_case(
-    name: str, flags: list[str], folder: Path, kills: int = 0, hangs: bool = False, saves: bool = True
+    name: str, flags: list[str], folder: Path, kinds: Sequence[str] = (), seed: int = 0, hangs: bool = False
 ) -> None:
     """Run one case of a plan, see the module."""
-    generator = random.Random(name)
+    generator = random.Random(seed)
     output, log = folder / name, folder / f"{name}.log"
     if hangs:
         run_hanging(output, flags, log)
@@ -189,12 +191,12 @@ def run_case(
     partial = output.with_name(f"{name}.partial")
     pace = run_whole(flags, folder / f"{name}.whole", log)
     seen = []
-    while len(seen) < kills:
-        kind = "time" if not saves else "half" if not seen else ("save", "time")[len(seen) % 2]
+    while len(seen) < len(kinds):
+        kind = kinds[len(seen)]
         moment = generator.uniform(0.3, 1) * pace.left(max(map(step_of, list_checkpoints(partial)), default=0))
         started = time.monotonic()
         ranks = Ranks([*flags, "--output_dir", str(output)], log)
-        has_finished = wait(ranks, kind, partial, moment, generator.uniform(0, 0.05))
+        has_finished = wait(ranks, kind, partial, moment, generator.uniform(0, 0.05), pace.steps // 2)
         ranks.kill()
         if has_finished:  # a first run may have compiled operators, and be no measure of the others
             pace.whole = min(pace.whole, time.monotonic() - started)
@@ -208,15 +210,18 @@ def run_case(
     (folder / f"{name}.kills.json").write_text(json.dumps({"kills": seen, "seconds": seconds}))
 
 
-def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float) -> bool:
+def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float, half: int) -> bool:
     """Wait for the moment of a kill; True if the run has ended before it."""
+    stale = set(find_unfinished(partial))  # of the kill before; the run removes them as it begins
     deadline = time.monotonic() + (moment if kind == "time" else TIMEOUT)
     while time.monotonic() < deadline:
         if ranks.poll():
             return True
-        if kind == "half" and (partial / "checkpoint-3" / MANIFEST).exists():
+        if kind == "half" and (partial / f"checkpoint-{half}" / MANIFEST).exists():
             return False
-        if kind == "save" and find_unfinished(partial):
+        unfinished = set(find_unfinished(partial))
+        stale &= unfinished
+        if kind == "save" and unfinished - stale:
             time.sleep(later)
             return ranks.poll()
         time.sleep(0.002)
@@ -253,9 +258,10 @@ def main() -> None:
     """Run the cases of a plan, one after the other."""
     plan = Path(sys.argv[1])
     import_all()
+    started = time.monotonic()
     for case in json.loads(plan.read_text()):
         run_case(**case, folder=plan.parent)
-        print(case["name"], "done", flush=True)
+        print(f"case {case['name']} done after {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

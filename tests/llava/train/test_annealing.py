@@ -11,8 +11,8 @@ import torch
 import zero3_cases
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
-from llava.train.routing_policies import ANNEALED, BudgetedRouting
 from llava.train.checks import check_inputs
+from llava.train.routing_policies import ANNEALED, BudgetedRouting
 from llava.train.stages import StageInputError
 from routed_llava import route
 from tiny_training import Tiny

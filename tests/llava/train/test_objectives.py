@@ -26,7 +26,9 @@ def test_the_loss_is_one_for_an_untrained_adapter_and_ignores_padding(tiny: Tiny
     for layer in model.get_decoder().layers:
         torch.nn.init.normal_(layer.adapter.up.weight)
     changed = layer_regression(model, {"input_ids": ids, "attention_mask": mask}, None)
-    padded = layer_regression(model, {"input_ids": ids.index_fill(1, torch.tensor([4]), 9), "attention_mask": mask}, None)
+    padded = layer_regression(
+        model, {"input_ids": ids.index_fill(1, torch.tensor([4]), 9), "attention_mask": mask}, None
+    )
     assert float(changed) > 1.0
     assert float(padded) != float(changed), "the last position of the second row is no padding"
     other = ids.clone()

@@ -58,9 +58,9 @@ def test_a_source_draws_around_its_target_and_the_others_as_before(sft_dataset, 
     budgets = PerSourceBudgets({"text": 0.4}, 0.5, sources.__getitem__)
     routing = BudgetedRouting(IMAGE, 0.5, budgets=budgets, softness=softness)
     torch.manual_seed(0)
-    drawn = torch.stack([routing(batch).skip_rate for _ in range(500)])
+    drawn = torch.stack([routing(batch).target_skip_ratio for _ in range(500)])
     torch.manual_seed(0)
-    before = torch.stack([BudgetedRouting(IMAGE, 0.5)(batch).skip_rate for _ in range(500)])
+    before = torch.stack([BudgetedRouting(IMAGE, 0.5)(batch).target_skip_ratio for _ in range(500)])
     assert torch.equal(drawn[:, ~is_text], before[:, ~is_text])
     text = drawn[:, is_text]
     assert text.mean() == pytest.approx(0.4, abs=0.01)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava.train.checkpointing import describe_run
 from llava.train.arguments import LlavaTrainingArguments, parse_arguments
+from llava.train.checkpointing import describe_run
 from llava.train.checks import check_inputs
 from llava.train.parameters import prepare_quantized, quantization_options
 from tiny_training import Tiny
