@@ -84,18 +84,18 @@ def explain_features(rule_base: FuzzyRuleBase, features: Sequence[float], max_ru
             f"{', '.join(names)}. Give one value for each."
         )
     values = {name: float(value) for name, value in zip(names, features, strict=True)}
-    memberships = {
-        variable.name: dict(zip(variable.terms, variable.memberships(values[variable.name]).tolist(), strict=True))
-        if math.isfinite(values[variable.name])
-        else {}
-        for variable in rule_base.antecedents
-    }
+    memberships: dict[str, dict[str, float]] = {name: {} for name in names}
+    for variable in rule_base.antecedents:
+        if math.isfinite(values[variable.name]):
+            degrees = variable.memberships(values[variable.name]).tolist()
+            memberships[variable.name] = dict(zip(variable.terms, degrees, strict=True))
     words = {name: describe_memberships(degrees) for name, degrees in memberships.items()}
     if not all(map(math.isfinite, values.values())):
         return Explanation(values, memberships, words, (), 0, rule_base.non_finite)
     point = np.array([list(values.values())])
     strengths = rule_base.firing_strengths(point)[0]  # (R,)
     num_fired = int((strengths >= FIRED).sum())
+    # stable: of equally strong rules the first in the order of the table
     order = np.argsort(-strengths, kind="stable")[: min(max_rules, num_fired)]
     fired = tuple(_fired_rule(rule_base, int(index), float(strengths[index])) for index in order)
     return Explanation(values, memberships, words, fired, num_fired, float(rule_base.evaluate(point)[0]))
@@ -113,6 +113,7 @@ def describe_memberships(degrees: Mapping[str, float]) -> str:
     """
     if not degrees:
         return "not a finite number"
+    # memberships sum to one and only neighbours overlap, so one or two terms are present
     present = {term: degree for term, degree in degrees.items() if degree > 0}
     first, *others = sorted(present, key=lambda term: -present[term])
     if present[first] >= CERTAIN or not others:
@@ -138,12 +139,12 @@ def describe_rule(rule_base: FuzzyRuleBase, terms: Sequence[str], output: float)
 
 def origin_of(rule_base: FuzzyRuleBase, cell: Sequence[int]) -> str:
     """Say where the consequent of a cell comes from: its author, and whether calibration has moved it."""
-    source = str(rule_base.source[tuple(cell)])
-    return f"{rule_base.prior_source[tuple(cell)]}, fitted" if source == "fitted" else source
+    before, now = (str(base.source[tuple(cell)]) for base in (rule_base.unfitted(), rule_base))
+    return now if before == now else f"{before}, {now}"
 
 
 def _fired_rule(rule_base: FuzzyRuleBase, index: int, strength: float) -> FiredRule:
-    cell = np.unravel_index(index, rule_base.shape)
+    cell = rule_base.cells()[index]
     terms, output = rule_base.terms_of(cell), float(rule_base.output_table[cell])
-    text, origin, comment = describe_rule(rule_base, terms, output), origin_of(rule_base, cell), rule_base.comments
-    return FiredRule(text, terms, strength, output, origin, comment.get(terms, ""))
+    text, comment = describe_rule(rule_base, terms, output), rule_base.comments.get(terms, "")
+    return FiredRule(text, terms, strength, output, origin_of(rule_base, cell), comment)

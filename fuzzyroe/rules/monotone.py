@@ -107,7 +107,7 @@ def make_monotone_exactly(table: np.ndarray, signs: Sequence[int] | np.ndarray) 
     Returns:
         A table without any violation, same shape.
     """
-    downwards = [axis for axis, sign in enumerate(signs) if sign < 0]
+    downwards = tuple(axis for axis, sign in enumerate(signs) if sign < 0)
     upwards = np.flip(table, downwards)
     for axis in np.flatnonzero(signs):
         upwards = np.maximum.accumulate(upwards, int(axis))

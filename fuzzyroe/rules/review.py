@@ -107,12 +107,11 @@ def review_rule_base(
         for index, term in enumerate(variable.terms)
         if np.isnan(np.take(expert.table, index, axis=axis)).all()
     )
-    evidence = evidence_of(rule_base)
-    idle = None
+    evidence, idle = evidence_of(rule_base), None
     if evidence is not None:
-        cells = map(tuple, np.argwhere(evidence < IDLE))
-        idle = tuple((rule_base.terms_of(cell), float(evidence[cell])) for cell in cells)
-    is_same_table = np.array_equal(rule_base.table, expert.table, equal_nan=True)
+        idle = tuple((rule_base.terms_of(c), float(evidence[c])) for c in rule_base.cells() if evidence[c] < IDLE)
+    is_as_written = np.array_equal(rule_base.table, expert.table, equal_nan=True)
+    # additive completion needs a rule for every term, so there is nothing to compare it with
     is_comparable = not expert.is_complete and not (unused and "additive" in methods)
     return Review(
         num_rules=expert.num_rules,
@@ -120,7 +119,7 @@ def review_rule_base(
         missing=tuple(expert.missing_cells()),
         unused_terms=unused,
         contradictions=tuple(expert.monotonicity_violations()),
-        fitted_contradictions=() if is_same_table else tuple(rule_base.monotonicity_violations()),
+        fitted_contradictions=() if is_as_written else tuple(rule_base.monotonicity_violations()),
         undirected=tuple(variable.name for variable in expert.antecedents if not variable.sign),
         disagreements=find_disagreements(expert, methods, tolerance) if is_comparable else (),
         idle=idle,
@@ -143,8 +142,9 @@ def find_disagreements(
     tables = {method: rule_base.complete_table(InterpolationOptions(method)) for method in methods}
     lower, upper = rule_base.consequent.universe
     disagreements = []
-    for cell in map(tuple, np.argwhere(np.isnan(rule_base.table))):
+    for cell in rule_base.cells():
         values = {method: float(table[cell]) for method, table in tables.items()}
+        # given cells keep every bit whatever the method, so their spread is zero
         spread = (max(values.values()) - min(values.values())) / (upper - lower)
         if spread > tolerance:
             disagreements.append(Disagreement(rule_base.terms_of(cell), values, spread))
@@ -170,7 +170,7 @@ class RuleDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between two rule bases.
+    """Variables, options and rules in which two rule bases differ.
 
     Attributes:
         settings: One sentence per differing variable, consequent or option.
@@ -194,46 +194,38 @@ def compare_rule_bases(first: FuzzyRuleBase, second: FuzzyRuleBase, tolerance: f
         second: Another one.
         tolerance: Differences of consequents and peaks up to this size are rounding.
     """
-    settings = [*_compare_variables(first, second, tolerance), *_compare_options(first, second)]
-    terms = [[(v.name, v.terms) for v in rule_base.antecedents] for rule_base in (first, second)]
+    settings = _compare_variables(first, second, tolerance)
+    for name in ("consequent", "interpolation", "non_finite"):
+        if getattr(first, name) != getattr(second, name):
+            settings.append(f"{name}: {getattr(first, name)} -> {getattr(second, name)}")
+    terms = [[(variable.name, variable.terms) for variable in rules.antecedents] for rules in (first, second)]
     if terms[0] != terms[1]:
         return Difference(tuple(settings), None)
-    rules = []
+    differences = []
     for cell in first.cells():
-        values = [_value(rule_base, cell) for rule_base in (first, second)]
-        origins = [origin_of(rule_base, cell) for rule_base in (first, second)]
-        is_same = values[0] == values[1] or (None not in values and abs(values[0] - values[1]) <= tolerance)
+        values = [float(rules.output_table[cell]) for rules in (first, second)]
+        origins = origin_of(first, cell), origin_of(second, cell)
+        # nan, no rule, equals itself here
+        is_same = np.isclose(values[0], values[1], rtol=0, atol=tolerance, equal_nan=True)
         if not is_same or origins[0] != origins[1]:
-            rules.append(RuleDifference(first.terms_of(cell), *values, *origins))
-    return Difference(tuple(settings), tuple(rules))
-
-
-def _value(rule_base: FuzzyRuleBase, cell: tuple[int, ...]) -> float | None:
-    value = float(rule_base.output_table[cell])
-    return None if np.isnan(value) else value
+            one, other = (None if np.isnan(value) else value for value in values)
+            differences.append(RuleDifference(first.terms_of(cell), one, other, *origins))
+    return Difference(tuple(settings), tuple(differences))
 
 
 def _compare_variables(first: FuzzyRuleBase, second: FuzzyRuleBase, tolerance: float) -> list[str]:
-    names = [[variable.name for variable in rule_base.antecedents] for rule_base in (first, second)]
+    names = [", ".join(variable.name for variable in rules.antecedents) for rules in (first, second)]
     if names[0] != names[1]:
-        return [f"antecedents: {', '.join(names[0])} -> {', '.join(names[1])}"]
-    found = []
+        return [f"antecedents: {names[0]} -> {names[1]}"]
+    sentences = []
     for one, other in zip(first.antecedents, second.antecedents, strict=True):
         if one.terms != other.terms:
-            found.append(f"{one.name}: terms {', '.join(one.terms)} -> {', '.join(other.terms)}")
+            sentences.append(f"{one.name}: terms {', '.join(one.terms)} -> {', '.join(other.terms)}")
         elif not np.allclose(one.peaks, other.peaks, rtol=0, atol=tolerance):
             before, after = (", ".join(f"{peak:.3f}" for peak in variable.peaks) for variable in (one, other))
-            found.append(f"{one.name}: peaks {before} -> {after}")
+            sentences.append(f"{one.name}: peaks {before} -> {after}")
         if one.universe != other.universe:
-            found.append(f"{one.name}: universe {list(one.universe)} -> {list(other.universe)}")
+            sentences.append(f"{one.name}: universe {list(one.universe)} -> {list(other.universe)}")
         if one.monotone != other.monotone:
-            found.append(f"{one.name}: direction {one.monotone or 'unknown'} -> {other.monotone or 'unknown'}")
-    return found
-
-
-def _compare_options(first: FuzzyRuleBase, second: FuzzyRuleBase) -> list[str]:
-    return [
-        f"{name}: {getattr(first, name)} -> {getattr(second, name)}"
-        for name in ("consequent", "interpolation", "non_finite")
-        if getattr(first, name) != getattr(second, name)
-    ]
+            sentences.append(f"{one.name}: direction {one.monotone or 'unknown'} -> {other.monotone or 'unknown'}")
+    return sentences

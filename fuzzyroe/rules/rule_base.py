@@ -62,6 +62,7 @@ class FuzzyRuleBase:
     comments: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # copies, and read-only arrays: nobody changes a rule base behind the back of a router built from it
         object.__setattr__(self, "antecedents", tuple(self.antecedents))
         object.__setattr__(self, "provenance", copy.deepcopy(dict(self.provenance)))
         object.__setattr__(self, "comments", {terms: " ".join(text.split()) for terms, text in self.comments.items()})
@@ -70,56 +71,54 @@ class FuzzyRuleBase:
                 array = np.array(getattr(self, key), dtype=dtype)
                 array.setflags(write=False)
                 object.__setattr__(self, key, array)
-        self._check_names()
-        self._check_table(self.table, self.source)
-        if (self.prior_table is None, self.prior_source is None) != 2 * ("fitted" not in self.source,):
-            raise ValueError(
-                f"Rule base '{self.name}' has fitted cells without prior_table and prior_source, or the reverse; "
-                "fitted cells need the values they were fitted from; pass both or neither."
-            )
-        if self.prior_table is not None:
-            self._check_table(self.prior_table, self.prior_source)
-        if not np.isfinite(self.non_finite):
-            raise ValueError(
-                f"non_finite is {self.non_finite}; a finite number is allowed; use 1.0 to run every layer."
-            )
-
-    def _check_names(self) -> None:
         check_identifier(self.name, "The name of a rule base")
+        problem = self._find_problem()
+        if problem:
+            raise ValueError(f"Rule base '{self.name}' has {problem}")
+
+    def _find_problem(self) -> str | None:
+        """Say what is inconsistent, what is allowed, and what to do."""
         names = [variable.name for variable in self.antecedents] + [self.consequent.name]
         if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(
-                f"Rule base '{self.name}' has the variables {names}; one or more antecedents and a consequent with "
-                "different names are allowed; rename or add one."
+            return (
+                f"the variables {names}; one or more antecedents and a consequent with different names are allowed; "
+                "rename or add one."
             )
-
-    def _check_table(self, table: np.ndarray, source: np.ndarray) -> None:
-        if table.shape != self.shape or source.shape != self.shape:
-            raise ValueError(
-                f"Rule base '{self.name}' has a table {table.shape} and sources {source.shape}; {self.shape} (terms "
-                "per antecedent) is allowed; pass one cell per combination of terms."
+        if not np.isfinite(self.non_finite):
+            return f"non_finite {self.non_finite}; a finite number is allowed; use 1.0 to run every layer."
+        if {self.prior_table is None, self.prior_source is None} != {"fitted" not in self.source}:
+            return (
+                "fitted cells without prior_table and prior_source, or the reverse; fitted cells need the values they "
+                "were fitted from; pass both or neither."
             )
-        has_rule = ~np.isnan(table)
-        if not has_rule.any():
-            raise ValueError(f"Rule base '{self.name}' has no rule at all; at least one is needed; add rules.")
-        if not np.isin(source[has_rule], SOURCES).all() or not (source[~has_rule] == NO_RULE).all():
-            raise ValueError(
-                f"Rule base '{self.name}' has the sources {sorted(set(source.ravel().tolist()))}; {SOURCES} for rules "
-                f"and '{NO_RULE}' for empty cells are allowed; correct the sources."
-            )
-        for value in table[has_rule].tolist():
-            if not self.consequent.contains(value):
-                raise ValueError(
-                    f"Rule base '{self.name}' has the consequent {value}; values in {list(self.consequent.universe)} "
-                    "are allowed; correct the rule or widen the universe."
+        for table, source in ((self.table, self.source), (self.prior_table, self.prior_source)):
+            if table is None or source is None:
+                continue
+            if table.shape != self.shape or source.shape != self.shape:
+                return (
+                    f"a table {table.shape} and sources {source.shape}; {self.shape} (terms per antecedent) is "
+                    "allowed; pass one cell per combination of terms."
                 )
+            has_rule = ~np.isnan(table)
+            if not has_rule.any():
+                return "no rule at all; at least one is needed; add rules."
+            if not np.isin(source[has_rule], SOURCES).all() or not (source[~has_rule] == NO_RULE).all():
+                return (
+                    f"the sources {sorted(set(source.ravel().tolist()))}; {SOURCES} for rules and '{NO_RULE}' for "
+                    "empty cells are allowed; correct the sources."
+                )
+            outside = [value for value in table[has_rule].tolist() if not self.consequent.contains(value)]
+            if outside:
+                return (
+                    f"the consequent {outside[0]}; values in {list(self.consequent.universe)} are allowed; correct the "
+                    "rule or widen the universe."
+                )
+        return None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FuzzyRuleBase):
             return NotImplemented
         return all(_equal(getattr(self, key), getattr(other, key)) for key in self.__dataclass_fields__)
-
-    __hash__ = None  # equal by value, holds arrays
 
     @classmethod
     def from_rules(
@@ -184,7 +183,7 @@ class FuzzyRuleBase:
 
     def missing_cells(self) -> list[tuple[str, ...]]:
         """List the combinations of terms without a rule."""
-        return [self.terms_of(cell) for cell in np.argwhere(np.isnan(self.table))]
+        return [self.terms_of(cell) for cell in np.argwhere(np.isnan(self.table)).tolist()]
 
     def monotonicity_violations(self, tolerance: float = 1e-9) -> list[tuple[tuple[str, ...], tuple[str, ...], float]]:
         """List pairs of rules that contradict the declared directions.
@@ -199,7 +198,7 @@ class FuzzyRuleBase:
         pairs = find_contradictions(self.table, self.signs, tolerance)
         return [(self.terms_of(lower), self.terms_of(upper), excess) for lower, upper, excess in pairs]
 
-    def firing_strengths(self, points: np.ndarray) -> np.ndarray:
+    def firing_strengths(self, points: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
         """Fire all cells in double precision (the torch module does the same on devices).
 
         Args:
@@ -208,15 +207,21 @@ class FuzzyRuleBase:
         Returns:
             Products of memberships, rows sum to one, (n, R).
         """
-        self._check_columns(points)
         points = np.asarray(points, dtype=np.float64)
+        self._check_columns(points)
         firing = np.ones((len(points), 1))
+        # the outer product over the antecedents, one at a time, in the row-major order of the table
         for column, variable in zip(points.T, self.antecedents, strict=True):
             firing = (firing[:, :, None] * variable.memberships(column)[:, None, :]).reshape(len(points), -1)  # (n, R)
         return firing
 
-    def evaluate(self, points: np.ndarray) -> np.ndarray:
+    def evaluate(self, points: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
         """Infer in double precision.
+
+        >>> from fuzzyroe.rules import load_rule_base
+        >>> rule_base = load_rule_base("default").interpolate()
+        >>> rule_base.evaluate([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]]).round(3).tolist()
+        [0.0, 0.333, 1.0]
 
         Args:
             points: Feature vectors, (n, D), finite.
@@ -230,6 +235,11 @@ class FuzzyRuleBase:
     def interpolate(self, method: str | None = None, **options: Any) -> FuzzyRuleBase:
         """Complete the missing cells by fuzzy rule interpolation.
 
+        >>> from fuzzyroe.rules import load_rule_base
+        >>> completed = load_rule_base("default").interpolate()
+        >>> completed.is_complete, round(float(completed.table[0, 0, 1]), 3)  # low, low, medium
+        (True, 0.111)
+
         Args:
             method: A key of ``interpolation.METHODS``; None for the rule base's own.
             **options: ``selection``, ``fallback``, ``monotone``, see ``InterpolationOptions``.
@@ -237,7 +247,8 @@ class FuzzyRuleBase:
         Returns:
             A complete rule base; given cells keep every bit.
         """
-        chosen = replace(self.interpolation, **options, **({} if method is None else {"method": method}))
+        options |= {} if method is None else {"method": method}
+        chosen = replace(self.interpolation, **options)
         conflicts = self.monotonicity_violations() if chosen.monotone else []
         if conflicts:
             logger.warning("Rule base '%s': given rules contradict its directions: %s", self.name, conflicts)
@@ -310,7 +321,7 @@ class FuzzyRuleBase:
 
     def unfitted(self) -> FuzzyRuleBase:
         """Give the rule base as it was before fitting; an unfitted one is returned as it is."""
-        if self.prior_table is None:
+        if self.prior_table is None or self.prior_source is None:
             return self
         return replace(self, table=self.prior_table, source=self.prior_source, prior_table=None, prior_source=None)
 
@@ -338,7 +349,8 @@ class FuzzyRuleBase:
         Args:
             peaks: New peaks per antecedent, D sequences of K_j numbers.
         """
-        variables = [variable.with_peaks(new) for variable, new in zip(self.antecedents, peaks, strict=True)]
+        pairs = zip(self.antecedents, peaks, strict=True)
+        variables = [replace(variable, peaks=tuple(new)) for variable, new in pairs]
         return replace(self, antecedents=tuple(variables))
 
     def with_quantile_knots(self, features: np.ndarray) -> FuzzyRuleBase:
@@ -374,9 +386,9 @@ class FuzzyRuleBase:
         return replace(self, antecedents=tuple(variables), provenance=kept, comments=comments, **arrays)
 
     def _check_columns(self, points: np.ndarray) -> None:
-        if np.ndim(points) != 2 or np.shape(points)[1] != len(self.antecedents) or not np.isfinite(points).all():
+        if points.ndim != 2 or points.shape[1] != len(self.antecedents) or not np.isfinite(points).all():
             raise ValueError(
-                f"The points have shape {np.shape(points)}; finite ones of shape (n, {len(self.antecedents)}) are "
+                f"The points have shape {points.shape}; finite ones of shape (n, {len(self.antecedents)}) are "
                 "allowed; pass one column per antecedent and drop non-finite rows."
             )
 

@@ -54,15 +54,13 @@ def compile_rule_base(rule_base: FuzzyRuleBase, tolerance: float = 1e-6) -> Zero
     """
     names, consequent = [variable.name for variable in rule_base.antecedents], rule_base.consequent.name
     rounded = [
-        np.float32(variable.peaks).astype(np.float64).clip(*variable.universe) for variable in rule_base.antecedents
+        np.asarray(variable.peaks, dtype=np.float32).astype(np.float64).clip(*variable.universe).tolist()
+        for variable in rule_base.antecedents
     ]
-    system = to_control_system(rule_base.with_knots(rounded))
-    try:
+    with _temporary_system(rule_base.with_knots(rounded)) as system:
         compiled = compile_control_system(system, names, consequent, non_finite=rule_base.non_finite)
         module = ZeroOrderTSK.from_rule_base(compiled)
         verify(module, system, names, consequent, tolerance=tolerance)
-    finally:
-        _forget(system)
     return module
 
 
@@ -118,7 +116,8 @@ def compile_control_system(
         target = _node(system.consequents, consequent, "consequent")
         variables = tuple(_read_variable(node) for node in nodes)
         shape = tuple(len(variable.terms) for variable in variables)
-        table, owner = np.full(shape, np.nan), {}
+        table = np.full(shape, np.nan)
+        owner: dict[tuple[int, ...], str] = {}
         for rule in _rules(system):
             value = _read_constant(_check_rule(rule, target))
             for cell in _cells_of(rule, variables):
@@ -158,9 +157,11 @@ def verify(
     expected = firing_strengths(system, points.astype(np.float64), antecedents)
     with torch.no_grad():
         actual = module.firing_strengths(torch.from_numpy(points)).double().numpy()
-    cells = np.arange(rule_base.num_rules).reshape(rule_base.shape)
-    owned = [[cells[cell] for cell in _cells_of(rule, rule_base.antecedents)] for rule in _rules(system)]
-    error = max(float(np.abs(actual[:, own].sum(axis=1) - expected[:, i]).max()) for i, own in enumerate(owned))
+    error = 0.0
+    # a rule that leaves out an antecedent fires as all the cells that it covers do together
+    for rule, strengths in zip(_rules(system), expected.T, strict=True):
+        together = actual[:, _columns_of(rule, rule_base)].sum(axis=1)
+        error = max(error, float(np.abs(together - strengths).max()))
     if error > tolerance:
         raise RuntimeError(
             f"The torch module and scikit-fuzzy differ by {error:.2e} in firing strength; {tolerance:.0e} is allowed; "
@@ -170,7 +171,7 @@ def verify(
 
 
 def firing_strengths(
-    system: FuzzyRuleBase | control.ControlSystem, points: np.ndarray, antecedents: Sequence[str] | None = None
+    system: FuzzyRuleBase | control.ControlSystem, points: np.ndarray, antecedents: Sequence[str] = ()
 ) -> np.ndarray:
     """Fire the rules with scikit-fuzzy, without its slow and lossy defuzzification.
 
@@ -184,15 +185,11 @@ def firing_strengths(
         rule, sorted by label.
     """
     if isinstance(system, FuzzyRuleBase):
-        built = to_control_system(system)
-        try:
-            strengths = firing_strengths(built, points, [variable.name for variable in system.antecedents])
-            cells = np.arange(system.num_rules).reshape(system.shape)
-            owned = [cells[_cells_of(rule, system.antecedents)[0]] for rule in _rules(built)]
-        finally:
-            _forget(built)
         table = np.zeros((len(points), system.num_rules))
-        table[:, owned] = strengths
+        with _temporary_system(system) as built:
+            strengths = firing_strengths(built, points, [variable.name for variable in system.antecedents])
+            for rule, column in zip(_rules(built), strengths.T, strict=True):
+                table[:, _columns_of(rule, system)] = column[:, None]
         return table
     points = _check_points(points, antecedents)
     with _quiet_lock(), _private_simulation(system) as simulation:
@@ -211,8 +208,8 @@ def firing_strengths(
 def evaluate(
     system: FuzzyRuleBase | control.ControlSystem,
     points: np.ndarray,
-    antecedents: Sequence[str] | None = None,
-    consequent: str | None = None,
+    antecedents: Sequence[str] = (),
+    consequent: str = "",
 ) -> np.ndarray:
     """Run scikit-fuzzy's own inference and centroid defuzzification; about 0.3 ms per point.
 
@@ -226,19 +223,14 @@ def evaluate(
         Outputs, (n,); for a rule base within 5e-5 of the exact weighted mean.
     """
     if isinstance(system, FuzzyRuleBase):
-        antecedents, consequent = [v.name for v in system.antecedents], system.consequent.name
+        antecedents, consequent = [variable.name for variable in system.antecedents], system.consequent.name
     points = _check_points(points, antecedents)
-    with _quiet_lock():
-        # a private copy: compute() clears the inputs and results that other simulations of the system rely on
-        private = to_control_system(system) if isinstance(system, FuzzyRuleBase) else copy.deepcopy(system)
-        try:
-            simulation = control.ControlSystemSimulation(private, cache=False)
-            for name, column in zip(antecedents, points.T, strict=True):
-                simulation.input[name] = np.ascontiguousarray(column)
-            simulation.compute()
-            return np.asarray(simulation.output[consequent], dtype=np.float64)
-        finally:
-            _forget(private)
+    with _quiet_lock(), _temporary_system(system) as private:
+        simulation = control.ControlSystemSimulation(private, cache=False)
+        for name, column in zip(antecedents, points.T, strict=True):
+            simulation.input[name] = np.ascontiguousarray(column)
+        simulation.compute()
+        return np.asarray(simulation.output[consequent], dtype=np.float64)
 
 
 @contextmanager
@@ -262,13 +254,19 @@ def _private_simulation(system: control.ControlSystem) -> Iterator[control.Contr
                 term.membership_value._sim_data.pop(simulation.unique_id, None)
 
 
-def _forget(system: control.ControlSystem) -> None:
-    """Remove a system of our own from scikit-fuzzy's class-level dictionaries, which would keep it forever."""
-    with _LOCK:
-        for owner in [*system.graph.nodes, *(weighted for rule in _rules(system) for weighted in rule.consequent)]:
-            for descriptor in vars(type(owner)).values():
-                if type(descriptor).__name__ == "StatefulProperty":
-                    descriptor.data.pop(owner, None)
+@contextmanager
+def _temporary_system(source: FuzzyRuleBase | control.ControlSystem) -> Iterator[control.ControlSystem]:
+    """Give a control system of our own: compute() clears inputs and results that other simulations rely on."""
+    system = to_control_system(source) if isinstance(source, FuzzyRuleBase) else copy.deepcopy(source)
+    try:
+        yield system
+    finally:
+        # scikit-fuzzy's class-level dictionaries would keep everything that was ever built
+        with _LOCK:
+            for owner in [*system.graph.nodes, *(part for rule in _rules(system) for part in rule.consequent)]:
+                for descriptor in vars(type(owner)).values():
+                    if type(descriptor).__name__ == "StatefulProperty":
+                        descriptor.data.pop(owner, None)
 
 
 def _to_antecedent(variable: LinguisticVariable) -> control.Antecedent:
@@ -346,6 +344,7 @@ def _read_constant(term: Term) -> float:
 
 def _check_rule(rule: control.Rule, target: control.Consequent) -> Term:
     """Refuse rules outside zero-order TSK; give the consequent term."""
+    # rule trees of scikit-fuzzy can express far more than one product of terms with one constant
     parents, weighted = [term.parent.label for term in rule.antecedent_terms], rule.consequent
     problem = None
     if len(weighted) != 1 or weighted[0].term.parent is not target or weighted[0].weight != 1:
@@ -368,7 +367,7 @@ def _has_other_than_and(condition: Term | TermAggregate) -> bool:
     """Say whether a condition holds OR or NOT anywhere."""
     if not isinstance(condition, TermAggregate):
         return False
-    return condition.kind != "and" or _has_other_than_and(condition.term1) or _has_other_than_and(condition.term2)
+    return condition.kind != "and" or any(map(_has_other_than_and, (condition.term1, condition.term2)))
 
 
 def _check_accumulation(system: control.ControlSystem, target: control.Consequent) -> None:
@@ -388,9 +387,15 @@ def _cells_of(rule: control.Rule, variables: Sequence[LinguisticVariable]) -> li
     return list(itertools.product(*choices))
 
 
-def _check_points(points: np.ndarray, antecedents: Sequence[str] | None) -> np.ndarray:
+def _columns_of(rule: control.Rule, rule_base: FuzzyRuleBase) -> np.ndarray:
+    """List the columns of firing strengths that a rule covers."""
+    cells = np.array(_cells_of(rule, rule_base.antecedents))  # (cells, D)
+    return np.ravel_multi_index(tuple(cells.T), rule_base.shape)
+
+
+def _check_points(points: np.ndarray, antecedents: Sequence[str]) -> np.ndarray:
     """Refuse points that scikit-fuzzy would misread: it drops nan silently."""
-    points, count = np.asarray(points, dtype=np.float64), len(antecedents or ())
+    points, count = np.asarray(points, dtype=np.float64), len(antecedents)
     if not count or points.ndim != 2 or points.shape[1] != count or not np.isfinite(points).all():
         found = f"points have shape {points.shape} for the antecedents {antecedents}"
         raise ValueError(f"{found}; finite (n, D) points and one name per column are allowed; correct them.")

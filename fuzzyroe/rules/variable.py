@@ -1,8 +1,8 @@
-"""A linguistic variable: a feature with named triangular terms whose memberships sum to one.
+"""Variables of a rule base: features with named terms, and the consequent that the rules conclude.
 
-The partition is a Ruspini partition: each term peaks at its own knot and falls to zero at its neighbours' knots; the
-first and the last term continue as shoulders. It is therefore fixed by its peaks alone, covers every value and cannot
-have gaps.
+The terms of a feature form a Ruspini partition: each is a triangle that peaks at its own knot and falls to zero at its
+neighbours' knots; the first and the last term continue as shoulders. The partition is therefore fixed by its peaks
+alone, covers every value, has no gaps, and its memberships sum to one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ANY_TERM = "any"  # "don't care" in a rule, hence no name for a term
 DIRECTIONS = {"increasing": 1, "decreasing": -1, None: 0}
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPPOSITE = {"increasing": "decreasing", "decreasing": "increasing", None: None}
 
 
 def check_identifier(name: object, what: str) -> None:
@@ -38,16 +39,17 @@ def check_identifier(name: object, what: str) -> None:
         )
 
 
-def check_interval(interval: tuple[float, float], what: str) -> None:
-    """Refuse an interval that is not two finite numbers in increasing order.
+def check_interval(interval: Sequence[float], what: str) -> tuple[float, float]:
+    """Give an interval as two floats.
 
     Raises:
-        ValueError: If the bounds are not finite or not increasing.
+        ValueError: If the bounds are not two finite numbers in increasing order.
     """
     if len(interval) != 2 or not all(map(math.isfinite, interval)) or interval[0] >= interval[1]:
         raise ValueError(
             f"{what} is {list(interval)}; two finite numbers [lower, upper] with lower < upper are allowed; correct it."
         )
+    return float(interval[0]), float(interval[1])
 
 
 @dataclass(frozen=True)
@@ -69,45 +71,36 @@ class LinguisticVariable:
     monotone: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "universe", tuple(float(bound) for bound in self.universe))
         object.__setattr__(self, "terms", tuple(self.terms))
         object.__setattr__(self, "peaks", tuple(float(peak) for peak in self.peaks))
         check_identifier(self.name, "The name of a variable")
-        check_interval(self.universe, f"The universe of '{self.name}'")
-        self._check_terms()
-        self._check_peaks()
-        if self.monotone not in DIRECTIONS:
-            raise ValueError(
-                f"'{self.name}' has monotone={self.monotone!r}; 'increasing', 'decreasing' or nothing is allowed; "
-                "choose one of these."
-            )
-
-    def _check_terms(self) -> None:
+        object.__setattr__(self, "universe", check_interval(self.universe, f"The universe of '{self.name}'"))
         for term in self.terms:
             check_identifier(term, f"A term of '{self.name}',")
+        problem = self._find_problem()
+        if problem:
+            raise ValueError(f"'{self.name}' has {problem}")
+
+    def _find_problem(self) -> str | None:
+        """Say what is wrong with terms, peaks or direction, what is allowed, and what to do."""
+        (lower, upper), peaks = self.universe, list(self.peaks)
         if len(self.terms) < 2 or len(set(self.terms)) < len(self.terms) or ANY_TERM in self.terms:
-            raise ValueError(
-                f"'{self.name}' has the terms {list(self.terms)}; two or more different names are allowed, and "
-                f"'{ANY_TERM}' is reserved; rename or add terms."
+            return (
+                f"the terms {list(self.terms)}; two or more different names are allowed, and '{ANY_TERM}' is reserved; "
+                "rename or add terms."
             )
-
-    def _check_peaks(self) -> None:
-        if len(self.peaks) != len(self.terms) or not all(map(math.isfinite, self.peaks)):
-            raise ValueError(
-                f"'{self.name}' has the peaks {list(self.peaks)}; one finite number per term ({len(self.terms)}) is "
-                "allowed; correct the peaks."
+        if len(peaks) != len(self.terms) or not all(map(math.isfinite, peaks)):
+            return f"the peaks {peaks}; one finite number per term ({len(self.terms)}) is allowed; correct the peaks."
+        spacing = MIN_SPACING * (upper - lower)
+        # a little slack: peaks that were spread to this distance are rounded
+        if peaks[0] < lower or peaks[-1] > upper or min(np.diff(peaks)) < spacing * (1 - 1e-3):
+            return (
+                f"the peaks {peaks}; peaks increase by at least {spacing:g} inside the universe {[lower, upper]}; "
+                "reorder, spread or move them."
             )
-        lower, upper = self.universe
-        if self.peaks[0] < lower or self.peaks[-1] > upper or min(np.diff(self.peaks)) < self.min_spacing * (1 - 1e-3):
-            raise ValueError(
-                f"'{self.name}' has the peaks {list(self.peaks)}; peaks increase by at least {self.min_spacing:g} "
-                f"inside the universe {list(self.universe)}; reorder, spread or move them."
-            )
-
-    @property
-    def min_spacing(self) -> float:
-        """Smallest allowed distance of two peaks, in units of the feature."""
-        return MIN_SPACING * (self.universe[1] - self.universe[0])
+        if self.monotone not in DIRECTIONS:
+            return f"monotone={self.monotone!r}; 'increasing', 'decreasing' or nothing is allowed; choose one of these."
+        return None
 
     @property
     def sign(self) -> int:
@@ -142,32 +135,28 @@ class LinguisticVariable:
         values = np.asarray(samples, dtype=np.float64).ravel()
         lower, upper = universe
         slack = 1e-6 * (upper - lower)  # rounding of half-precision and single-precision features
-        if (
-            values.size == 0
-            or not np.isfinite(values).all()
-            or values.min() < lower - slack
-            or values.max() > upper + slack
-        ):
+        is_usable = (values >= lower - slack) & (values <= upper + slack)  # false for nan
+        if not is_usable.all() or values.size == 0:
             raise ValueError(
-                f"The samples of '{name}' are {_describe(values)}; one or more finite values in {list(universe)} are "
-                "allowed; remove or rescale the others first."
+                f"Of the {values.size} samples of '{name}', {int((~is_usable).sum())} are not finite or outside the "
+                f"universe; one or more finite values in {list(universe)} are allowed; remove or rescale the others "
+                "first."
             )
         num_terms = len(terms)
         quantiles = np.quantile(values.clip(lower, upper), (np.arange(num_terms) + 0.5) / num_terms)
-        peaks = _spread(quantiles, MIN_SPACING * (upper - lower), lower, upper)
+        # push equal quantiles apart, first upwards, then back below the upper border
+        steps = MIN_SPACING * (upper - lower) * np.arange(num_terms)
+        apart = np.maximum.accumulate(quantiles - steps) + steps
+        peaks = np.minimum(apart, upper - steps[::-1]).clip(lower)
         if not np.array_equal(peaks, quantiles):
             logger.warning("Feature '%s' is nearly constant: peaks %s were spread to %s.", name, quantiles, peaks)
         return cls(name, universe, tuple(terms), tuple(peaks.tolist()), monotone)
 
-    def with_peaks(self, peaks: Sequence[float]) -> LinguisticVariable:
-        """Give the same variable with other peaks."""
-        return replace(self, peaks=tuple(peaks))
-
     def flip_direction(self) -> LinguisticVariable:
         """Give the same variable acting in the other direction."""
-        return replace(self, monotone={1: "decreasing", -1: "increasing", 0: None}[self.sign])
+        return replace(self, monotone=_OPPOSITE[self.monotone])
 
-    def memberships(self, values: np.ndarray) -> np.ndarray:
+    def memberships(self, values: np.ndarray | float) -> np.ndarray:
         """Evaluate all terms in double precision.
 
         Args:
@@ -178,6 +167,7 @@ class LinguisticVariable:
         """
         peaks = np.asarray(self.peaks)
         values = np.asarray(values, dtype=np.float64)[..., None]
+        # each ramp climbs from one peak to the next; a term is what it has climbed less what the next one has
         ramps = np.clip((values - peaks[:-1]) / np.diff(peaks), 0.0, 1.0)  # (..., terms - 1)
         ones, zeros = np.ones_like(values), np.zeros_like(values)
         return np.concatenate([ones, ramps], axis=-1) - np.concatenate([ramps, zeros], axis=-1)
@@ -196,7 +186,7 @@ class LinguisticVariable:
 
 @dataclass(frozen=True)
 class Consequent:
-    """What the rules conclude.
+    """The conclusion of the rules.
 
     Attributes:
         name: Identifier of the conclusion.
@@ -209,12 +199,10 @@ class Consequent:
     rescale: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "universe", tuple(float(bound) for bound in self.universe))
         check_identifier(self.name, "The name of a consequent")
-        check_interval(self.universe, f"The universe of '{self.name}'")
+        object.__setattr__(self, "universe", check_interval(self.universe, f"The universe of '{self.name}'"))
         if self.rescale is not None:
-            object.__setattr__(self, "rescale", tuple(float(bound) for bound in self.rescale))
-            check_interval(self.rescale, f"The rescale range of '{self.name}'")
+            object.__setattr__(self, "rescale", check_interval(self.rescale, f"The rescale range of '{self.name}'"))
 
     @property
     def output_range(self) -> tuple[float, float]:
@@ -241,18 +229,3 @@ def _affine(values: np.ndarray, source: tuple[float, float], target: tuple[float
         return values.copy()
     scaled = target[0] + (values - source[0]) * ((target[1] - target[0]) / (source[1] - source[0]))
     return np.clip(scaled, *target)  # rounding only: nan (no rule) stays nan
-
-
-def _spread(peaks: np.ndarray, spacing: float, lower: float, upper: float) -> np.ndarray:
-    """Push sorted peaks apart to ``spacing``, staying inside [lower, upper]."""
-    steps = spacing * np.arange(len(peaks))
-    apart = np.maximum.accumulate(peaks - steps) + steps
-    return np.minimum(apart, upper - steps[::-1]).clip(lower)
-
-
-def _describe(values: np.ndarray) -> str:
-    """Say in words what is in an array of samples."""
-    if values.size == 0:
-        return "empty"
-    num_bad = int((~np.isfinite(values)).sum())
-    return f"{num_bad} non-finite of {values.size}" if num_bad else f"in [{values.min():g}, {values.max():g}]"

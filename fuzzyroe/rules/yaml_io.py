@@ -152,7 +152,7 @@ def dump_rule_base(rule_base: FuzzyRuleBase) -> str:
     document["rules"] = _rows(rule_base)
     if rule_base.provenance:
         document["provenance"] = dict(rule_base.provenance)
-    names = ", ".join(variable.name for variable in (*rule_base.antecedents, consequent))
+    names = ", ".join([*(variable.name for variable in rule_base.antecedents), consequent.name])
     document.yaml_add_eol_comment("# their order is the order of the columns of `rules`", "antecedents")
     document.yaml_add_eol_comment(f"# {names}, then origin and prior", "rules")
     yaml, stream = YAML(), io.StringIO()
@@ -324,7 +324,7 @@ class Entry:
         is_ambiguous = (
             isinstance(self.node, ScalarNode) and not self.node.style and self.node.value.lower() in _SWITCHES
         )
-        return "switch" if is_ambiguous else self.node.tag.rpartition(":")[2]
+        return "switch" if is_ambiguous else str(self.node.tag).rpartition(":")[2]
 
     @property
     def line(self) -> int:
@@ -334,8 +334,8 @@ class Entry:
     @property
     def comment(self) -> str:
         """Comment behind a list in brackets; a list in lines of its own ends where the next item begins."""
-        end, is_bracketed = self.node.end_mark, self.node.flow_style and self.node.end_mark.line < len(self.lines)
-        rest = self.lines[end.line][end.column :].strip() if is_bracketed else ""
+        end, is_bracketed = self.node.end_mark, isinstance(self.node, SequenceNode) and self.node.flow_style
+        rest = self.lines[end.line][end.column :].strip() if is_bracketed and end.line < len(self.lines) else ""
         return rest[1:].strip() if rest.startswith("#") else ""
 
     def refuse(self, found: str, allowed: str, remedy: str) -> NoReturn:
