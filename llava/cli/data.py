@@ -73,6 +73,7 @@ def check_data_command(
             allow_truncation=allow_truncation,
             progress=progress,
         )
+    # Counts go to stdout, problems to stderr: a script can keep one and show the other.
     console = open_console()
     _print_report(console, report)
     if meter:
@@ -87,20 +88,19 @@ def data_stats_command(data: Annotated[Path, typer.Argument(help="JSON or JSON L
     import numpy as np
 
     from llava.cli.terminal import make_table, open_console, progress_bar
-    from llava.data.check import collect_stats
-
-    def spread(counts: list[int]) -> str:
-        middle, high, most = np.quantile(counts or [0], [0.5, 0.95, 1], method="lower").tolist()
-        return f"{middle} / {high} / {most}"
+    from llava.data.check import STATS, collect_stats
 
     with progress_bar("reading records") as progress:
-        sources, total, unusable = collect_stats(data, progress)
+        sources, unusable = collect_stats(data, progress)
+    every = np.concatenate([*sources.values(), np.empty((0, len(STATS)), int)])
     rows = []
-    for name, counts in [*sources.items(), ("total", total)]:
-        numbers = (counts.records, counts.with_image, counts.records - counts.with_image, counts.images)
-        lengths = (counts.turns, counts.question_words, counts.answer_words)
-        rows.append([name, *(f"{number:,}" for number in numbers), *map(spread, lengths)])
-    columns = ("source", "records", "with image", "text only", "images", "turns", "question words", "answer words")
+    for name, counts in [*sources.items(), ("total", every)]:
+        images = counts[:, 0]
+        numbers = (len(counts), (images > 0).sum(), (images == 0).sum(), images.sum())
+        # "lower" gives numbers that occur, never 1.5 turns.
+        spread = np.quantile(counts[:, 1:] if len(counts) else [[0, 0, 0]], [0.5, 0.95, 1], axis=0, method="lower")
+        rows.append([name, *(f"{number:,}" for number in numbers), *(" / ".join(map(str, c)) for c in spread.T)])
+    columns = ("source", "records", "with image", "text only", *STATS)
     console = open_console()
     console.print(make_table(str(data), columns, rows, bold=[len(rows) - 1]))
     console.print("turns and words per record: median / 95 % quantile / maximum", style="dim")
@@ -121,6 +121,7 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
             "--model measures rendered conversations; name their template.", param_hint="--version"
         )
     settings = None if vision_tower is None else VisionSettings(vision_tower)
+    # A language model alone has no image size yet: that of its future vision tower decides how long images are.
     config, tokenizer = read_config_and_tokenizer(model, settings)
     template, num_image_tokens = get_template(version), count_image_tokens(config)
     return LengthMeter(tokenizer, template, num_image_tokens, config.image_token_id, max_length)
@@ -144,7 +145,7 @@ def _print_lengths(console: Console, lengths: LengthCounts) -> None:
     from llava.cli.terminal import make_table
 
     edges = [f"up to {edge:,}" for edge in lengths.bin_edges()] + [f"above {lengths.model_max_length:,}"]
-    most = max(lengths.histogram, default=0) or 1
+    most = max(lengths.histogram, default=0) or 1  # the longest bar fills the width
     rows = [
         [edge, f"{count:,}", f"{count / max(1, lengths.sampled):.1%}", "█" * round(count / most * _BAR_WIDTH)]
         for edge, count in zip(edges, lengths.histogram, strict=True)
@@ -155,7 +156,7 @@ def _print_lengths(console: Console, lengths: LengthCounts) -> None:
     console.print(
         f"\nlongest measured: {lengths.longest:,} tokens; {lengths.truncated:,} of {lengths.records:,} records "
         f"({lengths.truncated_ratio:.1%}) exceed {lengths.model_max_length:,} and are cut, {lengths.unlabelled:,} "
-        f"({lengths.unlabelled_ratio:.1%}) have no trained token left"
+        f"({lengths.unlabelled / max(1, lengths.records):.1%}) have no trained token left"
     )
 
 
@@ -174,7 +175,7 @@ def _print_samples(console: Console, meter: LengthMeter, path: Path, count: int)
             record = records[index]
             encoded = meter.encode(record, meter.max_length)
         except (DataError, ValueError):
-            continue  # already reported
+            continue  # is among the problems printed below
         shown += 1
         console.print(f"\nrecord {record.index} (id {record.id}), {len(encoded.input_ids):,} tokens", markup=False)
         for kind, turn, num_tokens, text in view_tokens(encoded, meter.tokenizer, meter.image_token_id):

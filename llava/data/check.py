@@ -27,6 +27,8 @@ WARN_TRUNCATED = 0.01
 """Share of cut records from which a warning is given."""
 NUM_BINS = 8
 """Parts of the maximum length in the histogram of lengths."""
+NUM_THREADS = 16
+"""Threads that look at images: most of the time goes into waiting for a disk or a network."""
 _BLOCK = 1024
 _OWN_LIST = re.compile(r"[^\n]*\t(missing|empty|corrupt)\n")
 
@@ -62,11 +64,6 @@ class LengthCounts:
     def truncated_ratio(self) -> float:
         """Share of truncated records, in [0, 1]."""
         return self.truncated / max(1, self.records)
-
-    @property
-    def unlabelled_ratio(self) -> float:
-        """Share of records without a trained token, in [0, 1]."""
-        return self.unlabelled / max(1, self.records)
 
     def add_to_histogram(self, length: int) -> None:
         """Count one sampled record."""
@@ -141,7 +138,6 @@ def check_data(
     command: str = "",
     missing_list: str | Path | None = None,
     max_shown: int = 20,
-    num_threads: int = 16,
     meter: LengthMeter | None = None,
     allow_truncation: bool = False,
     num_sampled: int = 2000,
@@ -163,7 +159,6 @@ def check_data(
             output or the input if None. A list of an earlier check there is replaced, emptied if nothing is bad; any
             other file is kept.
         max_shown: Most bad records to keep as sentences.
-        num_threads: Threads that look at images.
         meter: Measures lengths; every record that could be too long is measured. One without a trained token within
             the maximum, or whose image does not fit, cannot be trained on.
         allow_truncation: Whether more than a fifth of the records may be cut.
@@ -182,7 +177,7 @@ def check_data(
     report = DataReport(data_path, image_folder, on_missing)
     checks = _RecordChecks(report, decode, meter, max(1, len(records) // max(1, num_sampled)))
     is_good = np.ones(len(records), dtype=bool)
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         for start in range(0, len(records), _BLOCK):
             stop = min(start + _BLOCK, len(records))
             block = [_read(records, index) for index in range(start, stop)]
@@ -257,7 +252,7 @@ class _RecordChecks:
         return problem
 
     def look_up_images(self, block: list[Record | RecordError], pool: ThreadPoolExecutor) -> None:
-        """Find the state of all images of some records; waiting for a disk or a network is left to threads."""
+        """Find the state of all images of some records, once each."""
         names = dict.fromkeys(name for record in block if isinstance(record, Record) for name in record.images)
         unseen = [name for name in names if name not in self.states]
         for name, state, other in pool.map(self._look_up, unseen):
@@ -396,54 +391,33 @@ def _write_missing_list(report: DataReport, path: Path) -> None:
 
 # ---- what a file consists of, without its images ---------------------------------------------------------------------
 
-
-@dataclass
-class SourceStats:
-    """What one source, or all of them, holds."""
-
-    records: int = 0  # valid records
-    with_image: int = 0  # of these, records with at least one image
-    images: int = 0  # image references
-    turns: list[int] = field(default_factory=list)  # turns of each record
-    # words of all questions of each record, image tags not counted
-    question_words: list[int] = field(default_factory=list)
-    answer_words: list[int] = field(default_factory=list)  # words of all answers of each record
-
-    def add(self, record: Record) -> None:
-        """Count one record."""
-        self.records += 1
-        self.with_image += bool(record.images)
-        self.images += len(record.images)
-        self.turns.append(len(record.turns))
-        questions = (turn.question.replace(DEFAULT_IMAGE_TOKEN, " ") for turn in record.turns)
-        self.question_words.append(sum(len(question.split()) for question in questions))
-        self.answer_words.append(sum(len(turn.answer.split()) for turn in record.turns))
+STATS = ("images", "turns", "question words", "answer words")
+"""What is counted of every record; image tags are no words."""
 
 
 def collect_stats(
     data_path: str | Path, progress: Callable[[int, int], None] | None = None
-) -> tuple[dict[str, SourceStats], SourceStats, int]:
-    """Count records, images, turns and words; images are not looked at.
+) -> tuple[dict[str, np.ndarray], int]:
+    """Count images, turns and words of every record; images are not looked at.
 
     Args:
         data_path: JSON array or JSON Lines file of records.
         progress: Called now and then with (records done, records).
 
     Returns:
-        Counts per source, sorted by name; counts of all sources; number of records that break the format.
+        For each source, sorted by name, a row of ``STATS`` per record; and the number of records that break the format.
 
     Raises:
         DataError: If the file cannot be read at all.
     """
-    records, total, unusable = RecordFile(data_path), SourceStats(), 0
-    sources: dict[str, SourceStats] = {}
+    records, rows = RecordFile(data_path), dict[str, list[tuple[int, ...]]]()
     for index in range(len(records)):
         record = _read(records, index)
-        if isinstance(record, RecordError):
-            unusable += 1
-        else:
-            total.add(record)
-            sources.setdefault(record.source, SourceStats()).add(record)
+        if isinstance(record, Record):
+            questions = " ".join(turn.question for turn in record.turns).replace(DEFAULT_IMAGE_TOKEN, " ")
+            answers = " ".join(turn.answer for turn in record.turns)
+            row = (len(record.images), len(record.turns), len(questions.split()), len(answers.split()))
+            rows.setdefault(record.source, []).append(row)
         if progress and (index % _BLOCK == _BLOCK - 1 or index + 1 == len(records)):
             progress(index + 1, len(records))
-    return dict(sorted(sources.items())), total, unusable
+    return {name: np.array(rows[name]) for name in sorted(rows)}, len(records) - sum(map(len, rows.values()))

@@ -55,7 +55,7 @@ class SFTDataset(Dataset):
         max_length: int = 2048,
         image_aspect_ratio: str = "pad",
     ) -> None:
-        self.records = RecordFile(data_path)
+        self.records = RecordFile(data_path)  # offsets alone, so that copies in workers stay small
         self.image_folder = Path(image_folder)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -78,13 +78,14 @@ class SFTDataset(Dataset):
                 raise DataError(f"no answer within {self.max_length} tokens; raise --model_max_length or drop it.")
             images = [open_rgb(resolve_image(self.image_folder, name)) for name in record.images]
         except DataError as error:
+            # A worker dies of it hours into a run: the message must do without the traceback.
             raise name_record(self.records.path, record.index, record.id, error) from error
         return {
             "input_ids": torch.tensor(encoded.input_ids),
             "labels": torch.tensor(encoded.labels),
             "turn_ids": torch.tensor(encoded.turn_ids),
             "pixel_values": process_images(images, self.image_processor, self) if images else None,
-            "sample_index": index,
+            "sample_index": index,  # a loss that is not finite names its samples by it
         }
 
     def modality_lengths(self) -> np.ndarray:
@@ -141,6 +142,7 @@ class ModalityLengthSampler(Sampler[int]):
         for members in (self.lengths >= 0, self.lengths < 0):
             indices = members.nonzero().flatten()
             indices = indices[torch.randperm(len(indices), generator=self.generator)]
+            # What does not fill a batch of this modality is kept for the last, mixed one.
             full = len(indices) // self.batch_size * self.batch_size
             rest.append(indices[full:])
             for megabatch in indices[:full].split(self.batch_size * MEGABATCH):

@@ -17,6 +17,7 @@ MODULES = (
 )
 """What a worker imports when it unpickles its dataset: several hundred megabytes, the same in all of them."""
 
+# Any module that is missing here would be imported anew, and held, by every worker.
 for _name in MODULES:
     importlib.import_module(_name)
 gc.collect()

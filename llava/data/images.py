@@ -13,6 +13,8 @@ from PIL import Image
 
 from llava.data.records import DataError, check_image_name
 
+MAX_ASPECT = 200
+"""Largest ratio of the sides of an image."""
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 _MAGIC = ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"))
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -172,6 +174,11 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             if image.mode == "F":
                 raise ImageFileError(
                     f"Image '{path}' holds floating-point numbers; 8 or 16 bits per pixel are allowed. Save it as such."
+                )
+            if max(image.size) > MAX_ASPECT * min(image.size):  # padded to a square, 80 bytes would take gigabytes
+                raise ImageFileError(
+                    f"Image '{path}' has {image.width} x {image.height} pixels; a side may be {MAX_ASPECT} times the "
+                    "other. Crop it or drop the record."
                 )
             yield image
     except ImageFileError:

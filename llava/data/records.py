@@ -143,17 +143,9 @@ def source_of(images: Sequence[str]) -> str:
 _NAME_CHECKS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (lambda name: not name.strip(), "'image' is an empty name", "Leave 'image' out for a text-only record"),
     (lambda name: "\0" in name, "image {name!r} holds a NUL character", "Rename the file"),
-    (
-        lambda name: "://" in name or name.startswith("data:"),
-        "image '{name:.60}' is a web address",
-        "Download it and name the local file",
-    ),
+    (lambda name: name.startswith("data:") or "://" in name, "image '{name:.60}' is a web address", "Download it"),
     (lambda name: "\\" in name, "image '{name}' holds a backslash", "Replace every backslash by a forward slash"),
-    (
-        lambda name: name.startswith("/") or name[1:2] == ":",
-        "image '{name}' is an absolute path",
-        "Cut the image folder off its front",
-    ),
+    (lambda name: name[:1] == "/" or name[1:2] == ":", "image '{name}' is an absolute path", "Cut its front off"),
     (lambda name: ".." in name.split("/"), "image '{name}' climbs out with '..'", "Choose a higher image folder"),
     (lambda name: name.endswith("/"), "image '{name}' names a folder", "Add the file name"),
 )
@@ -280,9 +272,13 @@ class RecordFile:
     Raises:
         DataError: If the file is absent, empty, compressed, no list of objects, or cut off; with line and column.
 
-    >>> records = RecordFile("playground/digits/example.json")  # doctest: +SKIP
-    >>> len(records), records[0].turns[0].answer  # doctest: +SKIP
-    (12, 'seven')
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "data.jsonl")
+    ...     talk = [{"from": "human", "value": "Two and five?"}, {"from": "gpt", "value": "Seven."}]
+    ...     _ = path.write_text(json.dumps({"id": "a", "conversations": talk}))
+    ...     [(record.id, record.source, record.turns[0].answer) for record in RecordFile(path)]
+    [('a', 'text', 'Seven.')]
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -397,6 +393,20 @@ def _line_spans(path: Path, begin: int) -> np.ndarray:
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
+# What stands where a record or the end of the array should, by its first character.
+_GAP_PROBLEMS = {
+    "": "the array is not closed at the end of the file ({place}); ']' is needed there. Get the file again or add it.",
+    "{": "no comma at {place} before element {index}; records are separated by one. Add a comma.",
+    "[": "element {index} at {place} is an array; every element must be an object. Unpack the inner array.",
+    "}": "'}}' closes the array at {place}; ']' is needed there. Mend it.",
+}
+_NO_RECORD = (
+    "{word!r} at {place} (near element {index}) is not a record; every element must be an object {{...}}. Remove it, "
+    "or look for an unbalanced quote or bracket before it."
+)
+_STRAY_COMMA = "a stray comma at {place}, {side}; single commas between records are allowed. Remove it."
+
+
 class _ArrayScan:
     """One pass over a JSON array with the standard library's decoder, some megabytes in memory at a time.
 
@@ -430,7 +440,7 @@ class _ArrayScan:
                 self._advance(len(self.text))
                 if not self._read_more():
                     return np.array(spans, dtype=np.int64).reshape(-1, 2)
-            self._refuse("more text follows the end of the array at {}", "one array is allowed", "Join the arrays")
+            self._refuse("more text follows the end of the array at {place}; one array is allowed. Join the arrays.")
 
     def _read_more(self) -> bool:
         """Read at least as much again as is held; False at the end of the file."""
@@ -455,33 +465,18 @@ class _ArrayScan:
         if char == "]" and not commas:
             self._advance(stop + 1)
             if not self.index:
-                self._refuse("the file holds an empty array", "at least one record is needed", "Check how it was made")
+                self._refuse("this holds an empty array; at least one record is needed. Check how it was made.")
             return False
         if char == "{" and commas == (self.index > 0):
             self._advance(stop)
             return True
-        side = "between two records" if char == "{" else "after the last one"
         if commas > (self.index > 0) or (commas and char == "]"):
             self._advance(self.text.index(",", self.at))
-            side = side if self.index else "before the first one"
-            allowed = "single commas between records are allowed"
-            self._refuse(f"a stray comma at {{}}, {side}", allowed, "Remove it")
+            side = "between two records" if char == "{" else "after the last one"
+            self._refuse(_STRAY_COMMA, side=side if self.index else "before the first one")
         self._advance(stop)
-        if not char:
-            problem = "the array is not closed at the end of the file ({})"
-            self._refuse(problem, "']' is needed there", "Download the file again, or add the bracket")
-        if char == "{":
-            problem = f"no comma at {{}} before element {self.index}"
-            self._refuse(problem, "records are separated by one", "Add a comma")
-        if char == "[":
-            problem = f"element {self.index} at {{}} is an array"
-            self._refuse(problem, "every element must be an object {...}", "Unpack the inner array")
-        if char == "}":
-            self._refuse("'}}' closes the array at {}", "']' is needed there", "Mend it")
         word = re.split(r"[\s,\]}]", self.text[stop : stop + 30])[0]
-        problem = f"{word!r} at {{}} (near element {self.index}) is not a record"
-        remedy = "Remove it, or look for an unbalanced quote or bracket before it"
-        self._refuse(problem, "every element must be an object {...}", remedy)
+        self._refuse(_GAP_PROBLEMS.get(char, _NO_RECORD), word=word)
 
     def _gap_end(self) -> int:
         match = self._GAP.match(self.text, self.at)
@@ -502,8 +497,9 @@ class _ArrayScan:
             except RecursionError as error:
                 raise DataError(_not_json(self.path, f"record {self.index}", self.offset, "", error)) from None
 
-    def _refuse(self, problem: str, allowed: str, remedy: str) -> NoReturn:
-        raise DataError(f"{self.path}: {problem.format(_place(self.path, self.offset))}; {allowed}. {remedy}.")
+    def _refuse(self, problem: str, **details: str) -> NoReturn:
+        place = _place(self.path, self.offset)
+        raise DataError(f"{self.path}: {problem.format(place=place, index=self.index, **details)}")
 
 
 def _place(path: Path, offset: int) -> str:

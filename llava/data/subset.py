@@ -320,11 +320,6 @@ class OutputFile:
     indices: np.ndarray  # records to take, ascending, int64
     manifest: dict[str, Any]  # how the file comes about; two files with equal manifests are taken to be the same
 
-    @property
-    def manifest_path(self) -> Path:
-        """``OUTPUT.manifest.json``."""
-        return _manifest_path(self.path)
-
 
 def make_manifest(
     source: RecordFile, input_sha256: str, keys: Sequence[str], settings: dict[str, Any], command: str
@@ -394,7 +389,7 @@ def write_outputs(
     for file in files:
         check_output_path(file.path, source.path)
     todo = [file for file in files if not _is_there(file)]
-    targets = [path for file in todo for path in (file.path, file.manifest_path)]
+    targets = [path for file in todo for path in (file.path, _manifest_path(file.path))]
     taken = next((path for path in targets if path.exists()), None)
     if taken and not overwrite:
         raise DataError(
@@ -443,7 +438,7 @@ def _is_there(file: OutputFile) -> bool:
         return {key: value for key, value in manifest.items() if key not in _VOLATILE}
 
     try:
-        old = json.loads(file.manifest_path.read_text(encoding="utf-8"))
+        old = json.loads(_manifest_path(file.path).read_text(encoding="utf-8"))
         return stable(old) == stable(file.manifest) and old.get("output_sha256") == sha256_of(file.path)
     except (OSError, ValueError, AttributeError):
         return False

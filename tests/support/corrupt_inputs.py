@@ -75,6 +75,8 @@ BAD_OBJECTS = {
     "tag in answer": (_message(1, value="see <image>"), r"the answer conversations\[1\] contains '<image>'"),
     "tag without image": (_changed(image=None), "1 '<image>' in the questions but no 'image'"),
     "images for image": ({**_changed(images=["a"]), "image": None}, "Rename 'images' to 'image'"),
+    "video": ({**TEXT_ONLY, "video": "a.mp4"}, "there is 'video' but no 'image'; .* Drop the record"),
+    "capital image": ({**TEXT_ONLY, "Image": "a.jpg"}, "there is 'Image' but no 'image'; .* Rename 'Image'"),
     "image without tag": (_message(0, value="what?"), r"1 image\(s\) but no '<image>'"),
     "two tags": (_message(2, value="<image>"), r"2 '<image>' in the questions for 1 image\(s\)"),
     "one tag for two": (_changed(image=["a/b.jpg", "c/d.jpg"]), r"1 '<image>' in the questions for 2 image\(s\)"),
@@ -111,6 +113,11 @@ BAD_FILES = {
     "two arrays": (f"[{_RECORD}]\n[{_RECORD}]".encode(), "more text follows the end of the array"),
     "object over lines": (b'{\n"data": [\n1\n]}', "line 1 opens an object that does not end on that line"),
     "line cut": (f"{_RECORD}\n{_RECORD[:50]}\n".encode(), "record 1: the text ends early .* line 2"),
+    "lines with commas": (f"{_RECORD},\n{_RECORD}".encode(), "a comma after the record at line 1, column"),
+    "endless number": (
+        f'{_RECORD}\n{{"id": {"9" * 5000}}}'.encode(),
+        "record 1: a number of too many digits at line 2",
+    ),
     "line of a list": (f"{_RECORD}\n[1]\n".encode(), "record 1 is a list; an object"),
     "deep nesting": (b'{"a":' + b"[" * 200_000, "nested too deeply|the text ends early"),
 }

@@ -118,6 +118,14 @@ def test_list_of_an_earlier_check_is_emptied_when_all_is_well(tmp_path, images):
     assert (tmp_path / "missing_images.txt").read_text() == ""
 
 
+def test_a_list_that_the_user_wrote_is_kept(data, images):
+    path = data.with_name("missing_images.txt")
+    path.write_text("ocr_vqa/1.jpg  # asked the publisher\n")
+    report = check_data(data, images)
+    assert report.missing_list is None and "is no list of this check and is kept" in report.warnings[0]
+    assert path.read_text() == "ocr_vqa/1.jpg  # asked the publisher\n"
+
+
 def test_error_names_records_and_counts_the_rest(data, images):
     report = check_data(data, images, max_shown=2)
     with pytest.raises(DataError, match="9 of 12 records cannot be trained on") as caught:

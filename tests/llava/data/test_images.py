@@ -148,6 +148,16 @@ def test_an_image_of_floating_point_numbers_is_refused(tmp_path: Path) -> None:
     assert inspect_image(tmp_path, "ramp.tif")[0] is ImageState.CORRUPT
 
 
+@pytest.mark.parametrize(
+    ("size", "is_good"), [((1, 1), True), ((200, 1), True), ((1, 201), False), ((20_000, 1), False)]
+)
+def test_an_image_too_thin_to_be_padded_is_refused_by_its_header(tmp_path: Path, size: tuple, is_good: bool) -> None:
+    Image.new("RGB", size).save(tmp_path / "thin.png")
+    state, reason = inspect_image(tmp_path, "thin.png")
+    assert (state is ImageState.GOOD) is is_good
+    assert is_good or f"has {size[0]} x {size[1]} pixels; a side may be 200 times the other" in reason
+
+
 def test_what_the_decoder_will_refuse_is_told_by_the_header_alone(tmp_path: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
     metadata = PngImagePlugin.PngInfo()
