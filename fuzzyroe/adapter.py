@@ -43,6 +43,7 @@ class SkipAdapter(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the starting weights that ``init`` names."""
         nn.init.xavier_uniform_(self.down.weight)
+        # were both zero, neither would ever get a gradient
         if self.init == "zero":
             nn.init.zeros_(self.up.weight)
         else:

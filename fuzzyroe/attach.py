@@ -1,4 +1,4 @@
-"""Attaching routing to the decoder of a loaded model by swapping the class of its layers."""
+"""Attachment of routing to a loaded model: the class swap of its layers, and the hook that asks the router."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from torch import nn
 
 from fuzzyroe.adapter import SkipAdapter
 from fuzzyroe.cache import has_started, refuse_chunked_prefill, refuse_unsupported, remember_prompt
-from fuzzyroe.routed_layer import RoutedLayer, routed_class
+from fuzzyroe.routed_layer import SKIP_UNITS, RoutedLayer, routed_class
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.routing_tokens import take_tokens_out
-from fuzzyroe.skip_units import SkipUnit, get_skip_unit
 
 
 def attach(
@@ -46,9 +44,11 @@ def attach(
         ValueError: If the model is attached already, has no decoder layers to route, or its layers lack a part.
         TypeError: If the router lacks ``plan`` or ``enabled``.
         KeyError: If the skip unit is unknown.
+        RuntimeError: If a layer does not see routing after the swap; the model is left as it was.
     """
-    decoder, layers, unit = find_decoder(model), find_decoder_layers(model), get_skip_unit(skip_unit)
-    _check_attachable(layers, unit)
+    decoder, layers = find_decoder(model), find_decoder_layers(model)
+    _check_attachable(layers, skip_unit)
+    # drawn before anything is changed, so that a bad width leaves the model alone
     adapters = [SkipAdapter(decoder.config.hidden_size, adapter_width, adapter_init) for _ in layers]
     if router is not None:
         _check_router(router)
@@ -56,11 +56,16 @@ def attach(
     for index, (layer, adapter) in enumerate(zip(layers, adapters, strict=True)):
         device, dtype = _placement(layer)
         layer.adapter = adapter.to(device=device, dtype=dtype).train(layer.training)
-        layer.route_index, layer.skip_unit = index, unit
+        layer.route_index, layer.skip_unit = index, skip_unit
         _swap_class(layer, routed_class(type(layer)))
+    # else a device map would match the old name and cut routed layers in two
     _rename_no_split(model, {layer.base_class.__name__: type(layer).__name__ for layer in layers})
-    decoder.routing_hook = decoder.register_forward_pre_hook(plan_routing, with_kwargs=True)
-    decoder.output_hook = decoder.register_forward_hook(take_tokens_out, with_kwargs=True)
+    decoder.routing_hook = decoder.register_forward_pre_hook(ask_router, with_kwargs=True)
+    try:
+        verify_attached(model)
+    except Exception:
+        detach(model)
+        raise
     return model
 
 
@@ -84,8 +89,7 @@ def detach(model: nn.Module) -> nn.Module:
         _swap_class(layer, layer.base_class)
         del layer.adapter, layer.route_index, layer.skip_unit
     decoder.routing_hook.remove()
-    decoder.output_hook.remove()
-    del decoder.routing_hook, decoder.output_hook
+    del decoder.routing_hook
     if hasattr(decoder, "router"):
         del decoder.router
     return model
@@ -110,9 +114,41 @@ def is_attached(model: nn.Module) -> bool:
     return all(isinstance(layer, RoutedLayer) for layer in find_decoder_layers(model))
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+def set_skip_rate(model: nn.Module, skip_rate: float | None) -> None:
+    """Ask for a mean skip rate from now on; None switches routing off, which gives the dense model bit for bit.
+
+    One call or one row asks for another with a ``RoutingState`` of its own, also while routing is off.
+
+    Args:
+        model: An attached model with a router; any other accepts None only.
+        skip_rate: Target, in [0, ``router.max_skip_ratio``].
+
+    Raises:
+        ValueError: If the model has no router, or its router was not calibrated for such a rate.
+    """
+    router = find_router(model)
+    refuse_skip_rate_if_dense(model, skip_rate)
+    if router is None:
+        return
+    if skip_rate is not None:
+        router.set_skip_rate(skip_rate)
+    router.enabled = skip_rate is not None
+
+
+def refuse_skip_rate_if_dense(model: nn.Module, skip_rate: Any) -> None:
+    """Raise ValueError if a skip rate is asked of a model without a router."""
+    if skip_rate is not None and find_router(model) is None:
+        raise ValueError(f"Skip rate {skip_rate} was asked of a dense checkpoint; load one that a stage has routed.")
+
+
+def find_decoder(model: nn.Module) -> Any:
     """Give the module that holds the decoder layers, in stock models ``model.get_decoder()``."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def find_router(model: nn.Module) -> Any:
+    """Give the router of a model, None where there is none."""
+    return getattr(find_decoder(model), "router", None)
 
 
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -131,37 +167,39 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def verify_attached(model: nn.Module, **inputs: Any) -> None:
-    """Run one forward without skipping and check that every routed layer saw it.
+def verify_attached(model: nn.Module) -> None:
+    """Run one position through the decoder, every layer skipped, and check that every routed layer saw it.
 
     A wrapper that bound the old ``forward`` before the swap (offloading hooks, compiled layers) leaves a model silently
-    dense; this finds it in the first second.
+    dense; this finds it in the first second. Only norms and adapters are computed, random state and buffers stay.
 
     Args:
         model: An attached model.
-        **inputs: Example inputs of the model, with ``input_ids`` (B, N) or ``inputs_embeds`` (B, N, D).
 
     Raises:
         RuntimeError: If a routed layer did not run.
     """
-    example = inputs.get("input_ids")
-    example = inputs["inputs_embeds"] if example is None else example
-    mask = inputs.get("attention_mask")
-    mask = torch.ones(example.shape[:2], dtype=torch.long, device=example.device) if mask is None else mask
-    num_layers = len(find_decoder_layers(model))
-    keep = torch.ones(example.shape[0], num_layers, device=example.device)
-    routing = RoutingState.from_batch({"attention_mask": mask}).forced(keep)
-    with torch.no_grad():
-        model(**{**inputs, "use_cache": False, "routing": routing})
-    silent = sorted(set(range(num_layers)) - set(routing.result.layer_runs))
+    decoder, layers = find_decoder(model), find_decoder_layers(model)
+    weights = [parameter for layer in layers for parameter in layer.parameters()]
+    # on meta and in shards (ZeRO-3) there are no numbers to run on, and a lone forward would hang the other ranks
+    if any(weight.is_meta or weight.numel() == 0 or hasattr(weight, "ds_id") for weight in weights):
+        return
+    device, dtype = _placement(layers[0])
+    mask = torch.ones(1, 1, dtype=torch.long, device=device)
+    routing = RoutingState.from_batch({"attention_mask": mask}).forced(torch.zeros(1, len(layers), device=device))
+    devices = {weight.device for weight in weights if weight.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):  # attention that a skip leaves in may drop out
+        embedding = torch.zeros(1, 1, decoder.config.hidden_size, device=device, dtype=dtype)
+        decoder(inputs_embeds=embedding, attention_mask=mask, use_cache=False, routing=routing)
+    silent = sorted(set(range(len(layers))) - set(routing.result.layer_runs))
     if silent:
         raise RuntimeError(
-            f"Layers {silent} of {num_layers} ran without routing; after attach every layer must see it. "
+            f"Layers {silent} of {len(layers)} ran without routing; after attach every layer must see it. "
             "Attach before wrapping, compiling or offloading the layers."
         )
 
 
-def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def ask_router(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the decoder: let the router decide, once per sequence, before the first layer.
 
     A state that comes with keep weights passes untouched. In decoding, when the cache has positions, nothing is
@@ -177,6 +215,7 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         The arguments with ``routing`` planned, or None to leave them as they are.
     """
     router, routing = getattr(decoder, "router", None), kwargs.get("routing")
+    # forced weights need no router, and in training only a caller's state routes
     is_planned = routing is not None and routing.result.keep_weights is not None
     is_silent = routing is None and (decoder.training or not getattr(router, "enabled", False))
     if router is None or is_planned or is_silent:
@@ -189,6 +228,7 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         refuse_chunked_prefill(cache, mask, given.shape[1])
         return None
     refuse_unsupported(cache)
+    # the router reads embeddings; handing them on spares the decoder from looking them up again
     if inputs_embeds is None:
         inputs_embeds = decoder.get_input_embeddings()(kwargs["input_ids"])
         kwargs.update(input_ids=None, inputs_embeds=inputs_embeds)
@@ -201,6 +241,7 @@ def plan_routing(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     router.plan(inputs_embeds, routing)
     if getattr(router, "decides_layer_wise", False):
         routing = replace(routing, decide=router.decide, num_layers=len(decoder.layers))
+    # the mask recognises a second chunk of this prompt, which would have to be decided again
     remember_prompt(cache, mask)
     kwargs["routing"] = routing
     return (), router.prepare(decoder, kwargs, routing) if hasattr(router, "prepare") else kwargs
@@ -212,7 +253,7 @@ def _as_keywords(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dic
     return {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
 
 
-def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _placement(layer: Any) -> tuple[torch.device, torch.dtype]:
     """Give device and dtype of the layer's norm: linear weights may be quantised, offloaded ones live on meta."""
     reference = layer.input_layernorm.weight
     execution_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
@@ -226,17 +267,21 @@ def _place_router(router: nn.Module, layers: nn.ModuleList) -> nn.Module:
         The router.
     """
     router.to(_placement(layers[0])[0])
+    # parts of a layer-wise router run in front of their own layer, wherever a device map has put it
     for part, layer in zip(getattr(router, "layers", ()), layers, strict=False):
         part.to(_placement(layer)[0])
     return router
 
 
-def _check_attachable(layers: nn.ModuleList, unit: SkipUnit) -> None:
+def _check_attachable(layers: nn.ModuleList, skip_unit: str) -> None:
+    if skip_unit not in SKIP_UNITS:
+        raise KeyError(f"Skip unit '{skip_unit}' is unknown; use one of {', '.join(SKIP_UNITS)}.")
+    parts = [part for part in ("input_layernorm", SKIP_UNITS[skip_unit]) if part is not None]
     for index, layer in enumerate(layers):
         name = type(layer).__name__
         if isinstance(layer, RoutedLayer):
             raise ValueError(f"Layer {index} is a {name} already; a model is attached once. Call detach first.")
-        missing = [part for part in unit.modules if not isinstance(getattr(layer, part, None), nn.Module)]
+        missing = [part for part in parts if not isinstance(getattr(layer, part, None), nn.Module)]
         if missing:
             raise ValueError(
                 f"Layer {index} ({name}) has no `{missing[0]}`, which the skip branch needs. Use a decoder family "
@@ -264,7 +309,7 @@ def _is_own_method(layer: nn.Module) -> bool:
     return isinstance(forward, MethodType) and forward.__func__ is type(layer).forward
 
 
-def _swap_class(layer: nn.Module, new_class: type[nn.Module]) -> None:
+def _swap_class(layer: Any, new_class: type[nn.Module]) -> None:
     if "_old_forward" in layer.__dict__:  # accelerate's hook calls this bound method instead of the class's
         layer._old_forward = MethodType(new_class.forward, layer)
     elif "forward" in layer.__dict__:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.row_split import RowSplit
+from fuzzyroe.routing_state import RoutingState, RowSplit
 
 
 class RoutedCacheLayer(DynamicLayer):
@@ -54,6 +53,7 @@ class RoutedCacheLayer(DynamicLayer):
                 f"crop got {tokens_to_remove}; allowed are 0 and negative numbers. Pass minus the number of positions "
                 "to remove."
             )
+        # nothing left means a new prompt, which is decided anew
         if self.seen + tokens_to_remove <= 0:
             self.reset()
         elif tokens_to_remove < 0:
@@ -146,13 +146,16 @@ def rows_to_run(
             )
         return cached.split
     if routing is None:
+        # an emptied cache must not hand the decision of its last prompt to the next one
         if is_routed:
             past_key_values.layers[layer] = DynamicLayer()
         return None
     refuse_unsupported(past_key_values)
+    # the sequence began densely, and a layer that has all rows' keys goes on so
     if cached is not None and cached.get_seq_length() > 0:
         return None
     split = routing.split(layer)
+    # where every row runs the stock cache layer will do, so a plan that skips nothing is the dense model bit for bit
     if not split.all_kept:
         while len(past_key_values.layers) <= layer:
             past_key_values.layers.append(DynamicLayer())

@@ -1,14 +1,13 @@
-"""What a checkpoint's ``config.json`` says about its routing."""
+"""Routing block of a checkpoint's ``config.json``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fuzzyroe.skip_units import SKIP_UNITS
+from fuzzyroe.routed_layer import SKIP_UNITS
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,19 @@ class FuzzyRoEConfig:
 
     @classmethod
     def from_dict(cls, block: dict[str, Any]) -> FuzzyRoEConfig:
-        """Read the block, also one of an older version.
+        """Read the block.
 
         Raises:
             ValueError: If it is of another version, lacks ``adapter_width``, or has a key that is not known.
         """
         version = block.get("format_version", FORMAT_VERSION)
-        if version not in READABLE_VERSIONS:
+        # before the keys: a later version may have keys of its own, which are no mistake
+        if version != FORMAT_VERSION:
             raise ValueError(
-                f"The checkpoint's fuzzyroe block has format_version {version}, this version reads "
-                f"{', '.join(map(str, READABLE_VERSIONS))}; install the fuzzyroe that wrote it."
+                f"The checkpoint's fuzzyroe block has format_version {version}, this version reads {FORMAT_VERSION}; "
+                "install the fuzzyroe that wrote it."
             )
-        if version == 1:
-            block = _upgrade_from_1(block)
+        # a misspelt key would be dropped in silence and its default taken
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(block) - known)
         if unknown:
@@ -76,10 +75,3 @@ class FuzzyRoEConfig:
     def to_dict(self) -> dict[str, Any]:
         """The block as it is written to ``config.json``."""
         return asdict(self)
-
-
-def _upgrade_from_1(block: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 knew one router, whose options stood in the block itself."""
-    options = {"rule_base": block.get("rule_base", "rule_base.yaml"), "num_budgets": block.get("num_budgets", 1)}
-    kept = {key: value for key, value in block.items() if key not in options}
-    return {**kept, "router_options": options, "format_version": FORMAT_VERSION}

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuzzyroe.skip_units import get_skip_unit
+from fuzzyroe.routed_layer import SKIP_UNITS
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class DecoderSizes:
     @classmethod
     def from_config(cls, config: Any, adapter_width: int) -> DecoderSizes:
         """Read the sizes of a Llama-like text configuration."""
+        # some configurations name the head size, the others imply it
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             config.hidden_size,
@@ -79,8 +80,10 @@ def decode_flops(sizes: DecoderSizes, plans: Tensor, context: int, unit: str = "
 
 
 def _flops(sizes: DecoderSizes, plans: Tensor, length: int, context: int, unit: str) -> int:
-    get_skip_unit(unit)
+    if unit not in SKIP_UNITS:
+        raise KeyError(f"Skip unit '{unit}' is unknown; use one of {', '.join(SKIP_UNITS)}.")
     parts = {"attention": sizes.attention(context), "ffn": sizes.feed_forward()}
+    # a skipped part is replaced by the adapter, whatever the part is
     layer = sum(parts.values())
     skipped = layer - parts.get(unit, layer) + 4 * sizes.hidden * sizes.adapter
     num_kept = int(plans.sum())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fuzzyroe.attach import find_decoder
-from fuzzyroe.fingerprint import fingerprints
+from fuzzyroe.prompt_hash import prompt_hashes
 from fuzzyroe.routing_state import RoutingState
 
 IGNORED_LABEL = -100
@@ -123,7 +123,7 @@ def search_plans(
         candidates: Layers that may be skipped; None allows all but the first.
 
     Returns:
-        Fingerprints (n,) int64, plans (n, K + 1, L) bool and losses (n, K + 1), on the CPU: what
+        Prompt hashes (n,) int64, plans (n, K + 1, L) bool and losses (n, K + 1), on the CPU: what
         ``OracleRouter.from_search`` takes.
 
     Raises:
@@ -135,7 +135,7 @@ def search_plans(
         raise ValueError(f"max_skips is {max_skips}, but {len(candidates)} layers may be skipped; ask for fewer.")
     known, plans, losses = [], [], []
     for batch in batches:
-        known.append(_fingerprints_of(model, batch).cpu())
+        known.append(_prompt_hashes_of(model, batch).cpu())
         device = batch.labels.device
 
         def loss_of(keep: Tensor, batch: LabelledBatch = batch, device: torch.device = device) -> Tensor:
@@ -185,8 +185,8 @@ def _plan_of(sets: Sequence[frozenset[int]], num_layers: int) -> Tensor:
 
 
 @torch.no_grad()
-def _fingerprints_of(model: nn.Module, batch: LabelledBatch) -> Tensor:
-    """Fingerprints of the examples, (B,), from what enters the decoder of a forward that skips nothing."""
+def _prompt_hashes_of(model: nn.Module, batch: LabelledBatch) -> Tensor:
+    """Prompt hashes of the examples, (B,), from what enters the decoder of a forward that skips nothing."""
     seen: list[Tensor] = []
     decoder = find_decoder(model)
 
@@ -199,4 +199,4 @@ def _fingerprints_of(model: nn.Module, batch: LabelledBatch) -> Tensor:
         losses_under(model, batch, torch.ones(len(batch.labels), len(decoder.layers), device=batch.labels.device))
     finally:
         handle.remove()
-    return fingerprints(seen[0], replace(batch.routing, mode="hard"))[:, 0]
+    return prompt_hashes(seen[0], replace(batch.routing, mode="hard"))[:, 0]

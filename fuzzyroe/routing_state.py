@@ -9,11 +9,49 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fuzzyroe.row_split import RowSplit
-
 Mode = Literal["soft", "hard", "observe"]
 MODES = ("soft", "hard", "observe")
 IGNORED_LABEL = -100
+
+
+class RowSplit:
+    """One decision per row of a batch, held on the host so that asking it never waits for a device.
+
+    Args:
+        keep: True where the row runs the layer, (B,) bool on the CPU.
+
+    Attributes:
+        num_rows: Batch size B.
+        num_kept: Rows that run the layer.
+        all_kept, none_kept: Whether every row does, and whether none does.
+    """
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+        self.num_rows = keep.shape[0]
+        self.num_kept = sum(keep.tolist())
+        self.all_kept = self.num_kept == self.num_rows
+        self.none_kept = self.num_kept == 0
+        self._rows: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._slots: dict[torch.device, Tensor] = {}
+
+    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give the indices of the kept and of the skipped rows, copied to ``device`` once.
+
+        Returns:
+            Kept rows, (num_kept,) int64, and skipped rows, (B - num_kept,) int64, both ascending.
+        """
+        if device not in self._rows:
+            kept, skipped = self.keep.nonzero().flatten(), (~self.keep).nonzero().flatten()
+            self._rows[device] = (kept.to(device), skipped.to(device))
+        return self._rows[device]
+
+    def slots(self, device: torch.device) -> Tensor:
+        """Give where each row stands among the kept ones, (B,) int64 on ``device``; B for a row that skips."""
+        if device not in self._slots:
+            slots = torch.where(self.keep, self.keep.cumsum(dim=0) - 1, self.num_rows)
+            self._slots[device] = slots.to(device)
+        return self._slots[device]
 
 
 @dataclass
@@ -126,7 +164,8 @@ class RoutingState:
         Raises:
             ValueError: If the attention mask is not (B, N).
         """
-        input_ids, mask, turn_ids = batch.get("input_ids"), batch.get("attention_mask"), batch.get("turn_ids")
+        input_ids: Any = batch.get("input_ids")
+        mask, turn_ids = batch.get("attention_mask"), batch.get("turn_ids")
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"The attention mask has shape {tuple(mask.shape)}; a prompt's padding is read from a (B, N) mask. "
@@ -138,6 +177,7 @@ class RoutingState:
         else:
             image_mask = input_ids == image_token_id
         if turn_ids is None:
+            # an id at a padded position means nothing, and would end the question
             image_mask = image_mask & is_token
             images_from_here = image_mask.flip(1).cumsum(1).flip(1)  # (B, N), image positions at or behind each one
             question_mask = is_token & (images_from_here == 0)
@@ -145,6 +185,7 @@ class RoutingState:
             if num_drafted:
                 question_mask[:, -num_drafted:] = False
         else:
+            # what inference cannot tell apart, training must not
             has_image = image_mask.any(dim=1, keepdim=True)
             turn_ids = turn_ids.masked_fill((turn_ids == 0) & ~has_image, 1)
             question_mask = (turn_ids > 0) & (batch["labels"] == IGNORED_LABEL) & ~image_mask
@@ -224,6 +265,7 @@ class RoutingState:
                     "Give (B, T, L) weights with L = the number of decoder layers."
                 )
             keep = decisions[:, layer]
+        # nested plans repeat few patterns: each is copied to the device once, not once per layer
         pattern = tuple(keep.tolist())
         if pattern not in self._splits:
             self._splits[pattern] = RowSplit(keep)

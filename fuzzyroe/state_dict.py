@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fuzzyroe.attach import find_decoder, find_decoder_layers, is_attached
+from fuzzyroe.attach import find_decoder, find_decoder_layers, find_router, is_attached
 
 
 def routing_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def routing_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(find_decoder_layers(model)):
         tensors |= layer.adapter.state_dict(prefix=f"layers.{index}.adapter.", keep_vars=True)
-    router = getattr(find_decoder(model), "router", None)
+    router = find_router(model)
     if router is not None:
         tensors |= router.state_dict(prefix="router.", keep_vars=True)
     return tensors
@@ -46,6 +46,7 @@ def routing_names(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: If the decoder is not a submodule of ``model``.
     """
+    # wrappers (LLaVA, LoRA, engines) put the decoder at paths of their own, which a file must not depend on
     decoder = find_decoder(model)
     prefixes = [name for name, module in model.named_modules() if module is decoder]
     if not prefixes:
@@ -103,6 +104,7 @@ def load_routing_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> 
             f"{misshapen}. Names and shapes must agree exactly; attach with the adapter width and router they were "
             "saved with."
         )
+    # copied, not assigned: parameters may stand in an optimizer already
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
@@ -115,6 +117,7 @@ def save_routing(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         tensors: Routing name -> CPU tensor, as ``routing_state_dict`` gives them.
         path: File to write or replace; its folder exists.
     """
+    # a reader, or a launch that goes on after a kill, must never meet half a file
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -210,11 +210,15 @@ def parse(module: str, source: str, is_package: bool = False) -> list[Import]:
 @pytest.mark.parametrize(
     ("module", "source", "is_allowed"),
     [
-        ("fuzzyroe.loss", "import torch.nn as nn", True),
-        ("fuzzyroe.loss", "import llava", False),
-        ("fuzzyroe.loss", "def f():\n    from llava.model import builder", False),
-        ("fuzzyroe.loss", "from transformers import Cache", False),
-        ("fuzzyroe.loss", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers", True),
+        ("fuzzyroe.routers.roe.objective", "import torch.nn as nn", True),
+        ("fuzzyroe.routers.roe.objective", "import llava", False),
+        ("fuzzyroe.routers.roe.objective", "def f():\n    from llava.model import builder", False),
+        ("fuzzyroe.routers.roe.objective", "from transformers import Cache", False),
+        (
+            "fuzzyroe.routers.roe.objective",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
+            True,
+        ),
         ("fuzzyroe.cache", "from transformers.cache_utils import DynamicLayer", True),
         ("fuzzyroe.cache", "from transformers import DynamicCache", False),
         ("fuzzyroe.rules.skfuzzy_bridge", "import skfuzzy", True),

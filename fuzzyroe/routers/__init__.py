@@ -5,11 +5,11 @@ from __future__ import annotations
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.routers.fuzzy_per_layer import PerLayerFuzzyRouter
-from fuzzyroe.routers.linear import LinearRouter
 from fuzzyroe.routers.linear_score import LinearScoreRouter
 from fuzzyroe.routers.none import KeepAllRouter
 from fuzzyroe.routers.oracle import OracleRouter
 from fuzzyroe.routers.random import RandomRouter
+from fuzzyroe.routers.roe.router import LinearRouter
 from fuzzyroe.routers.static import StaticRouter
 
 ROUTERS: dict[str, type[Router]] = {

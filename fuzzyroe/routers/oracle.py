@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuzzyroe.fingerprint import fingerprints
 from fuzzyroe.plan_search import allocate_skips
+from fuzzyroe.prompt_hash import prompt_hashes
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routing_state import RoutingState
 
 
 class OracleRouter(Router):
-    """A bound, not a policy: it knows the prompts of a test set by their fingerprints and their best plans by search.
+    """A bound, not a policy: it knows the prompts of a test set by their hashes and their best plans by search.
 
     Plans come from ``fuzzyroe.plan_search``. A budget is shared out among the known prompts so that their summed loss
     is least. A prompt that it does not know is refused.
@@ -28,7 +28,7 @@ class OracleRouter(Router):
         target_skip_ratio: Mean skip rate planned for by default.
 
     Attributes:
-        known: Fingerprints, ascending, (n,) int64.
+        known: Prompt hashes, ascending, (n,) int64.
         plans: True where the layer runs when a prompt skips k layers, (n, K + 1, L) bool.
         losses: Loss of the answer under that plan, (n, K + 1).
 
@@ -51,7 +51,7 @@ class OracleRouter(Router):
         """Make a router of search results; of a prompt that was searched twice, one result is taken.
 
         Args:
-            known: Fingerprints, (n,) int64.
+            known: Prompt hashes, (n,) int64.
             plans: (n, K + 1, L) bool.
             losses: (n, K + 1).
         """
@@ -69,7 +69,7 @@ class OracleRouter(Router):
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
         """Look the plan of each question up; the weights of an unknown one are nan, which hard routing refuses."""
-        numbers = fingerprints(hidden_states, routing)  # (B, T)
+        numbers = prompt_hashes(hidden_states, routing)  # (B, T)
         place = torch.searchsorted(self.known, numbers).clamp(max=self.num_prompts - 1)
         rates = self.requested_rates(routing, torch.device("cpu")).double().expand(numbers.shape[0], 1)
         tables = {rate: self._num_skips(rate) for rate in set(rates.flatten().tolist())}

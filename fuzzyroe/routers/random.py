@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fuzzyroe.fingerprint import fingerprints, uniforms
+from fuzzyroe.prompt_hash import prompt_hashes, uniforms
 from fuzzyroe.routers.base import Router
 from fuzzyroe.routing_state import RoutingState
 
@@ -38,8 +38,8 @@ class RandomRouter(Router):
         return (self.num_layers - 1) / self.num_layers
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
-        """Draw the layers from the fingerprint of each question and its images."""
-        draws = uniforms(fingerprints(hidden_states, routing), self.num_layers, self.seed)  # (B, T, L)
+        """Draw the layers from the prompt hash of each question and its images."""
+        draws = uniforms(prompt_hashes(hidden_states, routing), self.num_layers, self.seed)  # (B, T, L)
         num_skipped = self.requested_rates(routing, draws.device) * self.num_layers + draws[..., 0]  # (B, T)
         ranks = draws[..., 1:].argsort(dim=-1).argsort(dim=-1)  # (B, T, L - 1)
         keep = draws.new_ones(draws.shape)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fuzzyroe.attach import find_decoder
+from fuzzyroe import set_skip_rate
+from fuzzyroe.attach import find_router
 from fuzzyroe.features import compute_features
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
@@ -17,7 +18,6 @@ from llava.conversation import get_template
 from llava.data.images import open_rgb
 from llava.inference.generator import Generator, make_message
 from llava.model.builder import Checkpoint
-from llava.model.routing import set_skip_rate
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def explain_question(
 
 
 def _find_router(checkpoint: Checkpoint) -> FuzzyRouter:
-    router = getattr(find_decoder(checkpoint.model), "router", None)
+    router = find_router(checkpoint.model)
     if type(router) is not FuzzyRouter:  # one score per layer has no percentile of its own
         found = "is dense" if router is None else f"is routed by a {type(router).__name__}"
         raise ValueError(

@@ -16,7 +16,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from fuzzyroe.attach import find_decoder
+from fuzzyroe import set_skip_rate
+from fuzzyroe.attach import find_router
 from llava.conversation import get_template
 from llava.inference.generator import (
     GeneratedBatch,
@@ -27,7 +28,6 @@ from llava.inference.generator import (
 )
 from llava.inference.scheduler import SCHEDULES, answer_queue
 from llava.model.builder import load_checkpoint
-from llava.model.routing import set_skip_rate
 from llava.model.token_pruning import set_token_pruning
 from llava.report.routing_log import RequestRecord, remove_routing_log, write_routing_log
 
@@ -107,7 +107,7 @@ class FuzzyRoE(lmms):
         self.model.to(self._device).eval()
         if skip_rate is not None:
             set_skip_rate(self.model, rate)
-        router = getattr(find_decoder(self.model), "router", None)
+        router = find_router(self.model)
         self._rate = float(router.target_skip_ratio) if router is not None and router.enabled else None
         self._check_task_rates()
         self._pretrained = str(pretrained)

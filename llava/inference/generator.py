@@ -22,7 +22,7 @@ from llava.data.preprocess import encode_prompt
 from llava.image_tokens import count_image_features, count_image_tokens
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
-from llava.model.planned_prompts import PlannedPrompt, generate_planned, plan_prompts
+from llava.model.prefill_plans import PlannedPrompt, generate_planned, plan_prompts
 from llava.model.token_pruning import plan_visual_tokens, prune_inputs, set_token_pruning
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava.inference.generator import GeneratedBatch, GenerationOptions, Generator, Message
-from llava.model.planned_prompts import PlannedPrompt, plans_ahead
+from llava.model.prefill_plans import PlannedPrompt, plans_ahead
 
 SCHEDULES = ("plan", "arrival")
 """Orders of a queue: by plan and length, or as it comes."""

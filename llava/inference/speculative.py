@@ -22,10 +22,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fuzzyroe.attach import find_decoder, find_decoder_layers
+from fuzzyroe.attach import find_decoder_layers, find_router
 from fuzzyroe.cache import RoutedCacheLayer, has_started, refuse_unsupported
-from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.row_split import RowSplit
+from fuzzyroe.routing_state import RoutingState, RowSplit
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def generate_lossless(
             decoding of tokens.
         TypeError: If the cache cannot hold kept rows only.
     """
-    if getattr(find_decoder(model), "router", None) is None:
+    if find_router(model) is None:
         raise ValueError("The model has no router to draft with; load a checkpoint that a stage has routed.")
     if num_draft_tokens < 1:
         raise ValueError(f"num_draft_tokens is {num_draft_tokens}; draft at least 1, or call generate without drafts.")
@@ -221,7 +220,7 @@ class _DraftAndVerify:
         # padding in front takes indices, but no positions
         self.padding = 0 if positions is None else prompt_length - 1 - positions[:, -1:]  # (1, 1)
         decoder_layers: Any = find_decoder_layers(model)
-        self.stores_keys: list[bool] = [layer.skip_unit.stores_keys for layer in decoder_layers]
+        self.stores_keys: list[bool] = [layer.stores_keys for layer in decoder_layers]
 
     def draft(self, answer: _Answer, limit: int, min_confidence: float, end_tokens: frozenset[int]) -> Tensor:
         """Give prompt and answer with up to ``limit`` proposed tokens more, (1, N') int64.

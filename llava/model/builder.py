@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.state_dict import load_routing_state_dict
 from llava.model.checkpoints.backbone import Backbone
 from llava.model.checkpoints.reading import read_backbone
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 from llava.model.token_pruning import resume_token_pruning, set_token_pruning
 
 WHOLE_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]

@@ -1,4 +1,4 @@
-"""The LLaVA model as its users call it: transformers' own, which also understands LLaVA's calling convention.
+"""LLaVA model as its users call it: transformers' own, in LLaVA's calling convention too, and with a skip rate.
 
 In LLaVA's convention a prompt holds the id -200 for an image and comes with ``images``; in transformers' it holds the
 image token once per position and comes with ``pixel_values``.
@@ -6,6 +6,7 @@ image token once per position and comes with ``pixel_values``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.cache_utils import Cache
 
+from fuzzyroe.attach import find_router, refuse_skip_rate_if_dense
 from fuzzyroe.cache import has_started
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -21,7 +23,6 @@ from llava.image_tokens import count_image_tokens
 from llava.model.generation_compat import drop_prompts, show_answers_only
 from llava.model.image_inputs import match_images, stack_images
 from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
-from llava.model.routing import refuse_skip_rate_if_dense
 from llava.model.vision_tower_facade import VisionTowerFacade
 
 _NOT_GIVEN: Any = object()
@@ -67,6 +68,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and as a model of transformers' class, which any tool can load."""
+        # transformers writes the name of the class into config.json
         self.__class__ = LlavaForConditionalGeneration
         try:
             self.save_pretrained(*args, **kwargs)
@@ -87,6 +89,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         image_sizes: Any = None,
         skip_rate: Tensor | float | None = None,
         routing: RoutingState | None = None,
+        num_drafted: int = 0,
         **kwargs: Any,
     ) -> Any:
         """Predict the next token at each position, in either convention.
@@ -105,6 +108,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             skip_rate: Mean skip rate of a routed model for this call, one number or one per row, (B,).
             routing: State of these prompts, if the caller decides or describes them. In ``generate`` it is that of the
                 expanded rows: each prompt once per beam or returned sequence.
+            num_drafted: Last positions of every row that are drafts of the answer, and hence no part of the question.
             **kwargs: As for ``LlavaForConditionalGeneration``.
 
         Returns:
@@ -112,13 +116,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             side on which they were padded, else on the right.
 
         Raises:
-            ValueError: If conventions are mixed, images do not fit markers, or a dense model is asked to skip.
+            ValueError: If conventions are mixed, images do not fit markers, or a skip rate is asked of a dense model,
+                in training, or together with ``routing``.
         """
-        refuse_skip_rate_if_dense(self, skip_rate)
-        if skip_rate is not None:
-            kwargs["skip_rate"] = skip_rate
-        if routing is not None:
-            kwargs["routing"] = routing
         if has_markers(input_ids) or (images is not None and not has_started(past_key_values)):
             _refuse_mixture(pixel_values=pixel_values, inputs_embeds=inputs_embeds, position_ids=position_ids)
             inputs = self._expand(input_ids, attention_mask, images, image_sizes, labels=labels)
@@ -126,17 +126,54 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             pixel_values = inputs["pixel_values"]
         elif images is None and image_sizes is not None:
             kwargs["image_sizes"] = image_sizes
+        prompt = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+        }
+        state = self._describe_prompt(prompt, skip_rate, routing, num_drafted)
+        if state is not None:
+            kwargs["routing"] = state
         return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
+            **prompt, position_ids=position_ids, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )
+
+    def _describe_prompt(
+        self,
+        prompt: dict[str, Any],
+        skip_rate: Tensor | float | None,
+        routing: RoutingState | None,
+        num_drafted: int,
+    ) -> RoutingState | None:
+        """Give the state of this call; None leaves it to the decoder's hook, which knows of no image."""
+        refuse_skip_rate_if_dense(self, skip_rate)
+        if skip_rate is not None and (routing is not None or self.training):
+            found = "together with routing" if routing is not None else "in training"
+            raise ValueError(
+                f"skip_rate was given {found}, where the routing state alone says what is skipped; set its "
+                "target_skip_ratio, or leave routing out and call eval()."
+            )
+        is_routed = getattr(find_router(self), "enabled", False) and not self.training
+        # a started cache holds the decisions of its prompt, which a decoding step must not take again
+        if routing is not None or has_started(prompt["past_key_values"]) or not (is_routed or skip_rate is not None):
+            return routing
+        if prompt["input_ids"] is None and prompt["attention_mask"] is None:
+            embeddings = prompt["inputs_embeds"]
+            prompt = {"attention_mask": torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)}
+        state = RoutingState.from_batch(prompt, self.config.image_token_id, num_drafted=num_drafted)
+        return replace(state, target_skip_ratio=skip_rate)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, prompt_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; what stands behind the prompt when it is first read is a draft, and said to be one."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        # prompt lookup runs the prompt together with its first draft, which the router must not read as question
+        if prompt_length is not None and kwargs.get("is_first_iteration") and input_ids.shape[1] > prompt_length:
+            inputs["num_drafted"] = input_ids.shape[1] - prompt_length
+        return inputs
 
     @torch.no_grad()
     def generate(
@@ -163,7 +200,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if images is _NOT_GIVEN and not has_markers(input_ids):
             sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
-            return super().generate(inputs, **sizes, **kwargs)
+            return super().generate(inputs, **sizes, **_with_prompt_length(kwargs, input_ids))
         kwargs.pop("input_ids", None)
         _refuse_mixture(**{name: kwargs.pop(name, None) for name in ("pixel_values", "inputs_embeds", "position_ids")})
         padding_id = kwargs.get("pad_token_id")
@@ -175,7 +212,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             padding_id=padding_id,
             is_padded_left=True,
         )
+        # from here on it is a call in transformers' convention, whose ids begin with the prompt
         prompt_length = expanded["input_ids"].shape[1]
+        kwargs = _with_prompt_length(kwargs, expanded["input_ids"])
         given = {name: value for name, value in expanded.items() if value is not None}
         return drop_prompts(super().generate(**given, **show_answers_only(kwargs, prompt_length)), prompt_length)
 
@@ -206,6 +245,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if input_ids is None:
             raise ValueError("Images came without a prompt; pass token ids as the first argument.")
         input_ids = input_ids.to(self.device)
+        # without a mask, padding is told by its id, unless it is the id that also ends answers
         padding_id, is_padding_known = self._find_padding(padding_id)
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, padding_id if is_padding_known else None)
@@ -215,6 +255,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             raise ValueError(
                 f"{len(image_sizes)} image_sizes meet {len(num_views)} images; give one per image, or none."
             )
+        # LLaVA's collator gives text samples a black image, which has no marker and is dropped here
         num_markers = ((input_ids == IMAGE_TOKEN_INDEX) & attention_mask).sum(dim=1).tolist()
         views, num_views = match_images(num_markers, views, num_views)
         self._refuse_unmergeable(num_views)
@@ -266,6 +307,13 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             rows = pixel_values.split(counts)
             options["pixel_values"] = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
         return repeated, options
+
+
+def _with_prompt_length(options: dict[str, Any], input_ids: Tensor | None) -> dict[str, Any]:
+    """Options of ``generate`` that tell drafts by prompt lookup from the prompt, which are first read together."""
+    if input_ids is None or not options.get("prompt_lookup_num_tokens"):
+        return options
+    return {**options, "prompt_length": input_ids.shape[1]}
 
 
 def _refuse_mixture(**arguments: Tensor | None) -> None:

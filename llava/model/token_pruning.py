@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
-from fuzzyroe.attach import find_decoder
+from fuzzyroe.attach import find_router
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IGNORE_INDEX, PADDING_TURN
 from llava.image_tokens import count_image_features
@@ -325,7 +325,7 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
     _require_pruning(model)
     if len(counts) == 0 or list(counts) != sorted(counts):
         raise ValueError(f"counts is {list(counts)}; a higher score keeps more, so give one number or more, ascending.")
-    router = getattr(find_decoder(model), "router", None)
+    router = find_router(model)
     if router is None or not hasattr(router, "percentiles"):
         name = "no router" if router is None else f"a {type(router).__name__}"
         raise ValueError(f"The model has {name}, which gives no scores; plan with a fuzzy router.")

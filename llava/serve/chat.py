@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzzyroe.attach import find_decoder
+from fuzzyroe.attach import find_router
 from fuzzyroe.cache import kept_layers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, get_template
@@ -112,7 +112,7 @@ class Chat:
     @property
     def target_skip_ratio(self) -> float | None:
         """Target skip rate of a routed model; None where no layer is skipped."""
-        router = getattr(find_decoder(self.model), "router", None)
+        router = find_router(self.model)
         return float(router.target_skip_ratio) if router is not None and router.enabled else None
 
     def _longest_answer(self, input_ids: Tensor) -> int:

@@ -71,8 +71,8 @@ def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
 
     from transformers.utils import logging
 
+    from fuzzyroe import set_skip_rate
     from llava.model.builder import load_pretrained_model
-    from llava.model.routing import set_skip_rate
 
     logging.disable_progress_bar()
     loaded = load_pretrained_model(

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from fuzzyroe.compat import PRESETS
-from fuzzyroe.schedule import start_bias
-from fuzzyroe.summary_sources import SOURCES
+from fuzzyroe.routers.roe.compat import PRESETS
+from fuzzyroe.routers.roe.schedule import start_bias
+from fuzzyroe.routers.roe.tokens import SOURCES
 from llava.data.workers import preload_fork_server
 from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage
 

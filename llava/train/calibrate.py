@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Subset
 from fuzzyroe.budget import greedy_layer_order
 from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES, compute_features, summarise
+from fuzzyroe.routers.roe.schedule import Relaxation
+from fuzzyroe.routers.roe.tokens import RoEPass
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.routing_tokens import RoEPass
-from fuzzyroe.schedule import Relaxation
 from llava.constants import IGNORE_INDEX
 
 HARD_TEMPERATURE = 1e-6
@@ -132,15 +132,15 @@ class Measurer:
         return order
 
     @torch.no_grad()
-    def skip_rate(self, batches: list[dict[str, Tensor]], offset: float) -> float:
-        """Mean share of layers that linear routers skip with a number added to their logits of skipping.
+    def skip_rate(self, batches: list[dict[str, Tensor]], skip_logit_bias: float) -> float:
+        """Mean share of layers that linear routers skip under a skip-logit bias.
 
         Both branches of every layer are computed and weighted by 0 or 1, so that all ranks do the same.
         """
         kept = []
         for batch in batches:
             state = self._describe(batch)
-            state.roe = RoEPass(Relaxation(temperature=HARD_TEMPERATURE, bias=-offset))
+            state.roe = RoEPass(Relaxation(temperature=HARD_TEMPERATURE, bias=-skip_logit_bias))
             self._forward(batch, state)
             answered = answered_turns(batch["labels"].to(self.device), state.turn_ids, state.num_turns)
             kept.append(state.result.keep_weights[answered])

@@ -9,8 +9,6 @@ from typing import Any
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.calibrate import calibrate_router
 from fuzzyroe.calibrate_layers import calibrate_layers
-from fuzzyroe.calibrate_offsets import search_offsets
-from fuzzyroe.compat import PRESETS
 from fuzzyroe.routers import (
     FuzzyRouter,
     LinearRouter,
@@ -20,22 +18,13 @@ from fuzzyroe.routers import (
     Router,
     StaticRouter,
 )
+from fuzzyroe.routers.roe.router import search_skip_logit_biases
 from fuzzyroe.rules import load_rule_base
 from llava.model.builder import Checkpoint
-from llava.model.routing import attach_routing
-from llava.train.arguments import (
-    DEFAULT_ADAPTER_WIDTH,
-    DEFAULT_COMPAT,
-    DEFAULT_PLAN_ROUTER,
-    DEFAULT_RULE_BASE,
-    DEFAULT_SUMMARY,
-    PlanArguments,
-    RoEArguments,
-    RoutedArguments,
-)
+from llava.train.arguments import DEFAULT_PLAN_ROUTER, DEFAULT_RULE_BASE, PlanArguments, RoEArguments, RoutedArguments
 from llava.train.calibrate import CalibrationSize, Measurer
+from llava.train.engine import prepare_for_forward
 from llava.train.trainer import LlavaTrainer
-from llava.train.zero3 import prepare_for_forward
 
 Fitted = tuple[Router, dict[str, Any]]
 
@@ -54,21 +43,6 @@ def make_plan_router(routing_args: PlanArguments, num_layers: int) -> Router:
         return RandomRouter(num_layers)
     kind = {"fuzzy": FuzzyRouter, "linear_score": LinearScoreRouter}[name]
     return kind(load_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE), num_layers)
-
-
-def attach_new_router(model: Any, routing_args: RoutedArguments) -> None:
-    """Attach the router that a stage trains or fits, with new adapters, to a dense model."""
-    config, width = model.config.text_config, routing_args.adapter_hidden_dim or DEFAULT_ADAPTER_WIDTH
-    if isinstance(routing_args, PlanArguments):
-        attach_routing(model, make_plan_router(routing_args, config.num_hidden_layers), width)
-    elif isinstance(routing_args, RoEArguments):
-        router = LinearRouter(
-            config.num_hidden_layers,
-            config.hidden_size,
-            routing_args.routing_summary or DEFAULT_SUMMARY,
-            PRESETS[routing_args.roe_compat or DEFAULT_COMPAT],
-        )
-        attach_routing(model, router, width, "zero" if routing_args.freeze_adapters else "xavier")
 
 
 def refit(
@@ -111,7 +85,7 @@ def refit(
     elif isinstance(decoder.router, StaticRouter):
         router, report = _fit_order(measurer, routing_args)
     elif isinstance(decoder.router, LinearRouter):
-        router, report = _fit_offsets(decoder.router, measurer, routing_args)
+        router, report = _fit_skip_logit_biases(decoder.router, measurer, routing_args)
     else:
         router, report = decoder.router, {}
         router.set_skip_rate(routing_args.target_skip_ratio)
@@ -142,9 +116,9 @@ def _fit_order(measurer: Measurer, routing_args: RoutedArguments) -> Fitted:
     return router, {"layer_order": order, "skip_rate": routing_args.target_skip_ratio}
 
 
-def _fit_offsets(router: LinearRouter, measurer: Measurer, routing_args: RoEArguments) -> Fitted:
+def _fit_skip_logit_biases(router: LinearRouter, measurer: Measurer, routing_args: RoEArguments) -> Fitted:
     """A table of budgets beside the operating point that the router was trained for, which stays the default."""
     batches = list(measurer.batches(routing_args.budget_samples))
-    table = search_offsets(lambda offset: measurer.skip_rate(batches, offset), routing_args.max_skip_ratio)
-    router.set_budgets(table)
+    table = search_skip_logit_biases(lambda bias: measurer.skip_rate(batches, bias), routing_args.max_skip_ratio)
+    router.set_bias_table(table)
     return router, {"budgets": table}

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder
 from llava.conversation import get_template
 from llava.inference.generator import GenerationOptions, Generator, Message, make_message
 from llava.model.builder import Checkpoint
-from llava.model.routing import set_skip_rate
 from playground.digits.lmms_eval.utils import IMAGE_MARKER, doc_to_target, normalise
 
 BATCH_SIZE = 64

@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
+from fuzzyroe import set_skip_rate
 from llava.conversation import get_template
 from llava.inference.generator import Generator
 from llava.inference.speculative import LosslessReport, generate_lossless
 from llava.model.builder import load_checkpoint
-from llava.model.routing import set_skip_rate
 from scripts.bench.speed.prompts import load_prompts
 from scripts.bench.speed.report import conditions
 

@@ -1,16 +1,20 @@
 """Promises of attaching to a model and of the hook that lets a router decide."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
+from fuzzyroe.adapter import SkipAdapter
 from fuzzyroe.attach import attach, detach, find_decoder, find_decoder_layers, is_attached, verify_attached
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routing_state import RoutingState
+
+attach_module = importlib.import_module("fuzzyroe.attach")  # the package has a function of this name
 
 KEEP = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]]).bool()
 
@@ -163,7 +167,7 @@ def test_accelerate_hooks_before_attach_still_route(tiny_llama, padded_prompts):
     add_hook_to_module(layers[1], ModelHook())
     remove_hook_from_module(layers[1])  # leaves an instance attribute `forward` behind
     attach(tiny_llama, 4, "xavier")
-    verify_attached(tiny_llama, **padded_prompts)
+    verify_attached(tiny_llama)
     routed = tiny_llama(
         **padded_prompts,
         routing=RoutingState.from_batch({"attention_mask": padded_prompts["attention_mask"]}).forced(KEEP),
@@ -173,13 +177,52 @@ def test_accelerate_hooks_before_attach_still_route(tiny_llama, padded_prompts):
     tiny_llama(**padded_prompts)
 
 
-def test_verify_attached_finds_a_layer_that_stayed_dense(tiny_llava, image_prompts):
+def test_verify_attached_finds_a_layer_that_stayed_dense(tiny_llava):
     attach(tiny_llava, 4)
-    verify_attached(tiny_llava, **image_prompts)
+    verify_attached(tiny_llava)
     layer = find_decoder_layers(tiny_llava)[2]
     layer.forward = lambda *args, routing=None, **kwargs: layer.base_class.forward(layer, *args, **kwargs)
     with pytest.raises(RuntimeError, match=r"Layers \[2\] of 4"):
-        verify_attached(tiny_llava, **image_prompts)
+        verify_attached(tiny_llava)
+
+
+def test_attach_verifies_itself_and_leaves_a_model_it_cannot_route_as_it_was(tiny_llama, monkeypatch):
+    layers = find_decoder_layers(tiny_llama)
+    dense = type(layers[1])
+    monkeypatch.setattr(attach_module, "_swap_class", lambda layer, new_class: swap(layer, new_class, layers[1]))
+
+    def swap(layer, new_class, bound):
+        layer.__class__ = new_class
+        if layer is bound and new_class is not dense:  # as a wrapper that holds the old forward
+            layer.forward = lambda *args, routing=None, **kwargs: dense.forward(layer, *args, **kwargs)
+        elif layer is bound:
+            del layer.forward
+
+    with pytest.raises(RuntimeError, match=r"Layers \[1\] of 4 ran without routing"):
+        attach(tiny_llama, 4)
+    assert not any(type(layer) is not dense for layer in layers)
+    assert not tiny_llama.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("unit", ["layer", "attention", "ffn"])
+def test_attach_draws_no_random_number_but_those_of_the_adapters_and_changes_no_buffer(tiny_llama, unit):
+    model = tiny_llama.train()
+    for layer in find_decoder_layers(model):
+        layer.self_attn.attention_dropout = 0.5
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(0)
+    [SkipAdapter(32, 4, "zero") for _ in range(4)]
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    attach(model, 4, skip_unit=unit)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_model_without_weights_is_attached_unverified(tiny_llama):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_llama.config)
+    assert is_attached(attach(model, 4))
 
 
 def test_misuse_is_named(tiny_llama):

@@ -6,8 +6,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from fuzzyroe.cache import RoutedCacheLayer, kept_layers, refuse_unsupported, rows_to_run
-from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.row_split import RowSplit
+from fuzzyroe.routing_state import RoutingState, RowSplit
 
 KEEP = torch.tensor([True, False, True, True])
 

@@ -21,14 +21,6 @@ def test_absent_keys_take_their_defaults() -> None:
     assert config.base_model is None and config.format_version == FORMAT_VERSION
 
 
-def test_a_block_of_version_1_is_read_as_the_fuzzy_router_it_was() -> None:
-    block = {"adapter_width": 8, "router": "fuzzy", "rule_base": "rules.yaml", "num_budgets": 49, "format_version": 1}
-    config = FuzzyRoEConfig.from_dict(block)
-    assert config == FuzzyRoEConfig(8, "fuzzy", {"rule_base": "rules.yaml", "num_budgets": 49})
-    oldest = FuzzyRoEConfig.from_dict({"adapter_width": 8, "format_version": 1})
-    assert oldest.router_options == {"rule_base": "rule_base.yaml", "num_budgets": 1}
-
-
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="must be at least 1; .*damaged"):
         FuzzyRoEConfig(adapter_width=0)
@@ -50,5 +42,5 @@ def test_a_block_without_adapter_width_is_named() -> None:
 
 
 def test_another_version_is_named_before_its_keys_are_blamed() -> None:
-    with pytest.raises(ValueError, match="format_version 3, this version reads 1, 2; install"):
+    with pytest.raises(ValueError, match="format_version 3, this version reads 1; install"):
         FuzzyRoEConfig.from_dict({"adapter_width": 4, "format_version": 3, "new_in_three": True})

@@ -13,7 +13,7 @@ from host_transfers import HostTransfers
 KEEP = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]]).bool()
 
 # these read copies that are on the host already
-ON_HOST = ("fuzzyroe.row_split:__init__", "fuzzyroe.row_split:rows", "fuzzyroe.routing_state:split")
+ON_HOST = ("fuzzyroe.routing_state:__init__", "fuzzyroe.routing_state:rows", "fuzzyroe.routing_state:split")
 
 
 class Watched(torch.nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fuzzyroe.row_split import RowSplit
+from fuzzyroe.routing_state import RowSplit
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fuzzyroe.attach import attach, detach, find_decoder, find_decoder_layers
+from fuzzyroe.routed_layer import SKIP_UNITS
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.skip_units import SKIP_UNITS, get_skip_unit, get_unit_name
 
 KEEP = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]]).bool()
 units = pytest.mark.parametrize("unit", list(SKIP_UNITS))
@@ -81,7 +81,7 @@ def test_units_add_the_same_tensors_and_detach_restores_the_stock_model(tiny_lla
 def test_a_deep_copy_knows_its_unit(tiny_llama, padded_prompts, unit):
     attach(tiny_llama, 4, "xavier", skip_unit=unit)
     twin = copy.deepcopy(tiny_llama)
-    assert get_unit_name(twin.model.layers[0].skip_unit) == unit
+    assert twin.model.layers[0].skip_unit == unit
     assert torch.equal(logits_of(twin, padded_prompts, KEEP), logits_of(tiny_llama, padded_prompts, KEEP))
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_unit_is_refused_with_the_known_ones(tiny_llama):
     with pytest.raises(KeyError, match="Skip unit 'token' is unknown; use one of layer, attention, ffn"):
         attach(tiny_llama, 4, skip_unit="token")
     with pytest.raises(KeyError, match="unknown"):
-        get_skip_unit("")
+        attach(tiny_llama, 4, skip_unit="")
 
 
 @pytest.mark.parametrize(("unit", "part"), [("attention", "self_attn"), ("ffn", "mlp")])

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.budget import allocate
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.preprocess import encode_prompt
-from llava.model.routing import attach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 
 
 def route(model: LlavaForConditionalGeneration, skip_unit: str = "layer") -> LlavaForConditionalGeneration:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fuzzyroe.compat import PUBLISHED
 from fuzzyroe.config import FuzzyRoEConfig
+from fuzzyroe.routers.roe.compat import PUBLISHED
 from llava.model.checkpoints.key_maps import list_names
 from llava.model.checkpoints.stored_routing import StoredRouting
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuzzyroe.compat import RoECompat
 from fuzzyroe.routers import LinearRouter
-from fuzzyroe.routing_tokens import RoEPass
-from fuzzyroe.schedule import Relaxation
+from fuzzyroe.routers.roe.compat import RoECompat
+from fuzzyroe.routers.roe.schedule import Relaxation
+from fuzzyroe.routers.roe.tokens import RoEPass
 from llava.inference.scheduler import form_batches
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.passes import Bench, Form, cache_bytes, prompt_state

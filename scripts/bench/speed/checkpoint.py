@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fuzzyroe import detach, set_skip_rate
 from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from llava.conversation import get_template
 from llava.inference.generator import Generator
 from llava.model.builder import load_checkpoint
-from llava.model.routing import detach_routing, set_skip_rate
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.prompts import load_prompts
 from scripts.bench.speed.shapes import shorten
@@ -75,7 +75,7 @@ def measure_prompts(
     """The same, for a loaded model and prompts of batch 1."""
     layers, clock = find_decoder_layers(model), Clock("cpu")
     removed = max(1, round(skip_rate * len(layers)))
-    short = shorten(model, len(layers) - removed, detach_routing)
+    short = shorten(model, len(layers) - removed, detach)
     set_skip_rate(model, skip_rate)
     caches = [model(**prompt, use_cache=True, logits_to_keep=1).past_key_values for prompt in prompts]
     skipped = statistics.mean(int((~kept_layers(cache, 1)).sum()) for cache in caches)

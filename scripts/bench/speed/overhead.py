@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from fuzzyroe.compat import PUBLISHED
 from fuzzyroe.routers import (
     FuzzyRouter,
     KeepAllRouter,
@@ -18,6 +17,7 @@ from fuzzyroe.routers import (
     Router,
     StaticRouter,
 )
+from fuzzyroe.routers.roe.compat import PUBLISHED
 from fuzzyroe.rules import load_rule_base
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.passes import Bench, prompt_state

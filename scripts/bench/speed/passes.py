@@ -13,8 +13,7 @@ from transformers import DynamicCache
 from fuzzyroe.attach import find_decoder_layers, set_router
 from fuzzyroe.cache import RoutedCacheLayer
 from fuzzyroe.routers import Router
-from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.row_split import RowSplit
+from fuzzyroe.routing_state import RoutingState, RowSplit
 from scripts.bench.speed.plans import Replayed
 from scripts.bench.speed.shapes import Shape, build_routed, shorten
 from scripts.bench.speed.timing import Clock

@@ -15,7 +15,7 @@ from fuzzyroe.attach import attach, find_decoder, is_attached, set_router
 from fuzzyroe.budget import allocate
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.calibrate import set_budget_table
-from fuzzyroe.fingerprint import fingerprints
+from fuzzyroe.prompt_hash import prompt_hashes
 from fuzzyroe.routers import (
     ROUTERS,
     FuzzyRouter,
@@ -87,7 +87,7 @@ def make_oracle(states: torch.Tensor, routing: RoutingState) -> OracleRouter:
     keep = torch.ones(NUM_PROMPTS, NUM_LAYERS, NUM_LAYERS, dtype=torch.bool)
     keep[..., 1:] = places >= torch.arange(NUM_LAYERS).view(1, -1, 1)
     losses = torch.rand(NUM_PROMPTS, NUM_LAYERS, generator=generator).cumsum(dim=1)
-    return OracleRouter.from_search(fingerprints(states, routing)[:, 0], keep, losses)
+    return OracleRouter.from_search(prompt_hashes(states, routing)[:, 0], keep, losses)
 
 
 MAKERS: dict[str, Callable[[torch.Tensor, RoutingState], Router]] = {

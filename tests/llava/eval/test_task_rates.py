@@ -10,10 +10,10 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
+from fuzzyroe import detach
 from llava.eval import lmms_model
 from llava.eval.lmms_model import FuzzyRoE, parse_task_rates
 from llava.model.builder import Checkpoint, load_checkpoint
-from llava.model.routing import detach_routing
 from llava.report.routing_log import read_routing_log
 from routed_llava import route
 from tiny_training import make_tiny
@@ -111,6 +111,6 @@ def test_rates_that_cannot_be_met_are_refused(
     router.target_skip_ratio.fill_(math.nan)
     with pytest.raises(ValueError, match="give skip_rate as well"):
         answer(fuzzy, tmp_path / "log", monkeypatch, task_skip_rates="pope:0.2")
-    detach_routing(fuzzy.model)
+    detach(fuzzy.model)
     with pytest.raises(ValueError, match="asked of a dense checkpoint"):
         answer(fuzzy, tmp_path / "log", monkeypatch, task_skip_rates="pope:0.2")

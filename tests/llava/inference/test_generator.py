@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder_layers
 from llava.conversation import get_template
 from llava.inference.generator import GenerationOptions, Generator, make_message, pad_left
 from llava.model.builder import Checkpoint
-from llava.model.routing import set_skip_rate
 
 GREEDY = GenerationOptions(max_new_tokens=6)
 IMAGE_TOKENS = 16

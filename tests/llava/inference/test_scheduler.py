@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder
 from llava.inference.generator import GenerationOptions, Generator, Message, make_message
 from llava.inference.scheduler import SCHEDULES, WorkModel, answer_all, answer_queue, form_batches
-from llava.model.planned_prompts import plan_prompts
-from llava.model.routing import set_skip_rate
+from llava.model.prefill_plans import plan_prompts
 from llava.model.token_pruning import set_token_pruning
 
 GREEDY = GenerationOptions(max_new_tokens=5)

@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder, find_decoder_layers
 from llava.inference.speculative import LosslessReport, generate_lossless
-from llava.model.routing import attach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 
 PLANS = {
     "the first layer is skipped": [0, 1, 1, 1],

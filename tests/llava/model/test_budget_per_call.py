@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from fuzzyroe import detach, set_skip_rate
 from fuzzyroe.attach import find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routers import KeepAllRouter, RandomRouter
 from fuzzyroe.routing_state import RoutingState
-from llava.model.routing import attach_routing, detach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 from routed_llava import encode_questions, route
 
 
@@ -97,16 +98,16 @@ def test_a_budget_beside_a_state_or_in_training_is_refused(routed, prompts) -> N
 
 
 def test_a_dense_model_refuses_a_budget_also_after_detaching(routed, prompts) -> None:
-    detach_routing(routed)
-    assert not routed._forward_pre_hooks and not routed.model._forward_pre_hooks
+    detach(routed)
+    assert not routed._forward_pre_hooks and not find_decoder(routed)._forward_pre_hooks
     with pytest.raises(ValueError, match="asked of a dense checkpoint"):
         set_skip_rate(routed, 0.2)
 
 
 def test_attaching_again_describes_a_prompt_once(routed, prompts) -> None:
-    detach_routing(routed)
+    detach(routed)
     attach_routing(routed, RandomRouter(4, target_skip_ratio=0.5), 4)
-    assert len(routed._forward_pre_hooks) == len(routed.model._forward_pre_hooks) == 1
+    assert len(find_decoder(routed)._forward_pre_hooks) == 1 and not routed._forward_pre_hooks
     kept = run(routed, prompts)[1]
     assert (kept.sum(dim=1) == 2).all()
 
@@ -146,8 +147,16 @@ def test_drafts_behind_a_prompt_change_no_decision(routed, prompts) -> None:
         "attention_mask": torch.cat([prompts["attention_mask"], torch.ones(4, 7, dtype=torch.long)], dim=1),
         "pixel_values": prompts["pixel_values"],
     }
-    assert torch.equal(run(routed, longer, logits_to_keep=8)[1], expected)
+    assert torch.equal(run(routed, longer, num_drafted=7)[1], expected)
     assert not torch.equal(run(routed, longer)[1], expected), "read as a part of the question they would"
+
+
+@pytest.mark.parametrize("logits_to_keep", [1, 2, 8])
+def test_the_logits_asked_for_change_no_decision(routed, prompts, logits_to_keep) -> None:
+    logits, kept = run(routed, prompts)
+    found = run(routed, prompts, logits_to_keep=logits_to_keep)
+    assert torch.equal(found[1], kept)
+    torch.testing.assert_close(found[0], logits)
 
 
 def test_prompt_lookup_gives_the_tokens_of_plain_decoding(routed, bpe_tokenizer) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder, is_attached
 from fuzzyroe.budget import allocate
 from fuzzyroe.calibrate import set_budget_table
@@ -22,9 +23,9 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.model.builder import WHOLE_MODULES, Checkpoint, load_checkpoint, load_pretrained_model
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import attach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 from llava.train.arguments import LlavaTrainingArguments
-from llava.train.checkpointing import save_stage
+from llava.train.checkpoint import save_stage
 from llava.train.stages import STAGES
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LogitsProcessor, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from fuzzyroe import set_skip_rate
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import KeywordsStoppingCriteria, process_images
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import set_skip_rate
 from llava_calls import IMAGE_TOKEN_ID, ROWS, Call, expand_labels, make_call, pad
 from routed_llava import route
 

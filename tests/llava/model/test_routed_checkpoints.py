@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,18 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder, find_decoder_layers, set_router
 from fuzzyroe.cache import kept_layers
-from fuzzyroe.config import FuzzyRoEConfig
-from fuzzyroe.fingerprint import fingerprints
+from fuzzyroe.prompt_hash import prompt_hashes
+from fuzzyroe.routed_layer import SKIP_UNITS
 from fuzzyroe.routers import KeepAllRouter, OracleRouter, RandomRouter, StaticRouter
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.skip_units import SKIP_UNITS, get_unit_name
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import set_skip_rate
 from llava.train.arguments import LlavaTrainingArguments
-from llava.train.checkpointing import save_stage
+from llava.train.checkpoint import save_stage
 from llava.train.stages import STAGES
 from routed_llava import encode_questions, route
 
@@ -70,7 +68,7 @@ def known_prompts(model, prompts: dict) -> OracleRouter:
         4,
     )
     plans = torch.tensor([[[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0]]] * 3).bool()
-    return OracleRouter.from_search(fingerprints(embeddings, state)[:, 0], plans, torch.rand(3, 3).cumsum(dim=1))
+    return OracleRouter.from_search(prompt_hashes(embeddings, state)[:, 0], plans, torch.rand(3, 3).cumsum(dim=1))
 
 
 ROUTER_MAKERS = {
@@ -107,28 +105,7 @@ def test_the_skip_unit_is_loaded_as_it_was_saved(dense: Checkpoint, prompts: dic
     found = run(loaded.model, prompts)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]) and not found[1].all()
     assert loaded.routing.skip_unit == unit
-    assert {get_unit_name(layer.skip_unit) for layer in find_decoder_layers(loaded.model)} == {unit}
-
-
-def test_a_block_of_version_1_is_still_loaded(dense: Checkpoint, prompts: dict, tmp_path: Path) -> None:
-    expected = run(route(dense.model), prompts)
-    folder = save(dense, "adapter", tmp_path / "routed")
-    config = json.loads((folder / "config.json").read_text())
-    block = config["fuzzyroe"]
-    assert block["format_version"] == 2
-    config["fuzzyroe"] = {
-        "adapter_width": block["adapter_width"],
-        "router": "fuzzy",
-        "rule_base": "rule_base.yaml",
-        "num_budgets": block["router_options"]["num_budgets"],
-        "base_model": block["base_model"],
-        "stage": "adapter",
-        "format_version": 1,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    loaded = load_checkpoint(folder)
-    assert torch.equal(run(loaded.model, prompts)[0], expected[0])
-    assert isinstance(loaded.routing, FuzzyRoEConfig) and loaded.routing.format_version == 2
+    assert {layer.skip_unit for layer in find_decoder_layers(loaded.model)} == {unit}
 
 
 def test_a_router_that_is_in_no_table_is_not_saved(dense: Checkpoint, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import detach, find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.features import FEATURES, compute_features, summarise
@@ -16,7 +17,7 @@ from llava.conversation import get_template
 from llava.data.dataset import SFTCollator
 from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import Turn
-from llava.model.routing import attach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 from routed_llava import encode_questions, route
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.features import compute_features, summarise
@@ -17,7 +18,7 @@ from fuzzyroe.rules import load_rule_base
 from llava.image_tokens import count_image_features, count_image_tokens
 from llava.inference.speculative import generate_lossless
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing, set_skip_rate
+from llava.model.routing import attach_routing
 from llava.model.token_pruning import PRUNERS, plan_visual_tokens, prune_inputs, set_token_pruning
 from llava.model.visual_tokens import encode_images
 from llava.model.zero3_text_batches import make_text_batches_safe

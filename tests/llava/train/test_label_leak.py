@@ -11,10 +11,10 @@ from fuzzyroe.attach import find_decoder
 from fuzzyroe.budget import BudgetTable
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
+from fuzzyroe.routers.roe.schedule import relax
+from fuzzyroe.routers.roe.tokens import RoEPass
 from fuzzyroe.routing_state import RoutingState
-from fuzzyroe.routing_tokens import RoEPass
 from fuzzyroe.rules import load_rule_base
-from fuzzyroe.schedule import relax
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SFTCollator
 from llava.model.routing import attach_routing

@@ -14,7 +14,7 @@ from fuzzyroe.routers import LinearRouter, get_router_class
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
-from llava.train.stage import run_stage
+from llava.train.run import run_stage
 from llava.train.stages import StageInputError
 from tiny_training import NUM_LAYERS, Tiny
 
@@ -59,12 +59,12 @@ def test_roe_is_given_budgets_and_keeps_its_trained_point(tiny: Tiny, tmp_path: 
     assert summary["calibration"]["samples"] == 16 and summary["calibration"]["passes"] == 16 * 14
     model = load_checkpoint(tmp_path / "r").model
     router = find_decoder(model).router
-    assert isinstance(router, LinearRouter) and router.offset == 0 and router.max_skip_ratio >= 0.5
-    assert [list(pair) for pair in router.budgets] == [pytest.approx(pair) for pair in table]
+    assert isinstance(router, LinearRouter) and router.skip_logit_bias == 0 and router.max_skip_ratio >= 0.5
+    assert [list(pair) for pair in router.bias_table] == [pytest.approx(pair) for pair in table]
     router.set_skip_rate(0.5)
-    assert router.offset != 0
+    assert router.skip_logit_bias != 0
     router.reset_target()
-    assert router.offset == 0
+    assert router.skip_logit_bias == 0
 
 
 def test_frozen_adapters_start_at_zero_and_stay(tiny: Tiny, tmp_path: Path) -> None:

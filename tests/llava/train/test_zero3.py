@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import zero3_cases
+from fuzzyroe import set_skip_rate
 from launching import ROOT, Launch
 from llava.conversation import get_template
 from llava.inference.generator import GenerationOptions, Generator, make_message
 from llava.model.builder import load_checkpoint
-from llava.model.routing import set_skip_rate
 from llava.train.stages import PARTS
 from tiny_training import Tiny
 

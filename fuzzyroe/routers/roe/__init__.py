@@ -1,0 +1,9 @@
+"""RoE (arXiv:2407.14093), the baseline: linear router, routing tokens, schedule, objective and switches, whole."""
+
+from __future__ import annotations
+
+from fuzzyroe.routers.roe.router import LinearRouter
+from fuzzyroe.routers.roe.schedule import Relaxation
+from fuzzyroe.routers.roe.tokens import RoEPass
+
+__all__ = ["LinearRouter", "Relaxation", "RoEPass"]

@@ -1,0 +1,87 @@
+"""Prefill plans: prompts that are read once, decided once, and answered in any batch.
+
+Vision tower, projector and a router that plans ahead run first, for a whole queue; a scheduler then sees every plan.
+What they gave goes into the prefill as it is, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaForConditionalGeneration
+
+from fuzzyroe.attach import find_decoder, find_router
+from fuzzyroe.routing_state import RoutingState
+from llava.model.token_pruning import embed_prompts
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """A prompt as it enters the first decoder layer.
+
+    Attributes:
+        states: States of its positions, without padding, (N, D).
+        keep: True where it runs the layer, (L,) bool on the CPU.
+    """
+
+    states: Tensor
+    keep: Tensor
+
+
+def plans_ahead(model: LlavaForConditionalGeneration) -> bool:
+    """Say whether routing is on, by a router that decides before the first layer."""
+    router = find_router(model)
+    return bool(getattr(router, "enabled", False)) and not getattr(router, "decides_layer_wise", False)
+
+
+@torch.no_grad()
+def plan_prompts(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]) -> list[PlannedPrompt]:
+    """Read images and let the router plan, for a batch of encoded prompts; no decoder layer runs.
+
+    Args:
+        model: Routed model, for which ``plans_ahead`` is true.
+        inputs: ``input_ids`` and ``attention_mask``, (B, N), and where there are images ``pixel_values``.
+
+    Returns:
+        The prompts, B of them, without padding.
+
+    Raises:
+        ValueError: If the model does not plan ahead.
+    """
+    if not plans_ahead(model):
+        raise ValueError(
+            "The model does not plan ahead: its routing is off, absent, or decides at each layer. Let generate decide."
+        )
+    input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
+    routing = RoutingState.from_batch(inputs, model.config.image_token_id)
+    states = embed_prompts(model.model, input_ids, pixel_values, routing)
+    find_decoder(model).router.plan(states, routing)
+    keep, is_token = routing.kept_layers(), mask.bool()
+    # clones, so that a prompt does not keep its whole batch in memory
+    return [PlannedPrompt(states[row][is_token[row]].clone(), keep[row]) for row in range(len(input_ids))]
+
+
+def generate_planned(model: LlavaForConditionalGeneration, prompts: Sequence[PlannedPrompt], **options: Any) -> Any:
+    """Continue planned prompts, in a batch of any of them.
+
+    Args:
+        model: The model that planned them, a ``LlavaLlamaForCausalLM``.
+        prompts: At least one.
+        **options: As for ``generate``.
+
+    Returns:
+        What ``generate`` gives; its sequences are the new tokens alone.
+    """
+    states = pad_sequence([prompt.states for prompt in prompts], batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(prompt.states) for prompt in prompts], device=states.device)
+    mask = torch.arange(states.shape[1], device=states.device) >= states.shape[1] - lengths.unsqueeze(1)
+    # generate repeats prompts for beams, but not what a state says of them
+    copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+    keep = torch.stack([prompt.keep for prompt in prompts]).to(states.device).repeat_interleave(copies, dim=0)
+    routing = RoutingState.from_batch({"attention_mask": mask.repeat_interleave(copies, dim=0)}).forced(keep)
+    return model.generate(inputs_embeds=states, attention_mask=mask.long(), routing=routing, **options)
