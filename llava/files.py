@@ -48,7 +48,7 @@ def atomic_write_all(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         yield unfinished
         for path, mode in zip(unfinished, modes, strict=True):
             os.chmod(path, mode)  # safetensors replaces the file by one that its owner alone can read
-            _flush_to_disk(path)  # a full disk speaks up here at the latest, before any file appears
+            flush_to_disk(path)  # a full disk speaks up here at the latest, before any file appears
         for path, final in zip(unfinished, finals, strict=True):
             os.replace(path, final)
     finally:
@@ -68,7 +68,8 @@ def _create(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before what follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

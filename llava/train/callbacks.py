@@ -1,12 +1,26 @@
-"""What is written while a stage trains."""
+"""Callbacks of a training run: metrics file and console, routing and throughput meters, loss guard, hang detection."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fuzzyroe.attach import find_decoder_layers
+from fuzzyroe.routing_state import RoutingState
 
 SHOWN = {
     "loss": "loss",
@@ -16,6 +30,45 @@ SHOWN = {
     "throughput/samples_per_second": "samples/s",
 }
 """Logged values that are printed, with the words they are printed by."""
+
+GIB = 2**30
+
+MAX_BAD_STEPS, MAX_NAMED = 10, 20
+"""Steps in a row after which the loss guard ends a run; samples that its message names."""
+
+GRACE_SECONDS = 5.0
+"""How long a rank that has reported a hang waits before it ends: the first one to end takes the others with it."""
+
+HUNG = 70
+"""Exit code of a rank that hang detection ended."""
+
+
+class BatchCallback(TrainerCallback):
+    """A callback that is told of every batch, and whose numbers the trainer adds to what it logs."""
+
+    def on_batch_begin(self, batch: dict[str, Any]) -> None:
+        """See a batch before its forward pass."""
+
+    def on_batch_end(self, batch: dict[str, Any], routing: RoutingState | None, loss: Tensor) -> None:
+        """See a batch whose loss, a scalar, is known; its backward pass follows."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Numbers since the last call, by name; called on all ranks."""
+        return {}
+
+
+def mean_over_ranks(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Join sums of all ranks to means; call on all of them, each with the names it has.
+
+    Args:
+        sums: Sum and number of its terms by name.
+    """
+    totals: dict[str, tuple[float, int]] = {}
+    for mine in gather_object([sums]):
+        for name, (total, count) in mine.items():
+            before, number = totals.get(name, (0.0, 0))
+            totals[name] = (before + float(total), number + count)
+    return {name: total / count for name, (total, count) in sorted(totals.items()) if count}
 
 
 class MetricsFile(TrainerCallback):
@@ -57,6 +110,14 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+def _step_of(line: str) -> float:
+    """Step of a logged line; beyond all steps if a kill cut the line short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
 class Console(TrainerCallback):
     """Print the numbers that one follows a run by, one line per logging step; ``metrics.jsonl`` has them all."""
 
@@ -69,17 +130,256 @@ class Console(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print one line."""
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        shown = {name: logs[name] for name in SHOWN if name in logs}
-        if "loss" in shown:
-            numbers = ", ".join(f"{SHOWN[name]} {value:.4g}" for name, value in shown.items())
-            print(f"step {state.global_step} of {state.max_steps}: {numbers}", flush=True)
+        numbers = ", ".join(f"{word} {logs[name]:.4g}" for name, word in SHOWN.items() if name in logs)
+        print(f"step {state.global_step} of {state.max_steps}: {numbers}", flush=True)
 
 
-def _step_of(line: str) -> float:
-    """Step of a logged line; beyond all steps if a kill cut the line short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+class RoutingMeter(BatchCallback):
+    """Means of keep weights and rule firings since they were last taken.
+
+    Tensors stay where they are until then, so that a step waits for no device.
+
+    Args:
+        source_of: Source of a sample by its index in the training set.
+        rules: Compiled rule base of a fuzzy router, whose firing strengths are reported; None for another router.
+    """
+
+    def __init__(self, source_of: Callable[[int], str], rules: Any = None) -> None:
+        self.source_of, self.rules = source_of, rules
+        self._kept: list[Tensor] = []
+        self._entropies: list[Tensor] = []
+        self._firings: list[Tensor] = []
+        self._samples: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_batch_end(self, batch: dict[str, Any], routing: RoutingState | None, loss: Tensor | None = None) -> None:
+        """Note the routing of a batch; in hard mode the decision of the last turn counts for all of a sample."""
+        if routing is None or routing.result.keep_weights is None:
+            return
+        keep = routing.result.keep_weights.detach().float()  # (B, T, L)
+        turns = routing.turn_mask().to(keep.device)  # (B, T)
+        if routing.mode == "hard":
+            keep = routing.kept_layers().float().to(keep.device).unsqueeze(1).expand_as(keep)
+        self._kept.append(_mean_over_turns(keep, turns))
+        entropy = -(torch.xlogy(keep, keep) + torch.xlogy(1 - keep, 1 - keep)).mean(dim=2, keepdim=True)
+        self._entropies.append(_mean_over_turns(entropy, turns)[:, 0])
+        if self.rules is not None and routing.result.features is not None:
+            self._firings.append(_mean_over_turns(self.rules.firing_strengths(routing.result.features), turns))
+        self._samples.append(batch["sample_index"])
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means over the samples of all ranks since the last call, by name; empty if there were none."""
+        sums: dict[str, tuple[float, int]] = {}
+        if self._kept:
+            skipped = 1 - torch.cat(self._kept).cpu()  # (samples, L)
+            count, rates = len(skipped), skipped.mean(dim=1)  # (samples,)
+            sums["routing/skip_rate"] = (float(rates.sum()), count)
+            sums["routing/keep_weight_mean"] = (float((1 - rates).sum()), count)
+            sums["routing/keep_weight_entropy"] = (float(torch.cat(self._entropies).sum()), count)
+            for layer, total in enumerate(skipped.sum(dim=0).tolist()):
+                sums[f"routing/skip_rate/layer_{layer:02d}"] = (total, count)
+            for index, rate in zip(torch.cat(self._samples).tolist(), rates.tolist(), strict=True):
+                name = f"routing/skip_rate/source_{self.source_of(index)}"
+                total, number = sums.get(name, (0.0, 0))
+                sums[name] = (total + rate, number + 1)
+        if self._firings:
+            for rule, total in enumerate(torch.cat(self._firings).sum(dim=0).tolist()):
+                sums[f"routing/fuzzy/rule_{rule:02d}"] = (total, sum(map(len, self._firings)))
+        self._kept, self._entropies, self._firings, self._samples = [], [], [], []
+        return mean_over_ranks(sums)
+
+
+def _mean_over_turns(values: Tensor, turns: Tensor) -> Tensor:
+    """Mean of (B, T, X) over the turns that a sample has, (B, X); 1 for a sample without any, which keeps all."""
+    count = turns.sum(dim=1, keepdim=True)
+    mean = (values * turns.unsqueeze(-1)).sum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, mean, torch.ones_like(mean))
+
+
+class Throughput(BatchCallback):
+    """Samples and tokens per second since they were last taken, with the memory used at most so far."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._masks: list[tuple[int, Tensor]] = []
+
+    def on_batch_end(
+        self, batch: dict[str, Any], routing: RoutingState | None = None, loss: Tensor | None = None
+    ) -> None:
+        """Note a batch by its mask, (B, N), 0 at padding."""
+        mask = batch["attention_mask"]
+        self._masks.append((mask.shape[0], mask.sum()))  # counted on the device, read only when it is logged
+
+    def take_metrics(self) -> dict[str, float]:
+        """Rates over all ranks since the last call and peak memory of the fullest rank; empty if nothing ran."""
+        seconds, masks = time.perf_counter() - self._started, self._masks
+        self._started, self._masks = time.perf_counter(), []
+        mine = (sum(rows for rows, _ in masks), sum(int(tokens) for _, tokens in masks), peak_bytes())
+        samples, tokens, peaks = zip(*gather_object([mine]), strict=True)
+        if not sum(samples):
+            return {}
+        return {
+            "throughput/samples_per_second": sum(samples) / seconds,
+            "throughput/tokens_per_second": sum(tokens) / seconds,
+            "memory/peak_gib": max(peaks) / GIB,
+        }
+
+
+def peak_bytes() -> int:
+    """Memory that this process used at most, on its GPU if it has one, else in RAM."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class LossGuard(BatchCallback):
+    """End a run that learns nothing: its loss has been exactly 0, nan or infinite for some steps in a row.
+
+    Such a run goes on for hours without a sign: masked labels give a loss of 0, and a trainer leaves nan out of the
+    losses that it logs.
+
+    Args:
+        name_of: Name of a sample by its index in the training set.
+        max_bad_steps: Steps in a row after which the run stops.
+    """
+
+    def __init__(self, name_of: Callable[[int], str], max_bad_steps: int = MAX_BAD_STEPS) -> None:
+        self.name_of, self.max_bad_steps = name_of, max_bad_steps
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._bad_steps = 0
+        self._samples: deque[int] = deque(maxlen=MAX_NAMED)
+
+    def on_batch_end(self, batch: dict[str, Any], routing: RoutingState | None, loss: Tensor) -> None:
+        """Note the loss of a batch and its samples, (B,)."""
+        self._batches.append((loss.detach(), batch["sample_index"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the batches of a step.
+
+        Raises:
+            RuntimeError: Once too many steps in a row were bad on this rank.
+        """
+        batches, self._batches = self._batches, []
+        if not batches:
+            return
+        losses = torch.stack([loss.float() for loss, _ in batches]).cpu()
+        if losses.isfinite().all() and bool((losses != 0).any()):
+            self._bad_steps = 0
+            self._samples.clear()
+            return
+        self._bad_steps += 1
+        self._samples.extend(index for _, indices in batches for index in indices.tolist())
+        if self._bad_steps >= self.max_bad_steps:
+            value = "exactly 0" if bool((losses == 0).all()) else f"{float(losses[~losses.isfinite()][0])}"
+            raise RuntimeError(
+                f"The loss was {value} for {self._bad_steps} steps in a row, up to step {state.global_step}, on rank "
+                f"{args.process_index}; a loss is a number above 0. Its last samples: "
+                f"{', '.join(map(self.name_of, self._samples))}. Look at their labels with fuzzyroe check-data, at "
+                "--version if it is 0, at learning rate and precision if it is nan."
+            )
+
+
+class HangDetection(BatchCallback):
+    """End this rank when training makes no progress, naming the layer and the batch at which it stopped.
+
+    Ranks that run different parts of a sharded model wait for each other for ever, and a collective's time-out says
+    nothing of layers or data. Every rank reports for itself, with the stacks of its threads.
+
+    Args:
+        model: LLaVA model whose layers are followed.
+        seconds: Time without progress after which the process ends.
+        name_of: Name of a sample by its index in the training set.
+        rank: Rank of this process.
+    """
+
+    def __init__(self, model: Any, seconds: float, name_of: Callable[[int], str], rank: int) -> None:
+        self.model, self.seconds, self.name_of, self.rank = model, seconds, name_of, rank
+        self._place, self._step = "the start of training", 0
+        self._batch: dict[str, Any] | None = None
+        self._seen = time.monotonic()
+        self._stop = threading.Event()
+        self._handles: list[Any] = []
+
+    def note(self, place: str) -> None:
+        """Say where this rank is; any note counts as progress."""
+        self._place, self._seen = place, time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start to watch."""
+        places = {f"decoder layer {index}": layer for index, layer in enumerate(find_decoder_layers(self.model))}
+        places |= {"vision tower": self.model.model.vision_tower, "projector": self.model.model.multi_modal_projector}
+        for place, module in places.items():
+            # ahead of ZeRO-3's own hook, whose gathering is where ranks wait for each other
+            hook = module.register_forward_pre_hook(lambda *_, place=place: self.note(place), prepend=True)
+            self._handles.append(hook)
+        self.note("the first batch")
+        threading.Thread(target=self._watch, name="hang-detection", daemon=True).start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the step."""
+        self._step = state.global_step
+        self.note("the beginning of a step")
+
+    def on_batch_begin(self, batch: dict[str, Any]) -> None:
+        """Note the batch."""
+        self._batch = batch
+        self.note("the start of the forward pass")
+
+    def on_batch_end(self, batch: dict[str, Any], routing: RoutingState | None, loss: Tensor) -> None:
+        """Note that the forward pass is done."""
+        self.note("the backward pass")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the backward pass is done."""
+        self.note("the optimizer step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the end of a step; a save that follows has no time limit."""
+        self.note("the end of a step")
+        if control.should_save:
+            self._seen = float("inf")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Watch again."""
+        self.note("the end of a save")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop watching."""
+        self._stop.set()
+        for handle in self._handles:
+            handle.remove()
+
+    def report(self) -> str:
+        """Where this rank is, and with which batch."""
+        return (
+            f"rank {self.rank}: no progress for {self.seconds:g} s at step {self._step}, last seen at {self._place}; "
+            f"batch: {self._describe_batch()}. If other ranks stand elsewhere, they run different parts of the model: "
+            "only whole decoder layers may differ, with --train_hard_skip under ZeRO-3. If they stand at the same "
+            "place, it is slow, or a rank has died; --watchdog_seconds 0 turns this off."
+        )
+
+    def _describe_batch(self) -> str:
+        if self._batch is None:
+            return "none yet"
+        shape, index = tuple(self._batch["input_ids"].shape), self._batch.get("sample_index")
+        names = "unknown" if index is None else ", ".join(map(self.name_of, index.tolist()))
+        return f"samples {names}; {'with' if 'pixel_values' in self._batch else 'without'} images; (B, N) = {shape}"
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._seen > self.seconds:
+                print(self.report(), file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(2)  # the stacks of all threads, to stderr
+                time.sleep(GRACE_SECONDS)
+                os._exit(HUNG)  # the main thread waits inside a collective and cannot be interrupted

@@ -37,10 +37,10 @@ from llava.train.arguments import (
     parse_source_ratios,
     stage_of,
 )
+from llava.train.checkpointing import describe_run, find_resume, partial_folder
 from llava.train.load_model import check_agreement, vision_settings
-from llava.train.lora import import_peft
+from llava.train.parameters import import_peft
 from llava.train.stages import STAGES, Stage, StageInputError
-from llava.train.step_checkpoint import describe_run, find_resume, partial_folder
 
 logger = logging.getLogger(__name__)
 

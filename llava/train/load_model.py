@@ -14,7 +14,7 @@ from llava.model.checkpoints.layout import is_language_model, read_config_dict
 from llava.model.checkpoints.projector import read_projector
 from llava.model.checkpoints.vision import SELECT_FEATURES, VisionSettings
 from llava.train.arguments import ModelArguments
-from llava.train.engine import assign_parameters
+from llava.train.zero3 import assign_parameters
 
 DEFAULT_VISION = VisionSettings("")
 

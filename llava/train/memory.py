@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from fuzzyroe.attach import attach
 from fuzzyroe.routers import LinearRouter
-from llava.train.param_groups import parameters_by_part
+from llava.train.parameters import parameters_by_part
 from llava.train.stages import PARTS, Stage, get_stage
 
 GIB = 2**30

@@ -18,13 +18,24 @@ from fuzzyroe.routers import (
     Router,
     StaticRouter,
 )
+from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routers.roe.router import search_skip_logit_biases
 from fuzzyroe.rules import load_rule_base
 from llava.model.builder import Checkpoint
-from llava.train.arguments import DEFAULT_PLAN_ROUTER, DEFAULT_RULE_BASE, PlanArguments, RoEArguments, RoutedArguments
+from llava.model.routing import attach_routing
+from llava.train.arguments import (
+    DEFAULT_ADAPTER_WIDTH,
+    DEFAULT_COMPAT,
+    DEFAULT_PLAN_ROUTER,
+    DEFAULT_RULE_BASE,
+    DEFAULT_SUMMARY,
+    PlanArguments,
+    RoEArguments,
+    RoutedArguments,
+)
 from llava.train.calibrate import CalibrationSize, Measurer
-from llava.train.engine import prepare_for_forward
 from llava.train.trainer import LlavaTrainer
+from llava.train.zero3 import prepare_for_forward
 
 Fitted = tuple[Router, dict[str, Any]]
 
@@ -43,6 +54,21 @@ def make_plan_router(routing_args: PlanArguments, num_layers: int) -> Router:
         return RandomRouter(num_layers)
     kind = {"fuzzy": FuzzyRouter, "linear_score": LinearScoreRouter}[name]
     return kind(load_rule_base(routing_args.rule_base or DEFAULT_RULE_BASE), num_layers)
+
+
+def attach_new_router(model: Any, routing_args: RoutedArguments) -> None:
+    """Attach the router that a stage trains or fits, with new adapters, to a dense model."""
+    config, width = model.config.text_config, routing_args.adapter_hidden_dim or DEFAULT_ADAPTER_WIDTH
+    if isinstance(routing_args, PlanArguments):
+        attach_routing(model, make_plan_router(routing_args, config.num_hidden_layers), width)
+    elif isinstance(routing_args, RoEArguments):
+        router = LinearRouter(
+            config.num_hidden_layers,
+            config.hidden_size,
+            routing_args.routing_summary or DEFAULT_SUMMARY,
+            PRESETS[routing_args.roe_compat or DEFAULT_COMPAT],
+        )
+        attach_routing(model, router, width, "zero" if routing_args.freeze_adapters else "xavier")
 
 
 def refit(

@@ -27,7 +27,7 @@ from torch import distributed
 
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
-from llava.train.run import run_stage
+from llava.train.stage import run_stage
 from llava.train.stages import StageInputError
 
 

@@ -1,26 +1,26 @@
-"""The trainer: Hugging Face's, with learning rates by part and a routing state in every batch."""
+"""The trainer: Hugging Face's ``Trainer`` with a routing policy, an objective and learning rates by part."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import functools
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import seed_worker
 
 from llava.data.dataset import ModalityLengthSampler
-from llava.train.forecast import Forecast
-from llava.train.observers import Observers
-from llava.train.param_groups import build_param_groups
-from llava.train.roe_routing import RoEObjective
-from llava.train.routing_metrics import gather_objects
-from llava.train.stages import Stage
-from llava.train.step_checkpoint import SAVING, StepSaving, publish, rotate
+from llava.train.arguments import LlavaTrainingArguments
+from llava.train.callbacks import BatchCallback, mean_over_ranks
+from llava.train.objectives import Objective, language_model
+from llava.train.parameters import build_param_groups
+from llava.train.routing_policies import RoutingPolicy
 
 NOT_FOR_THE_MODEL = ("turn_ids", "sample_index")
 """What a batch carries for routing and for messages."""
@@ -33,36 +33,41 @@ class LlavaTrainer(Trainer):
     """Hugging Face's ``Trainer`` for one stage.
 
     Args:
-        stage: What trains and how layers are routed.
         learning_rates: Learning rate of each part that trains.
-        batch_routing: Gives the routing state of a batch; None trains without routing.
-        objective: Gives the loss of a batch from logits, labels and its routing state; None takes the model's own.
-        forecast: Gives the loss of the adapters instead, from the model and a batch.
-        step_saving: How step checkpoints are written; None if none are.
-        observers: What is told of every batch; None for nothing.
+        routing_policy: Gives the routing state of a batch; None trains without routing.
+        objective: Gives the loss of a batch.
+        write_model: Writes what evaluation reads into a folder, called on all ranks; None if no step is saved.
         **kwargs: As for ``Trainer``.
     """
+
+    # What is narrower, or less optional, here than in Trainer.
+    args: LlavaTrainingArguments
+    model: Any
+    train_dataset: Any
+    deepspeed: Any
+    objective: Objective
 
     def __init__(
         self,
         *,
-        stage: Stage,
         learning_rates: dict[str, float],
-        batch_routing: Any = None,
-        objective: RoEObjective | None = None,
-        forecast: Forecast | None = None,
-        step_saving: StepSaving | None = None,
-        observers: Observers | None = None,
-        **kwargs,
+        routing_policy: RoutingPolicy | None = None,
+        objective: Objective = language_model,
+        write_model: Callable[[Path], None] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.stage = stage
         self.learning_rates = learning_rates
-        self.batch_routing = batch_routing
-        self.objective = objective
-        self.forecast = forecast
-        self.step_saving = step_saving
-        self.observers = observers
+        self.routing_policy, self.objective = routing_policy, objective
+        self.write_model = write_model
+        self._values: dict[str, list[Tensor]] = defaultdict(list)  # what the objective logs, since the last log
+        for printer in (PrinterCallback, ProgressCallback):  # ``callbacks.Console`` prints instead
+            self.remove_callback(printer)
+
+    @property
+    def batch_callbacks(self) -> list[BatchCallback]:
+        """The callbacks that are told of every batch."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, BatchCallback)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group per part and decay; a part that is frozen has no group."""
@@ -72,91 +77,102 @@ class LlavaTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the trainer's order, or of one modality and similar length each."""
+        args = self.args
+        if not args.group_by_modality_length:
+            return super().get_train_dataloader()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = ModalityLengthSampler(
+            self.train_dataset.modality_lengths(),
+            args.train_batch_size * args.world_size,
+            torch.Generator().manual_seed(seed),
+            args.world_size,
+        )
+        loader: DataLoader = DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            drop_last=args.dataloader_drop_last,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        return self.accelerator.prepare(loader)  # deals the batches out to the ranks
+
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Language-model loss of the routed model; the one place where a routing state meets a batch."""
-        batch, routing = inputs, self.batch_routing(inputs) if self.batch_routing is not None else None
-        if self.observers is not None:
-            self.observers.before_forward(batch)
-        inputs = {name: value for name, value in batch.items() if name not in NOT_FOR_THE_MODEL}
-        inputs["use_cache"] = False
-        if routing is not None:
-            inputs["routing"] = routing
-        if self.objective is None and self.forecast is None:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """Loss of a batch under the objective; the one place where a routing state meets a batch."""
+        for callback in self.batch_callbacks:
+            callback.on_batch_begin(inputs)
+        routing, outputs = None, None
+        if self.routing_policy is not None:
+            routing = self.routing_policy(inputs, self.state.global_step, self.state.max_steps)
+        batch = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        batch["use_cache"] = False
+        if self.objective is language_model:
+            # Trainer itself takes the mean over all tokens of a step: those of all ranks and accumulated batches.
+            routed = batch if routing is None else {**batch, "routing": routing}
+            loss, outputs = super().compute_loss(model, routed, True, num_items_in_batch)
         else:
-            labels, outputs = inputs.pop("labels"), None
-            if self.forecast is not None:
-                loss = self.forecast(model, inputs)
-            else:
-                outputs = model(**inputs)
-                loss = self.objective(outputs.logits, labels, routing)
-            if num_items_in_batch is not None:  # the trainer then takes the loss for a sum over the accumulated batches
+            result = self.objective(model, batch, routing)
+            loss, values = result if isinstance(result, tuple) else (result, {})
+            for name, value in values.items():
+                self._values[name].append(value.detach())
+            if num_items_in_batch is not None:
+                # Trainer then adds the losses of accumulated batches up, but a mean counts for its share of the step.
                 loss = loss / self.current_gradient_accumulation_steps
-        if self.observers is not None:
-            self.observers.after_forward(batch, routing, loss)
+        for callback in self.batch_callbacks:
+            callback.on_batch_end(inputs, routing, loss)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Add what the observers saw and the means of the objective's parts over all ranks; called on all of them."""
-        seen = {} if self.observers is None else self.observers.take()
-        parts = {} if self.objective is None else self.objective.take_means()
-        everyone = gather_objects({name: float(mean) for name, mean in parts.items()})
-        means = {name: sum(part[name] for part in everyone) / len(everyone) for name in parts}
-        super().log({**logs, **seen, **means}, *args)
+        """Add the numbers of the callbacks and means of the objective's values over all ranks; called on all."""
+        for callback in self.batch_callbacks:
+            logs = {**logs, **callback.take_metrics()}
+        values, self._values = self._values, defaultdict(list)
+        sums = {
+            name: (float(sum(v.sum() for v in seen)), sum(v.numel() for v in seen)) for name, seen in values.items()
+        }
+        super().log({**logs, **mean_over_ranks(sums)}, *args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what evaluation reads of a step checkpoint; the rest of it follows in ``_save_checkpoint``."""
-        folder = Path(output_dir or self.args.output_dir)
-        self.step_saving.write_model(self, folder)
+        """Write what evaluation reads of a step checkpoint; Trainer adds the states of optimizer and generators."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.write_model is not None:
+            self.write_model(folder)
         if not self.is_deepspeed_enabled and self.args.should_save:
             trained = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, folder / TRAINED_FILE)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a step checkpoint aside, then give it its manifest and name; none at the end, the stage's follows."""
-        if self.state.global_step >= self.state.max_steps:
-            return
-        saving = Path(self._get_output_dir(trial))
-        if self.args.should_save:
-            shutil.rmtree(saving, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # every process has written its share
-        if self.args.should_save:
-            folder = saving / f"checkpoint-{self.state.global_step}"
-            publish(folder, self.step_saving.run, self.step_saving.facts())
-            rotate(saving.parent, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return os.path.join(super()._get_output_dir(trial), SAVING)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)  # the stage's start has the frozen
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Private, because there is no other door: Trainer has DeepSpeed write and read frozen parameters too unless the
+        # model is a PeftModel. Of a stage of adapters they are nearly everything, and the stage's start has them.
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine = self.deepspeed
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
         if resume_from_checkpoint is not None:
-            if self.is_deepspeed_enabled:
-                found, _ = self.deepspeed.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-                if found is None:
-                    raise RuntimeError(f"DeepSpeed found nothing to load in {resume_from_checkpoint}.")
+            path, _ = engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            if path is None:
+                raise RuntimeError(f"DeepSpeed found nothing to load in {resume_from_checkpoint}.")
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Private, because Trainer refuses a folder without stock weights, which a stage of adapters does not write.
         tensors = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if named.keys() != tensors.keys():
@@ -165,16 +181,3 @@ class LlavaTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(tensors[name])
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        if not self.args.group_by_modality_length:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(seed)
-        return ModalityLengthSampler(
-            dataset.modality_lengths(),
-            self.args.train_batch_size * self.args.world_size,
-            generator,
-            self.args.world_size,
-        )

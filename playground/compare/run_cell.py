@@ -16,7 +16,7 @@ import torch
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
-from llava.train.run import run_stage
+from llava.train.stage import run_stage
 from playground.compare.answers import Answers, Point, answer_questions, load_questions
 from playground.compare.cells import BATCH, MAX_LENGTH, MAX_SKIP_RATIO, Cell, Training
 from playground.compare.oracle import give_oracle

@@ -137,7 +137,7 @@ def run_rank(shape: Shape, folder: str) -> None:
     from torch import distributed
 
     from llava.train.arguments import LlavaTrainingArguments
-    from llava.train.engine import init_engine_communication
+    from llava.train.zero3 import init_communication
 
     args = LlavaTrainingArguments(
         output_dir=f"{folder}/output",
@@ -146,7 +146,7 @@ def run_rank(shape: Shape, folder: str) -> None:
         max_steps=len(MODES) * (shape.steps + 1),
         per_device_train_batch_size=shape.samples,
     )
-    init_engine_communication()
+    init_communication()
     rank = distributed.get_rank()
     batch, keep = random_batch(shape, rank), nested_plans(shape, rank)
     trainers = {mode: build_trainer(args, folder, shape, mode, batch, keep) for mode in MODES}
@@ -171,32 +171,28 @@ def run_rank(shape: Shape, folder: str) -> None:
 
 
 def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep):
-    """The trainer of a stage with its engine, made as ``llava.train.run`` makes them; routed modes carry adapters."""
+    """The trainer of a stage with its engine, made as ``llava.train.stage`` makes them; routed modes carry adapters."""
     from accelerate.state import AcceleratorState
 
     from fuzzyroe.routers import FuzzyRouter
     from fuzzyroe.rules import load_rule_base
     from llava.model.builder import load_checkpoint
     from llava.model.routing import attach_routing
-    from llava.model.zero3_text_batches import make_text_batches_safe
-    from llava.train.hard_skip import prepare_hard_skip
-    from llava.train.param_groups import freeze_all_but
+    from llava.train.parameters import freeze_all_but
     from llava.train.stages import PARTS, STAGES
     from llava.train.trainer import LlavaTrainer
+    from llava.train.zero3 import prepare_model
 
     stage = STAGES["dense" if mode == "dense" else "finetune"]
     model = load_checkpoint(folder).model
     if mode != "dense":
         attach_routing(model, FuzzyRouter(load_rule_base("default"), shape.layers), shape.width // ADAPTER_SHARE)
-    make_text_batches_safe(model)
-    if mode == "hard":
-        prepare_hard_skip(model, args)
+    prepare_model(model, mode == "hard", uses_deepspeed=True)
     freeze_all_but(model, stage)
     AcceleratorState._reset_state()  # it otherwise refuses a second trainer with DeepSpeed in one process
     trainer = LlavaTrainer(
-        stage=stage,
         learning_rates=dict.fromkeys(PARTS, 1e-4),
-        batch_routing=None if mode == "dense" else ForcedPlans(mode, model.config.image_token_id, keep),
+        routing_policy=None if mode == "dense" else ForcedPlans(mode, model.config.image_token_id, keep),
         model=model,
         args=args,
         train_dataset=[{}] * 1024,  # steps are taken by hand, on one batch
@@ -213,7 +209,7 @@ class ForcedPlans:
     image_token_id: int
     keep: object
 
-    def __call__(self, inputs: dict):
+    def __call__(self, inputs: dict, step: int = 0, num_steps: int = 1):
         from fuzzyroe.routing_state import RoutingState
 
         return RoutingState.from_batch(inputs, self.image_token_id, self.mode).forced(self.keep)

@@ -3,10 +3,11 @@
     python tests/support/forked_ranks.py PLAN.json
 
 The plan is a list of cases, each with ``name``, ``flags`` (those of llava/train/train.py, without ``output_dir``) and
-``kills``, how often it is killed. A case runs once undisturbed into ``NAME.whole``. Then it runs into ``NAME``, where
-both ranks are killed -9 again and again: as soon as half of its steps are saved, at random moments of the time that
-what is left of it takes, and inside a save; whenever it comes through before the last kill, it begins anew. After each
-kill every step checkpoint must be whole. ``NAME.kills.json`` says when it was killed and what was there.
+``kinds``, when it is killed. A case runs once undisturbed into ``NAME.whole``. Then it runs into ``NAME``, where both
+ranks are killed -9 once for each kind: ``half``, as soon as half of its steps are saved; ``save``, inside a save;
+``time``, at a random moment, drawn with ``seed``, of the time that what is left of it takes. Whenever it comes through
+before the last kill, it begins anew. After each kill every step checkpoint must be whole. ``NAME.kills.json`` says when
+it was killed and what was there.
 
 A case with ``hangs`` runs once, with rank 1 standing still before its second forward pass, and must be ended by the
 watchdog of each rank; what they printed is in ``NAME.log``.
@@ -24,6 +25,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train import train
-from llava.train.engine import import_deepspeed
-from llava.train.step_checkpoint import SAVING, find_fault, list_checkpoints, step_of
+from llava.train.callbacks import HUNG
+from llava.train.checkpointing import MANIFEST, find_fault, list_checkpoints, step_of
 from llava.train.trainer import LlavaTrainer
-from llava.train.watchdog import STALLED
+from llava.train.zero3 import import_deepspeed
 
 NUM_RANKS = 2
 TIMEOUT = 180.0
@@ -119,8 +121,10 @@ def stand_still_at(number: int) -> None:
     calls, compute_loss = [], LlavaTrainer.compute_loss
 
     def compute(self: LlavaTrainer, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self.observers.before_forward(inputs))
+        calls.append(inputs)
         if len(calls) == number:
+            for callback in self.batch_callbacks:
+                callback.on_batch_begin(inputs)
             time.sleep(TIMEOUT)
         return compute_loss(self, model, inputs, *args, **kwargs)
 
@@ -135,7 +139,7 @@ def run_hanging(output: Path, flags: list[str], log: Path) -> None:
     """
     ranks = Ranks([*flags, "--output_dir", str(output)], log, hangs=True)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks.alive]
-    if codes != [STALLED] * NUM_RANKS:
+    if codes != [HUNG] * NUM_RANKS:
         raise RuntimeError(f"the ranks ended with {codes}:\n{log.read_text()[-5000:]}")
 
 
@@ -176,10 +180,10 @@ def run_whole(flags: list[str], output: Path, log: Path) -> Pace:
 
 
 def run_case(
-    name: str, flags: list[str], folder: Path, kills: int = 0, hangs: bool = False, saves: bool = True
+    name: str, flags: list[str], folder: Path, kinds: Sequence[str] = (), seed: int = 0, hangs: bool = False
 ) -> None:
     """Run one case of a plan, see the module."""
-    generator = random.Random(name)
+    generator = random.Random(seed)
     output, log = folder / name, folder / f"{name}.log"
     if hangs:
         run_hanging(output, flags, log)
@@ -187,12 +191,12 @@ def run_case(
     partial = output.with_name(f"{name}.partial")
     pace = run_whole(flags, folder / f"{name}.whole", log)
     seen = []
-    while len(seen) < kills:
-        kind = "time" if not saves else "half" if not seen else ("save", "time")[len(seen) % 2]
+    while len(seen) < len(kinds):
+        kind = kinds[len(seen)]
         moment = generator.uniform(0.3, 1) * pace.left(max(map(step_of, list_checkpoints(partial)), default=0))
         started = time.monotonic()
         ranks = Ranks([*flags, "--output_dir", str(output)], log)
-        has_finished = wait(ranks, kind, partial, moment, generator.uniform(0, 0.05))
+        has_finished = wait(ranks, kind, partial, moment, generator.uniform(0, 0.05), pace.steps // 2)
         ranks.kill()
         if has_finished:  # a first run may have compiled operators, and be no measure of the others
             pace.whole = min(pace.whole, time.monotonic() - started)
@@ -206,29 +210,38 @@ def run_case(
     (folder / f"{name}.kills.json").write_text(json.dumps({"kills": seen, "seconds": seconds}))
 
 
-def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float) -> bool:
+def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float, half: int) -> bool:
     """Wait for the moment of a kill; True if the run has ended before it."""
+    stale = set(find_unfinished(partial))  # of the kill before; the run removes them as it begins
     deadline = time.monotonic() + (moment if kind == "time" else TIMEOUT)
     while time.monotonic() < deadline:
         if ranks.poll():
             return True
-        if kind == "half" and (partial / "checkpoint-3").exists():
+        if kind == "half" and (partial / f"checkpoint-{half}" / MANIFEST).exists():
             return False
-        if kind == "save" and list(partial.glob(f"{SAVING}/checkpoint-*")):
+        unfinished = set(find_unfinished(partial))
+        stale &= unfinished
+        if kind == "save" and unfinished - stale:
             time.sleep(later)
             return ranks.poll()
         time.sleep(0.002)
     return False
 
 
+def find_unfinished(partial: Path) -> list[str]:
+    """Names of the step checkpoints that are being written: they have no manifest yet."""
+    return [folder.name for folder in list_checkpoints(partial) if not (folder / MANIFEST).exists()]
+
+
 def look(kind: str, partial: Path) -> dict:
     """What a kill left behind."""
-    folders = list_checkpoints(partial)
+    unfinished = find_unfinished(partial)
+    folders = [folder for folder in list_checkpoints(partial) if folder.name not in unfinished]
     return {
         "kind": kind,
         "steps": [folder.name for folder in folders],
         "faults": {folder.name: find_fault(folder) for folder in folders if find_fault(folder)},
-        "unfinished": [path.name for path in partial.glob(f"{SAVING}/checkpoint-*")],
+        "unfinished": unfinished,
     }
 
 
@@ -245,9 +258,10 @@ def main() -> None:
     """Run the cases of a plan, one after the other."""
     plan = Path(sys.argv[1])
     import_all()
+    started = time.monotonic()
     for case in json.loads(plan.read_text()):
         run_case(**case, folder=plan.parent)
-        print(case["name"], "done", flush=True)
+        print(f"case {case['name']} done after {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

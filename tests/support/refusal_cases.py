@@ -17,11 +17,11 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llava.train import run, train
+from llava.train import stage, train
 
 
 def refuse_to_load(*args: object, **kwargs: object) -> NoReturn:
-    """Stand-in for ``load_checkpoint``."""
+    """Stand-in for ``load_model``."""
     raise AssertionError("a model was loaded")
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Run every case."""
     cases, results = json.loads(Path(sys.argv[1]).read_text()), {}
     target = Path(sys.argv[2])
-    run.load_checkpoint = refuse_to_load
+    stage.load_model = refuse_to_load
     for name, flags in cases.items():
         sys.argv = ["llava/train/train.py", *flags]
         printed = io.StringIO()

@@ -26,14 +26,13 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
-from torch.utils.data import SequentialSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fuzzyroe.routing_state import RoutingState
-from llava.train import run
+from llava.train import routing_policies, stage
 from llava.train.arguments import parse_arguments
-from llava.train.batch_routing import BudgetedRouting
+from llava.train.routing_policies import BudgetedRouting
 from llava.train.trainer import LlavaTrainer
 
 
@@ -42,7 +41,7 @@ class PlanFromTokens(BudgetedRouting):
 
     num_layers = 4
 
-    def __call__(self, inputs: dict[str, Any]) -> Any:
+    def __call__(self, inputs: dict[str, Any], step: int = 0, num_steps: int = 1) -> Any:
         state = RoutingState.from_batch(inputs, self.image_token_id, self.mode)
         tokens = (inputs["input_ids"] * inputs["attention_mask"]).sum(dim=1)  # (B,), the same however it is padded
         keep = torch.ones(len(tokens), state.num_turns, self.num_layers)
@@ -69,7 +68,7 @@ def gather_all(model: nn.Module) -> dict[str, Tensor]:
 
 def describe_groups(trainer: LlavaTrainer) -> list[dict]:
     """Groups of the optimizer that an engine steps: name, learning rate, and its parameters with their whole sizes."""
-    if trainer.deepspeed is None or not trainer.stage.trains:
+    if trainer.deepspeed is None or trainer.optimizer is None:
         return []
     optimizer, names = trainer.deepspeed.optimizer, {id(p): name for name, p in trainer.model.named_parameters()}
     groups = [{"name": group["name"], "lr": group["lr"], "params": {}} for group in optimizer.param_groups]
@@ -82,12 +81,14 @@ def describe_groups(trainer: LlavaTrainer) -> list[dict]:
 
 def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: bool = False) -> None:
     """Run one stage as llava/train/train.py does and write down what this rank saw."""
+    if in_order:
+        flags = [*flags, "--train_sampling_strategy", "sequential"]
     arguments = parse_arguments(flags)
     folder = Path(arguments[-1].output_dir).parent
     seen: dict[str, list] = {"has_images": [], "plans": [], "rows_run": [], "groups": [], "trained": []}
     states = []
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    compute_loss, save_stage = LlavaTrainer.compute_loss, run.save_stage
+    compute_loss, save_stage = LlavaTrainer.compute_loss, stage.save_stage
 
     def record_loss(trainer: LlavaTrainer, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         seen["has_images"].append("pixel_values" in inputs)
@@ -102,8 +103,8 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
         save_stage(trainer, *args)
 
     class Recording(PlanFromTokens if forced_plans else BudgetedRouting):
-        def __call__(self, inputs: dict[str, Any]) -> Any:
-            state = super().__call__(inputs)
+        def __call__(self, inputs: dict[str, Any], step: int = 0, num_steps: int = 1) -> Any:
+            state = super().__call__(inputs, step, num_steps)
             states.append(state)
             if state.result.keep_weights is not None:
                 seen["plans"].append(state.result.keep_weights[:, 0].tolist())
@@ -111,18 +112,13 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
 
     patches = [
         mock.patch.object(LlavaTrainer, "compute_loss", record_loss),
-        mock.patch.object(run, "save_stage", record_weights),
-        mock.patch.object(run, "BudgetedRouting", Recording),
+        mock.patch.object(stage, "save_stage", record_weights),
+        mock.patch.object(routing_policies, "BudgetedRouting", Recording),
     ]
-    if in_order:
-        order = mock.patch.object(
-            LlavaTrainer, "_get_train_sampler", lambda self, dataset=None: SequentialSampler(self.train_dataset)
-        )
-        patches.append(order)
     for patch in patches:
         patch.start()
     try:
-        run.run_stage(*arguments)
+        stage.run_stage(*arguments)
     finally:
         for patch in patches:
             patch.stop()

@@ -18,8 +18,8 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llava.train.arguments import LlavaTrainingArguments, ModelArguments
-from llava.train.engine import init_engine_communication
 from llava.train.load_model import load_model
+from llava.train.zero3 import init_communication
 from zero3_cases import gather_all
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     output, cases = Path(words[0]), json.loads(Path(words[1]).read_text())
     zero3 = str(Path(__file__).resolve().parents[2] / "scripts" / "zero3.json")
     arguments = LlavaTrainingArguments(output_dir=str(output / "unused"), use_cpu=True, deepspeed=zero3)
-    init_engine_communication()
+    init_communication()
     for case in cases:
         name = case.pop("name")
         model = load_model(ModelArguments(**case), torch.float32, seed=0).model

@@ -25,7 +25,7 @@ from llava.model.builder import WHOLE_MODULES, Checkpoint, load_checkpoint, load
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.model.routing import attach_routing
 from llava.train.arguments import LlavaTrainingArguments
-from llava.train.checkpoint import save_stage
+from llava.train.checkpointing import save_stage
 from llava.train.stages import STAGES
 
 

@@ -19,7 +19,7 @@ from fuzzyroe.routing_state import RoutingState
 from llava.model.builder import Checkpoint, load_checkpoint
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.train.arguments import LlavaTrainingArguments
-from llava.train.checkpoint import save_stage
+from llava.train.checkpointing import save_stage
 from llava.train.stages import STAGES
 from routed_llava import encode_questions, route
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerState
 
 import zero3_cases
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
-from llava.train.batch_routing import ANNEALED, AnnealedRouting
 from llava.train.checks import check_inputs
+from llava.train.routing_policies import ANNEALED, BudgetedRouting
 from llava.train.stages import StageInputError
 from routed_llava import route
 from tiny_training import Tiny
@@ -33,11 +32,13 @@ def test_soft_plans_lie_on_the_side_of_the_hard_ones_and_meet_them(tiny: Tiny) -
 
 
 def test_softness_depends_on_the_step_alone_and_ends_at_zero() -> None:
-    routing = AnnealedRouting(4, 0.5, 0.0, 0.2)
+    routing = BudgetedRouting(4, 0.5, softness=0.2)
     assert routing.softness_at(0) == 0.2 and routing.softness_at(ANNEALED) == routing.softness_at(1) == 0
     assert routing.softness_at(ANNEALED / 2) == pytest.approx(0.1)
-    routing.on_step_begin(None, TrainerState(global_step=4, max_steps=10), None)
-    assert routing.softness == pytest.approx(0.1)
+    ids = torch.tensor([[1, 7, 7, 8, 9]])
+    batch = {"input_ids": ids, "labels": ids, "turn_ids": torch.ones_like(ids)}
+    assert routing(batch, 4, 10).softness == pytest.approx(0.1)
+    assert routing(batch, 8, 10).softness == 0
 
 
 def test_an_annealed_stage_begins_soft_and_ends_hard(tiny: Tiny, tmp_path: Path) -> None:

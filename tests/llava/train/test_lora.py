@@ -16,8 +16,8 @@ from llava.model.checkpoints.compose import compose
 from llava.model.checkpoints.convert import Target, convert
 from llava.model.checkpoints.vision import VisionSettings
 from llava.train.arguments import LlavaTrainingArguments
-from llava.train.checkpoint import save_stage
-from llava.train.lora import add_lora
+from llava.train.checkpointing import save_stage
+from llava.train.parameters import add_lora
 from llava.train.stages import choose_stage
 from parity import our_logits
 from routed_llava import route

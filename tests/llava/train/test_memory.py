@@ -14,7 +14,7 @@ from llava.train.memory import (
     llava_config,
     what_fits,
 )
-from llava.train.param_groups import parameters_by_part
+from llava.train.parameters import parameters_by_part
 from llava.train.stages import STAGES
 
 LLAMA_7B = 6_738_415_616 + 2 * 64 * 4096

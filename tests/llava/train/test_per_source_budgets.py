@@ -11,9 +11,8 @@ import torch
 import zero3_cases
 from llava.data.dataset import SFTCollator
 from llava.train.arguments import parse_arguments, parse_source_ratios
-from llava.train.batch_routing import AnnealedRouting, BudgetedRouting
 from llava.train.checks import check_inputs
-from llava.train.per_source_budgets import SourceTargets, centred_interval
+from llava.train.routing_policies import BudgetedRouting, PerSourceBudgets, centred_interval
 from llava.train.stages import StageInputError
 from tiny_training import Tiny
 
@@ -56,14 +55,12 @@ def test_a_source_draws_around_its_target_and_the_others_as_before(sft_dataset, 
     sources = [record.source for record in sft_dataset.records]
     is_text = torch.tensor([source == "text" for source in sources])
     assert 0 < is_text.sum() < len(sources)
-    targets = SourceTargets({"text": 0.4}, 0.5, sources.__getitem__)
-    routing = BudgetedRouting(IMAGE, 0.5, targets=targets)
-    if softness:
-        routing = AnnealedRouting(IMAGE, 0.5, 0.0, softness, targets)
+    budgets = PerSourceBudgets({"text": 0.4}, 0.5, sources.__getitem__)
+    routing = BudgetedRouting(IMAGE, 0.5, budgets=budgets, softness=softness)
     torch.manual_seed(0)
-    drawn = torch.stack([routing(batch).skip_rate for _ in range(500)])
+    drawn = torch.stack([routing(batch).target_skip_ratio for _ in range(500)])
     torch.manual_seed(0)
-    before = torch.stack([BudgetedRouting(IMAGE, 0.5)(batch).skip_rate for _ in range(500)])
+    before = torch.stack([BudgetedRouting(IMAGE, 0.5)(batch).target_skip_ratio for _ in range(500)])
     assert torch.equal(drawn[:, ~is_text], before[:, ~is_text])
     text = drawn[:, is_text]
     assert text.mean() == pytest.approx(0.4, abs=0.01)

@@ -14,7 +14,7 @@ from fuzzyroe.routers import LinearRouter, get_router_class
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
-from llava.train.run import run_stage
+from llava.train.stage import run_stage
 from llava.train.stages import StageInputError
 from tiny_training import NUM_LAYERS, Tiny
 

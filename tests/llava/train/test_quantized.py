@@ -10,14 +10,14 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava.train.arguments import LlavaTrainingArguments, parse_arguments
+from llava.train.checkpointing import describe_run
 from llava.train.checks import check_inputs
-from llava.train.quantized import loading_options, prepare_quantized
-from llava.train.step_checkpoint import describe_run
+from llava.train.parameters import prepare_quantized, quantization_options
 from tiny_training import Tiny
 
 
 def test_sixteen_bits_load_a_model_as_ever(tmp_path: Path) -> None:
-    assert loading_options(LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True), torch.float32) == {}
+    assert quantization_options(LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True), torch.float32) == {}
 
 
 def test_llavas_flags_are_taken(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from fuzzyroe.attach import attach
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
 from fuzzyroe.rules import load_rule_base
-from llava.train.param_groups import freeze_all_but
+from llava.train.parameters import freeze_all_but
 from llava.train.stages import PARTS, STAGES, choose_stage, get_stage
 
 # stage: parts that train, routing, whether the router is calibrated

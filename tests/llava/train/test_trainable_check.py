@@ -7,8 +7,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, TrainerControl, TrainerState, TrainingArguments
 
 from fuzzyroe.attach import attach
-from llava.train.movement import MovementCheck
-from llava.train.param_groups import parameters_by_part
+from llava.train.parameters import TrainableCheck, parameters_by_part
 from llava.train.stages import PARTS, STAGES
 
 
@@ -22,7 +21,7 @@ class Run:
 
     def __init__(self, model: LlavaForConditionalGeneration, stage: str, folder: str) -> None:
         self.parts = parameters_by_part(attach(model, adapter_width=4))
-        self.check = MovementCheck(model, STAGES[stage])
+        self.check = TrainableCheck(model, STAGES[stage])
         self.state = (TrainingArguments(folder, use_cpu=True, report_to="none"), TrainerState(), TrainerControl())
         self.check.on_train_begin(*self.state)
 

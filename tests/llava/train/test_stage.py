@@ -13,7 +13,7 @@ from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
 from llava.serve.chat import choose_template
 from llava.train.arguments import DataArguments, DenseArguments, LlavaTrainingArguments, ModelArguments
-from llava.train.run import _build_trainer
+from llava.train.stage import build_trainer
 from llava.train.stages import STAGES
 
 
@@ -22,7 +22,7 @@ def test_evaluation_prepares_images_as_training_did(
     reading_llava, bpe_tokenizer, image_processor, record_folder: Path, aspect: str
 ) -> None:
     checkpoint = Checkpoint(reading_llava, bpe_tokenizer, image_processor, "memory", "memory", None)
-    trainer = _build_trainer(
+    trainer = build_trainer(
         STAGES["dense"],
         checkpoint,
         ModelArguments("memory", version="digits"),

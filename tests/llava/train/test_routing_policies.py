@@ -13,7 +13,7 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.dataset import SFTCollator
-from llava.train.batch_routing import BudgetedRouting, RandomRouting
+from llava.train.routing_policies import BudgetedRouting, RandomRouting
 
 IMAGE = 4
 
@@ -71,13 +71,13 @@ def test_other_answers_change_no_feature_and_no_route(batch: dict[str, Tensor], 
         plans.append(state)
     assert not torch.equal(embeddings(batch["input_ids"]), embeddings(other["input_ids"]))
     for name in ("features", "scores", "keep_weights"):
-        assert torch.equal(getattr(plans[0], name), getattr(plans[1], name)), name
-    assert 0 < plans[0].keep_weights.mean() < 1
+        assert torch.equal(getattr(plans[0].result, name), getattr(plans[1].result, name)), name
+    assert 0 < plans[0].result.keep_weights.mean() < 1
 
 
 def test_budgets_are_uniform_up_to_the_largest(batch: dict[str, Tensor]) -> None:
     routing = BudgetedRouting(IMAGE, max_skip_ratio=0.4)
-    budgets = torch.stack([routing(batch).skip_rate for _ in range(300)])
+    budgets = torch.stack([routing(batch).target_skip_ratio for _ in range(300)])
     assert budgets.shape == (300, 6)
     assert 0 <= budgets.min() and 0.39 < budgets.max() <= 0.4
     assert budgets.mean() == pytest.approx(0.2, abs=0.01)
@@ -87,7 +87,7 @@ def test_budgets_are_uniform_up_to_the_largest(batch: dict[str, Tensor]) -> None
 def test_a_share_of_the_samples_skips_nothing(batch: dict[str, Tensor]) -> None:
     for ratio in (0.0, 0.3, 1.0):
         routing = BudgetedRouting(IMAGE, 0.5, dense_ratio=ratio)
-        dense = torch.stack([routing(batch).skip_rate == 0 for _ in range(300)])
+        dense = torch.stack([routing(batch).target_skip_ratio == 0 for _ in range(300)])
         assert dense.float().mean() == pytest.approx(ratio, abs=0.04)
 
 
@@ -95,11 +95,11 @@ def test_budgets_follow_torchs_generator_which_a_resumed_run_restores(batch: dic
     routing = BudgetedRouting(IMAGE, 0.5, dense_ratio=0.2)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        first = routing(batch).skip_rate
+        first = routing(batch).target_skip_ratio
         saved = torch.get_rng_state()
-        second = routing(batch).skip_rate
+        second = routing(batch).target_skip_ratio
         torch.set_rng_state(saved)
-        assert torch.equal(routing(batch).skip_rate, second) and not torch.equal(first, second)
+        assert torch.equal(routing(batch).target_skip_ratio, second) and not torch.equal(first, second)
 
 
 def test_budgets_that_were_drawn_are_planned(batch: dict[str, Tensor], router: FuzzyRouter) -> None:

@@ -16,16 +16,15 @@ import zero3_cases
 from fuzzyroe.routing_state import RoutingState
 from llava.model.builder import load_checkpoint
 from llava.report.page import write_stage_page
-from llava.train import watchdog
+from llava.train import callbacks
 from llava.train.arguments import parse_arguments
-from llava.train.loss_guard import LossGuard
-from llava.train.routing_metrics import RoutingMeter, Throughput
+from llava.train.callbacks import HUNG, HangDetection, LossGuard, RoutingMeter, Throughput
 from llava.train.stages import StageInputError
 from llava.train.trainer import LlavaTrainer
-from llava.train.watchdog import Watchdog
 from tiny_training import NUM_LAYERS, Tiny
 
 SOURCES = ["coco", "text", "coco"]
+SAMPLES = {"sample_index": torch.tensor([0, 1, 2])}
 
 
 def two_turns() -> RoutingState:
@@ -40,8 +39,8 @@ def two_turns() -> RoutingState:
 
 def test_skip_rates_add_up_over_layers_samples_and_sources() -> None:
     meter = RoutingMeter(SOURCES.__getitem__)
-    meter.observe(two_turns(), torch.tensor([0, 1, 2]))
-    found = meter.take()
+    meter.on_batch_end(SAMPLES, two_turns())
+    found = meter.take_metrics()
     assert found["routing/skip_rate/layer_01"] == pytest.approx(0.5 / 3)
     assert found["routing/skip_rate/layer_02"] == pytest.approx(1 / 3)
     assert found["routing/skip_rate/layer_03"] == pytest.approx(0.5 / 3)
@@ -50,15 +49,15 @@ def test_skip_rates_add_up_over_layers_samples_and_sources() -> None:
     assert found["routing/keep_weight_entropy"] == pytest.approx(math.log(2) / NUM_LAYERS / 3)
     assert found["routing/skip_rate/source_text"] == pytest.approx(0.125)
     assert found["routing/skip_rate/source_coco"] == pytest.approx((0.375 + 0) / 2)
-    assert meter.take() == {}
+    assert meter.take_metrics() == {}
 
 
 def test_in_hard_mode_the_last_turn_counts() -> None:
     state = two_turns()
     state.mode = "hard"
     meter = RoutingMeter(SOURCES.__getitem__)
-    meter.observe(state, torch.tensor([0, 1, 2]))
-    found = meter.take()
+    meter.on_batch_end(SAMPLES, state)
+    found = meter.take_metrics()
     assert found["routing/skip_rate/layer_01"] == 0 and found["routing/skip_rate/layer_03"] == 0
     assert found["routing/skip_rate/layer_02"] == pytest.approx(1 / 3)
     assert found["routing/keep_weight_entropy"] == 0
@@ -66,19 +65,19 @@ def test_in_hard_mode_the_last_turn_counts() -> None:
 
 def test_throughput_counts_tokens_that_are_no_padding() -> None:
     throughput = Throughput()
-    throughput.observe(torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    throughput.on_batch_end({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
     time.sleep(0.01)
-    found = throughput.take()
+    found = throughput.take_metrics()
     ratio = found["throughput/tokens_per_second"] / found["throughput/samples_per_second"]
     assert ratio == pytest.approx(2.5) and found["memory/peak_gib"] > 0
-    assert throughput.take() == {}
+    assert throughput.take_metrics() == {}
 
 
 def end_steps(guard: LossGuard, losses: list[float]) -> None:
     """Steps of one batch each, with samples 0, 1, 2, ..."""
     args = TrainingArguments(output_dir="unused", use_cpu=True)
     for step, loss in enumerate(losses):
-        guard.observe(torch.tensor(loss), torch.tensor([step]))
+        guard.on_batch_end({"sample_index": torch.tensor([step])}, None, torch.tensor(loss))
         guard.on_step_end(args, TrainerState(global_step=step + 1), None)
 
 
@@ -88,7 +87,7 @@ def test_ten_steps_that_learn_nothing_end_a_run_and_name_their_samples(value: fl
     end_steps(guard, [1.0, *[value] * 9, 1.0])
     end_steps(guard, [value] * 9)
     with pytest.raises(RuntimeError, match=rf"The loss was {found} for 10 steps .*sample8, sample77\b"):
-        guard.observe(torch.tensor(value), torch.tensor([77]))
+        guard.on_batch_end({"sample_index": torch.tensor([77])}, None, torch.tensor(value))
         guard.on_step_end(TrainingArguments(output_dir="unused", use_cpu=True), TrainerState(global_step=30), None)
 
 
@@ -111,14 +110,14 @@ def test_a_run_whose_loss_is_nan_is_ended(tiny: Tiny, tmp_path: Path, monkeypatc
 
 def test_a_rank_that_stands_still_names_layer_and_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     model, codes = load_checkpoint(tiny.base).model, []
-    dog = Watchdog(model, 0.4, "sample{}".format, 3)
-    monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.0)
-    monkeypatch.setattr(watchdog.os, "_exit", lambda code: (codes.append(code), dog._stop.set()))
+    detection = HangDetection(model, 0.4, "sample{}".format, 3)
+    monkeypatch.setattr(callbacks, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(callbacks.os, "_exit", lambda code: (codes.append(code), detection._stop.set()))
     args, state = TrainingArguments(output_dir="unused", use_cpu=True), TrainerState(global_step=7)
-    dog.on_train_begin(args, state, None)
-    dog.on_step_begin(args, state, None)
+    detection.on_train_begin(args, state, None)
+    detection.on_step_begin(args, state, None)
     ids = torch.tensor([[5, 6, 7]])
-    dog.begin_batch({"input_ids": ids, "sample_index": torch.tensor([12])})
+    detection.on_batch_begin({"input_ids": ids, "sample_index": torch.tensor([12])})
 
     def stand_still(module: torch.nn.Module, args: tuple) -> None:
         deadline = time.monotonic() + 20
@@ -127,7 +126,7 @@ def test_a_rank_that_stands_still_names_layer_and_batch(tiny: Tiny, monkeypatch:
 
     model.get_decoder().layers[2].mlp.register_forward_pre_hook(stand_still)
     model(input_ids=ids)
-    assert codes == [watchdog.STALLED]
+    assert codes == [HUNG]
     printed = capsys.readouterr().err
     assert "rank 3: no progress for 0.4 s at step 7, last seen at decoder layer 2" in printed
     assert "samples sample12; without images; (B, N) = (1, 3)" in printed

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach
 from fuzzyroe.routers import LinearRouter
-from llava.train.param_groups import build_param_groups, freeze_all_but, parameters_by_part
+from llava.train.parameters import build_param_groups, freeze_all_but, parameters_by_part
 from llava.train.stages import PARTS, STAGES
 
 RATES = {"vision_tower": 1e-6, "projector": 2e-5, "decoder": 3e-5, "adapter": 4e-4, "router": 5e-4, "lora": 2e-4}

@@ -13,7 +13,7 @@ from fuzzyroe.attach import attach
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
-from llava.train.forecast import Forecast
+from llava.train.objectives import layer_regression
 from tiny_training import NUM_LAYERS, Tiny
 
 
@@ -21,18 +21,19 @@ def test_the_loss_is_one_for_an_untrained_adapter_and_ignores_padding(tiny: Tiny
     model = attach(load_checkpoint(tiny.base).model, 8).train()
     ids = torch.tensor([[5, 6, 7, 3, 3], [8, 9, 5, 6, 7]])
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    forecast = Forecast(model)
-    loss = forecast(model, {"input_ids": ids, "attention_mask": mask})
+    loss = layer_regression(model, {"input_ids": ids, "attention_mask": mask}, None)
     assert float(loss) == pytest.approx(1.0)
-    for layer in forecast.layers:
+    for layer in model.get_decoder().layers:
         torch.nn.init.normal_(layer.adapter.up.weight)
-    changed = forecast(model, {"input_ids": ids, "attention_mask": mask})
-    padded = forecast(model, {"input_ids": ids.index_fill(1, torch.tensor([4]), 9), "attention_mask": mask})
+    changed = layer_regression(model, {"input_ids": ids, "attention_mask": mask}, None)
+    padded = layer_regression(
+        model, {"input_ids": ids.index_fill(1, torch.tensor([4]), 9), "attention_mask": mask}, None
+    )
     assert float(changed) > 1.0
     assert float(padded) != float(changed), "the last position of the second row is no padding"
     other = ids.clone()
     other[0, 3:] = 9
-    same = forecast(model, {"input_ids": other, "attention_mask": mask})
+    same = layer_regression(model, {"input_ids": other, "attention_mask": mask}, None)
     torch.testing.assert_close(same, changed)
 
 

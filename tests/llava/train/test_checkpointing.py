@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 import zero3_cases
 from llava.data.dataset import ModalityLengthSampler
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.callbacks import MetricsFile
-from llava.train.stages import StageInputError
-from llava.train.step_checkpoint import (
+from llava.train.checkpointing import (
     MANIFEST,
-    SAVING,
+    StepCheckpoints,
     describe_run,
     find_fault,
     find_resume,
@@ -25,7 +25,7 @@ from llava.train.step_checkpoint import (
     publish,
     rotate,
 )
-from llava.train.trainer import LlavaTrainer
+from llava.train.stages import StageInputError
 from tiny_training import Tiny
 
 RUN = {"stage": "adapter", "world_size": 2, "seed": 0}
@@ -37,7 +37,7 @@ class Killed(Exception):
 
 def write_step(partial: Path, step: int, run: dict | None = None) -> Path:
     """A published step checkpoint with two small files."""
-    folder = partial / SAVING / f"checkpoint-{step}"
+    folder = partial / f"checkpoint-{step}"
     (folder / f"global_step{step}").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / f"global_step{step}" / "rank0.pt").write_bytes(b"0123456789")
@@ -71,8 +71,8 @@ def test_a_torn_checkpoint_is_found_out_and_passed_over(tmp_path: Path, damage, 
 
 
 def test_what_was_being_written_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / SAVING / "checkpoint-4").mkdir(parents=True)
-    assert list_checkpoints(tmp_path) == []
+    (tmp_path / "checkpoint-4").mkdir(parents=True)
+    assert find_resume("auto", tmp_path, RUN) is None
 
 
 @pytest.mark.parametrize("change, message", [
@@ -94,7 +94,6 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 3
     rotate(tmp_path, 1)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert not list((tmp_path / SAVING).iterdir())
 
 
 def test_metrics_of_steps_that_are_taken_again_are_removed(tmp_path: Path) -> None:
@@ -118,15 +117,15 @@ def test_an_epochs_order_does_not_depend_on_the_epochs_drawn_before() -> None:
 
 def run_until(name: str, flags: list[str], step: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a stage in this process; end it once the checkpoint of a step is saved, if one is given."""
-    save = LlavaTrainer._save_checkpoint
+    on_save = StepCheckpoints.on_save
 
-    def save_and_end(self: LlavaTrainer, model: object, trial: object) -> None:
-        save(self, model, trial)
-        if self.state.global_step == step:
+    def save_and_end(self: StepCheckpoints, args: object, state: TrainerState, control: object, **kwargs: object):
+        on_save(self, args, state, control)
+        if state.global_step == step:
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(LlavaTrainer, "_save_checkpoint", save_and_end)
+        patched.setattr(StepCheckpoints, "on_save", save_and_end)
         try:
             zero3_cases.run_case(name, flags)
         except Killed:

@@ -1,0 +1,224 @@
+"""One stage from its flags to its output folder: load, train, fit the router, save."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, set_seed
+
+from llava.data.dataset import SFTCollator, SFTDataset
+from llava.image_tokens import count_image_tokens
+from llava.model.builder import Checkpoint
+from llava.train.arguments import (
+    FULL_BITS,
+    DataArguments,
+    LlavaTrainingArguments,
+    ModelArguments,
+    PlanArguments,
+    RoEArguments,
+    RoutedArguments,
+    StageArguments,
+    learning_rates,
+    stage_of,
+)
+from llava.train.callbacks import Console, HangDetection, LossGuard, MetricsFile, RoutingMeter, Throughput
+from llava.train.checkpointing import (
+    StepCheckpoints,
+    begin_folder,
+    describe_run,
+    dry_run_save,
+    partial_folder,
+    read_manifest,
+    save_stage,
+    step_of,
+    write_model,
+)
+from llava.train.load_model import load_model
+from llava.train.objectives import make_objective
+from llava.train.parameters import (
+    TrainableCheck,
+    add_lora,
+    freeze_all_but,
+    prepare_quantized,
+    quantization_options,
+)
+from llava.train.refit import attach_new_router, refit
+from llava.train.routing_policies import make_policy
+from llava.train.stages import Stage
+from llava.train.trainer import LlavaTrainer
+from llava.train.zero3 import ZeroMissingGradients, describe_engine, init_communication, prepare_model
+
+
+def run_stage(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    training_args: LlavaTrainingArguments,
+) -> dict[str, Any]:
+    """Run one stage and write its output folder.
+
+    The folder is written beside its final place and renamed once complete, so ``output_dir`` either holds a whole
+    checkpoint or what it held before.
+
+    Returns:
+        The stage's summary, as in ``stage.json``.
+    """
+    started, cpu_started = time.time(), time.process_time()
+    stage, output = stage_of(model_args, stage_args, training_args), Path(str(training_args.output_dir))
+    partial, is_main = partial_folder(output), training_args.process_index == 0
+    if training_args.deepspeed:
+        init_communication()
+    run = describe_run(model_args, data_args, stage_args, training_args)
+    resumed = from_rank_0(lambda: begin_folder(partial, training_args.resume_from_checkpoint, run), is_main)
+    if is_main:
+        (partial / "fingerprint").write_text(training_args.fingerprint + "\n")
+        if resumed is not None:
+            say(f"going on from step {step_of(resumed)}, saved in {resumed}")
+    checkpoint = prepare_checkpoint(stage, model_args, stage_args, training_args)
+    trained = freeze_all_but(checkpoint.model, stage)
+    facts = read_manifest(resumed)["facts"] if resumed else {}
+    check = TrainableCheck(checkpoint.model, stage, facts.get("moved"))
+    callbacks = [StepCheckpoints(partial, run, training_args.save_total_limit, lambda: {"moved": check.moved}), check]
+    trainer = build_trainer(stage, checkpoint, model_args, data_args, stage_args, training_args, callbacks)
+    summary: dict[str, Any] = {"stage": stage.name, "purpose": stage.purpose, "samples": len(trainer.train_dataset)}
+    if stage.trains:
+        if is_main:
+            (partial / "trainable_params.json").write_text(json.dumps(trained, indent=2) + "\n")
+        dry_run_save(trainer, checkpoint, partial)
+        result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        summary |= {
+            "steps": result.global_step,
+            "resumed_at": step_of(resumed) if resumed else None,
+            "global_batch": trainer.get_total_train_batch_size(trainer.args),
+            "training_loss": result.training_loss,
+            "training_seconds": time.time() - started,
+            "training_cpu_seconds": time.process_time() - cpu_started,
+            "moved": check.moved,
+        }
+    if stage.calibrates and isinstance(stage_args, PlanArguments | RoEArguments):
+        progress = say if is_main else lambda line: None
+        summary["calibration"] = refit(trainer, stage_args, checkpoint, progress)
+    summary |= describe_engine(trainer)
+    summary["seconds"] = time.time() - started
+    save_stage(trainer, checkpoint, stage, output, summary)
+    if is_main:
+        say(f"{stage.name}: {summary['engine']}, ZeRO {summary['zero_stage']}, world size {summary['world_size']}")
+        say(f"{stage.name}: {summary['seconds']:.0f} s in all, written to {output}")
+    return summary
+
+
+def prepare_checkpoint(
+    stage: Stage, model_args: ModelArguments, stage_args: StageArguments, training_args: LlavaTrainingArguments
+) -> Checkpoint:
+    """Load what a stage starts from and add what it trains: a router with adapters, LoRA; call on all ranks."""
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    checkpoint = load_model(model_args, dtype, training_args.seed, **quantization_options(training_args, dtype))
+    set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
+    if isinstance(stage_args, RoutedArguments) and checkpoint.routing is None:
+        attach_new_router(checkpoint.model, stage_args)
+    if training_args.bits != FULL_BITS:
+        prepare_quantized(checkpoint.model)
+    if "lora" in stage.trains:
+        add_lora(checkpoint.model, training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout)
+    prepare_model(checkpoint.model, _leaves_out_layers(stage_args), bool(training_args.deepspeed))
+    return checkpoint
+
+
+def build_trainer(
+    stage: Stage,
+    checkpoint: Checkpoint,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    training_args: LlavaTrainingArguments,
+    callbacks: list[TrainerCallback] | None = None,
+) -> LlavaTrainer:
+    """Build the trainer of a stage, complete.
+
+    Args:
+        stage: What trains and how layers are routed.
+        checkpoint: What ``prepare_checkpoint`` gave, frozen as the stage wants it.
+        model_args, data_args, stage_args, training_args: The flags, which stay as they are.
+        callbacks: Called before the trainer's own.
+    """
+    model, config = checkpoint.model, checkpoint.model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio  # saved, so that evaluation prepares images alike
+    config.conv_template = model_args.version  # saved, so that a chat goes on as training began
+    dataset = SFTDataset(
+        data_args.data_path,
+        data_args.image_folder,
+        checkpoint.tokenizer,
+        checkpoint.image_processor,
+        model_args.version,
+        count_image_tokens(config),
+        config.image_token_id,
+        training_args.model_max_length,
+        data_args.image_aspect_ratio,
+    )
+    args = copy.copy(training_args)
+    args.output_dir = str(partial_folder(Path(str(training_args.output_dir))))
+    args.save_total_limit = None  # StepCheckpoints removes the oldest, once the newest is whole
+    source_of = functools.partial(_source_of, dataset)
+    name_of = functools.partial(_name_of, dataset)
+    observers: list[TrainerCallback] = [LossGuard(name_of), Throughput()]
+    if stage.routing != "off":
+        rules = getattr(model.get_decoder().router, "rules", None)
+        observers.append(RoutingMeter(source_of, rules))
+    if training_args.watchdog_seconds > 0:
+        observers.append(HangDetection(model, training_args.watchdog_seconds, name_of, training_args.process_index))
+    if _leaves_out_layers(stage_args) and not training_args.deepspeed:
+        observers.append(ZeroMissingGradients(model))
+    return LlavaTrainer(
+        learning_rates=learning_rates(stage_args, training_args),
+        routing_policy=make_policy(stage, model, stage_args, source_of),
+        objective=make_objective(_objective_of(stage, stage_args), stage_args),
+        write_model=lambda folder: write_model(checkpoint, stage, folder, folder, args.should_save),
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=SFTCollator(checkpoint.tokenizer.pad_token_id),
+        callbacks=[*(callbacks or []), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), Console(), *observers],
+    )
+
+
+def from_rank_0(function: Any, is_main: bool) -> Any:
+    """Call a function on rank 0 and give all ranks its result; call on all of them."""
+    results = [function() if is_main else None]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(results)
+    return results[0]
+
+
+def say(line: str) -> None:
+    """Print one line of progress; this is a command-line program."""
+    print(line, flush=True)
+
+
+def _objective_of(stage: Stage, stage_args: StageArguments) -> str:
+    """Name in ``OBJECTIVES`` of what a stage minimises."""
+    if stage.routing == "relaxed":
+        return "roe"
+    is_forecast = isinstance(stage_args, PlanArguments) and stage_args.adapter_objective == "forecast"
+    return "layer_regression" if is_forecast else "language_model"
+
+
+def _leaves_out_layers(stage_args: StageArguments) -> bool:
+    """Whether skipped layers are left out in training, not weighted with zero."""
+    return isinstance(stage_args, PlanArguments) and stage_args.train_hard_skip
+
+
+def _name_of(dataset: SFTDataset, index: int) -> str:
+    """Name a sample for a message: its place in the file, with the file's own identifier."""
+    return f"{index} (id {dataset.records[index].id!r})"
+
+
+def _source_of(dataset: SFTDataset, index: int) -> str:
+    """Source of a sample, as its record says."""
+    return dataset.records[index].source

@@ -1,0 +1,222 @@
+#!/usr/bin/env python
+"""Kill -9 every kind of stage again and again under DeepSpeed ZeRO-3 and compare it with an undisturbed run.
+
+    python scripts/bench/kill_resume.py --json kill_resume.json --check     eight kills a stage, some 15 minutes
+    python scripts/bench/kill_resume.py --quick --check                     three stages, two kills each
+
+Each stage of a tiny LLaVA runs twice on two CPU ranks: once undisturbed, and once killed -9 as soon as half of its
+steps are saved, at random moments, and inside saves. After each kill every step checkpoint that has a manifest must be
+whole. In the end the killed run must have logged every step once, with the losses of the undisturbed one, and written
+the same weights. One launch for all stages: the ranks are forked off a process that has imported everything.
+
+Bars: largest difference of a loss and of a weight <= 1e-6; no faulty checkpoint; a kill that left a step to go on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from safetensors.torch import load_file
+
+from launching import ROOT, launch_environment
+from llava.train.arguments import takes
+from llava.train.stages import STAGES
+from tiny_training import Tiny, make_tiny
+
+ZERO3 = ROOT / "scripts" / "zero3.json"
+STEPS = 4
+BAR = 1e-6
+KINDS = ("half", "save", "time")
+"""When a run is killed: half of its steps are saved, a step is being saved, some time has gone by."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run that is killed.
+
+    Attributes:
+        stage: Name in ``STAGES``.
+        start: Case whose undisturbed output it starts from; None for the dense checkpoint.
+        leaves_out: Whether it leaves skipped layers out in training.
+    """
+
+    stage: str
+    start: str | None = None
+    leaves_out: bool = False
+
+
+CASES = {
+    "pretrain": Case("pretrain"),
+    "dense": Case("dense"),
+    "scratch": Case("scratch"),
+    "router": Case("router"),
+    "adapter": Case("adapter", "router"),
+    "finetune": Case("finetune", "adapter"),
+    "finetune_hard": Case("finetune", "adapter", leaves_out=True),
+    "roe_adapter": Case("roe_adapter"),
+    "roe_router": Case("roe_router", "roe_adapter"),
+    "roe_finetune": Case("roe_finetune", "roe_router"),
+}
+"""Every kind of stage, each behind what it starts from."""
+
+QUICK = ("dense", "router", "adapter")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three stages, two kills each")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Kill, compare, print, check."""
+    arguments = parse_arguments()
+    names, kills = (QUICK, 2) if arguments.quick else (tuple(CASES), 8)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = make_tiny(Path(folder) / "tiny")
+        (Path(folder) / "runs").mkdir()
+        plan = build_plan(tiny, Path(folder) / "runs", names, kills, arguments.seed)
+        run_plan(plan, Path(folder) / "runs", lambda line: print(line, flush=True))
+        results = {name: compare(Path(folder) / "runs", name) for name in names}
+    for name, result in results.items():
+        print(describe(name, result))
+    seconds = round(time.monotonic() - started)
+    print(f"{len(results)} stages killed {kills} times each in {seconds} s")
+    if arguments.json:
+        found = {"seed": arguments.seed, "kills": kills, "steps": STEPS, "seconds": seconds, "cases": results}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    missed = [f"{name}: {fault}" for name, result in results.items() for fault in find_missed(name, result)]
+    for line in missed:
+        print(f"bar not met: {line}", file=sys.stderr)
+    if arguments.check and missed:
+        sys.exit(1)
+
+
+def build_plan(tiny: Tiny, folder: Path, names: tuple[str, ...], kills: int, seed: int) -> list[dict[str, Any]]:
+    """Cases for tests/support/forked_ranks.py, each with its kinds of kills, drawn so that all kinds come up."""
+    plan, generator = [], random.Random(seed)
+    for number, name in enumerate(names, start=generator.randrange(len(KINDS))):
+        case, stage = CASES[name], STAGES[CASES[name].stage]
+        more: dict[str, Any] = {
+            "deepspeed": ZERO3,
+            "max_steps": STEPS,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "skip_data_check": True,
+            "calibration_samples": 16,
+            "score_samples": 16,
+        }
+        if case.start is not None:
+            more["adapter_hidden_dim"] = None  # it has adapters
+        more = {flag: value for flag, value in more.items() if takes(stage, flag)}
+        if case.leaves_out:
+            more["train_hard_skip"] = True
+        start = folder / f"{case.start}.whole" if case.start else tiny.base
+        # one kill: another kind for each case; several: first at half of the steps, then into saves and between them
+        kinds = [KINDS[number % 3]] if kills == 1 else ["half", *(KINDS[1 + kill % 2] for kill in range(kills - 1))]
+        if not stage.trains:
+            kinds = ["time"] * kills
+        flags = without_output(tiny.flags(case.stage, start, folder, **more))
+        plan.append({"name": name, "flags": flags, "kinds": kinds, "seed": generator.randrange(2**31)})
+    return plan
+
+
+def without_output(flags: list[str]) -> list[str]:
+    """Flags without the output folder, and without those that are None."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if pair[0] != "--output_dir" and pair[1] != "None" for word in pair]
+
+
+def run_plan(plan: list[dict[str, Any]], folder: Path, say: Any = lambda line: None) -> None:
+    """Run the cases of a plan; ``say`` is given a line of progress for each.
+
+    Raises:
+        RuntimeError: If a run failed otherwise than by its kill.
+    """
+    (folder / "plan.json").write_text(json.dumps(plan))
+    program = [sys.executable, str(ROOT / "tests" / "support" / "forked_ranks.py"), str(folder / "plan.json")]
+    with subprocess.Popen(
+        program, env=launch_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    ) as process:
+        lines = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.startswith("case "):
+                say(line.rstrip())
+    if process.returncode:
+        raise RuntimeError(f"the ranks failed:\n{''.join(lines)[-6000:]}")
+
+
+def read_losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of every logging step, in the order of the file."""
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def compare(folder: Path, name: str) -> dict[str, Any]:
+    """What came of a case: its kills, and how far it lies from the undisturbed run in losses and weights."""
+    whole, resumed = folder / f"{name}.whole", folder / name
+    losses, again = read_losses(whole), read_losses(resumed)
+    differences = [0.0]
+    for file in sorted(resumed.glob("*.safetensors")):
+        ours, theirs = load_file(file), load_file(whole / file.name)
+        if ours.keys() != theirs.keys():
+            differences.append(float("inf"))
+            continue
+        differences += [float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours]
+    return {
+        **json.loads((folder / f"{name}.kills.json").read_text()),
+        "steps": [step for step, _ in again],
+        "loss_difference": max((abs(a - b) for (_, a), (_, b) in zip(losses, again, strict=False)), default=0.0),
+        "weight_difference": max(differences),
+        "same_files": sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in resumed.iterdir()),
+        "left_over": [p.name for p in folder.glob(f"{name}.*") if p.suffix in (".partial", ".old")],
+    }
+
+
+def find_missed(name: str, result: dict[str, Any]) -> list[str]:
+    """Bars that a case misses, in words."""
+    steps = list(range(1, STEPS + 1)) if STAGES[CASES[name].stage].trains else []
+    faults = [kill["faults"] for kill in result["kills"] if kill["faults"]]
+    missed = {
+        f"it logged the steps {result['steps']}": result["steps"] != steps,
+        f"losses differ by {result['loss_difference']:.2g}, bar {BAR}": not result["loss_difference"] <= BAR,
+        f"weights differ by {result['weight_difference']:.2g}, bar {BAR}": not result["weight_difference"] <= BAR,
+        f"a kill left faulty checkpoints: {faults}": bool(faults),
+        "it wrote other files": not result["same_files"],
+        f"it left {result['left_over']}": bool(result["left_over"]),
+    }
+    return [line for line, is_missed in missed.items() if is_missed]
+
+
+def describe(name: str, result: dict[str, Any]) -> str:
+    """One line on a case."""
+    resumed = sum(bool(kill["steps"]) for kill in result["kills"])
+    torn = sum(bool(kill["unfinished"]) for kill in result["kills"])
+    return (
+        f"{name:14} {len(result['kills'])} kills, {resumed} left a step to go on from, {torn} fell into a save; "
+        f"largest difference of a loss {result['loss_difference']:.1g}, of a weight {result['weight_difference']:.1g}; "
+        f"undisturbed {result['seconds']['whole']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
