@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arrival_router import LastTokenRouter
 from fuzzyroe.attach import attach
 from fuzzyroe.routing_state import RoutingState
 from host_transfers import HostTransfers
+from layer_wise_router import LastTokenRouter
 
 KEEP = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]]).bool()
 
@@ -40,10 +40,10 @@ def unit(request: pytest.FixtureRequest) -> str:
 
 
 def routers(fixed_router: type) -> dict[str, torch.nn.Module]:
-    return {"planned ahead": fixed_router(KEEP), "on arrival": LastTokenRouter(4, 32)}
+    return {"planned ahead": fixed_router(KEEP), "layer-wise": LastTokenRouter(4, 32)}
 
 
-@pytest.mark.parametrize("kind", ["planned ahead", "on arrival"])
+@pytest.mark.parametrize("kind", ["planned ahead", "layer-wise"])
 @torch.no_grad()
 def test_the_prefill_moves_decisions_once_or_once_per_layer(tiny_llama, padded_prompts, fixed_router, unit, kind):
     attach(tiny_llama, 4, "xavier", routers(fixed_router)[kind], unit)
@@ -55,7 +55,7 @@ def test_the_prefill_moves_decisions_once_or_once_per_layer(tiny_llama, padded_p
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"])
-@pytest.mark.parametrize("kind", ["planned ahead", "on arrival"])
+@pytest.mark.parametrize("kind", ["planned ahead", "layer-wise"])
 def test_decoding_calls_no_router_and_reads_nothing(tiny_llama, padded_prompts, fixed_router, unit, kind, options):
     watched = Watched(routers(fixed_router)[kind])
     attach(tiny_llama, 4, "xavier", watched, unit)

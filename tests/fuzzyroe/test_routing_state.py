@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.routing_state import RoutingState, RowSplit
 
 
 def make_state(turn_ids, keep_weights=None, mode="soft"):
@@ -78,3 +78,19 @@ def test_misuse_is_named():
         make_state([[1]], torch.ones(1, 1, 2)).split(3)
     with pytest.raises(ValueError, match="2D mask"):
         RoutingState.from_batch({"attention_mask": torch.ones(1, 1, 2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("keep", "all_kept", "none_kept"), [([1, 1], True, False), ([0, 0], False, True), ([0, 1, 1], False, False)]
+)
+def test_flags_count_the_kept_rows(keep, all_kept, none_kept):
+    split = RowSplit(torch.tensor(keep, dtype=torch.bool))
+    assert (split.num_rows, split.num_kept) == (len(keep), sum(keep))
+    assert (split.all_kept, split.none_kept) == (all_kept, none_kept)
+
+
+def test_row_indices_are_made_once_per_device():
+    split = RowSplit(torch.tensor([False, True, True, False]))
+    kept, skipped = split.rows(torch.device("cpu"))
+    assert kept.tolist() == [1, 2] and skipped.tolist() == [0, 3]
+    assert split.rows(torch.device("cpu"))[0] is kept

@@ -1,4 +1,4 @@
-"""A router that decides each layer on arrival, from the layer's own input."""
+"""A layer-wise router, which decides each layer from the layer's own input."""
 
 from __future__ import annotations
 

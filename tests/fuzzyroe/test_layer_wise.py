@@ -1,14 +1,14 @@
-"""Promises of routers that decide a layer when its input arrives."""
+"""Promises of layer-wise routing: each layer is decided when its input is there."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from arrival_router import LastTokenRouter
 from fuzzyroe.attach import attach, find_decoder, find_decoder_layers, set_router
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routing_state import RoutingState
+from layer_wise_router import LastTokenRouter
 
 
 @pytest.fixture
