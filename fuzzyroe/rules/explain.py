@@ -1,4 +1,4 @@
-"""Explanations: what a rule base makes of one feature vector, in numbers with the words for them."""
+"""Explanations of one feature vector: memberships in words, the rules that fired, the score."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FiredRule:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a rule base makes of one feature vector.
+    """The way from one feature vector to its score.
 
     Attributes:
         features: Value of each antecedent.
@@ -90,7 +90,7 @@ def explain_features(rule_base: FuzzyRuleBase, features: Sequence[float], max_ru
             degrees = variable.memberships(values[variable.name]).tolist()
             memberships[variable.name] = dict(zip(variable.terms, degrees, strict=True))
     words = {name: describe_memberships(degrees) for name, degrees in memberships.items()}
-    if not all(map(math.isfinite, values.values())):
+    if not all(map(math.isfinite, values.values())):  # as the router does: no rule fires, every layer runs
         return Explanation(values, memberships, words, (), 0, rule_base.non_finite)
     point = np.array([list(values.values())])
     strengths = rule_base.firing_strengths(point)[0]  # (R,)

@@ -35,6 +35,7 @@ def to_fcl(rule_base: FuzzyRuleBase) -> str:
             lines.append(f"    TERM {term} := {points};")
         lines += ["END_FUZZIFY", ""]
     lower, upper = rule_base.consequent.output_range
+    # COGS over singletons with PROD and BSUM is the weighted average, since firing strengths sum to one
     lines.append(f"DEFUZZIFY {name}")
     lines += [f"    TERM rule_{number} := {value!r};" for number, (_, value) in enumerate(rules, 1)]
     lines += [
@@ -85,6 +86,7 @@ def to_fis(rule_base: FuzzyRuleBase) -> str:
         f"MF{number}='rule_{number}':'constant',{_numbers([value])}" for number, (_, value) in enumerate(rules, 1)
     ]
     lines += ["", "[Rules]"]
+    # MATLAB counts terms and constants from 1; then the weight in brackets, and 1 for AND
     for number, (cell, _) in enumerate(rules, 1):
         lines.append(f"{' '.join(str(k + 1) for k in cell)}, {number} (1) : 1")
     return "\n".join([*lines, ""])

@@ -87,12 +87,14 @@ def fit_consequents(
     if max_change is not None and max_change < 0:
         raise ValueError(f"max_change is {max_change}; 0 or more is allowed; use None for no limit.")
     hessian = firing.T @ firing + np.diag(strengths)
+    # solved for the change, so that rules without examples keep their prior to the last bit
     minimum = prior + np.linalg.solve(hessian, firing.T @ (targets - firing @ prior))
     change = np.inf if max_change is None else max_change
     lowest, highest = np.maximum(lower, prior - change), np.minimum(upper, prior + change)
     eye, edges = np.eye(len(prior)), np.empty((0, 2), dtype=np.int64) if edges is None else edges
     constraints = np.vstack([order_constraints(edges, len(prior)), eye, -eye])
     bounds = np.concatenate([np.zeros(len(edges)), lowest, -highest])
+    # clipped: the program is feasible up to rounding, a consequent must be inside its range
     return np.clip(solve_quadratic_program(hessian, minimum, constraints, bounds), lowest, highest)
 
 

@@ -89,6 +89,7 @@ def transformation_between(source: np.ndarray, target: np.ndarray) -> Transforma
 def transform(fuzzy: np.ndarray, transformation: Transformation) -> np.ndarray:
     """Deform a set, (4,), into a valid set, (4,), of the same representative value."""
     scaled = _scale(fuzzy, transformation.scale, transformation.top)
+    # feet and peak move against each other as far as the slope in the way allows
     slope = scaled[1] - scaled[0] if transformation.move >= 0 else scaled[3] - scaled[2]
     return scaled + transformation.move * slope / 3 * np.array([1.0, -2.0, -2.0, 1.0])
 
@@ -104,7 +105,7 @@ def _scale(fuzzy: np.ndarray, scale: float, top: float) -> np.ndarray:
     if support <= 0:
         return fuzzy.copy()
     share = (fuzzy[2] - fuzzy[1]) / support
-    share = share + top * (1 - share if top >= 0 else share)
+    share = share + top * (1 - share if top >= 0 else share)  # stays in [0, 1], hence the set valid
     left_slope, right_slope = fuzzy[1] - fuzzy[0], fuzzy[3] - fuzzy[2]
     slopes = left_slope + right_slope
     width = scale * support

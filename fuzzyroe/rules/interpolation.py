@@ -237,8 +237,7 @@ def interpolate_flanking(observation: np.ndarray, antecedents: np.ndarray, conse
     """Interpolate between two rules that flank the observation, by scale and move transformations (T-FRI).
 
     An intermediate rule is made whose antecedents have the representative values of the observation; the deformation
-    that still separates each of its antecedents from the observed set is applied to its consequent. The conclusion is
-    always a convex, normal set.
+    that still separates each of its antecedents from the observed set is applied to its consequent.
 
     Args:
         observation: Observed sets, (D, 4).
@@ -246,7 +245,7 @@ def interpolate_flanking(observation: np.ndarray, antecedents: np.ndarray, conse
         consequents: Their consequents, (2, 4).
 
     Returns:
-        The conclusion, (4,).
+        The conclusion, (4,); always a convex, normal set.
 
     Raises:
         ValueError: If the two rules do not differ in any antecedent, or do not flank the observation.
@@ -280,17 +279,7 @@ def interpolate_closest(
     Where the rules are centred beside the observation, the conclusion moves along ``slopes``, so that rules on a plane
     are continued exactly. Huang and Shen shift each antecedent by itself and take the range of the consequent divided
     by D for its slope; measured slopes (``SparseRules.slopes``) are closer on five of seven kinds of random monotone
-    tables.
-
-    Args:
-        observation: Observed sets, (D, 4).
-        antecedents: Sets of the N rules, (N, D, 4).
-        consequents: Their consequents, (N, 4).
-        ranges: Widths of the universes, (D,), for distances.
-        slopes: Change of the conclusion along the whole universe of each antecedent, (D,).
-
-    Returns:
-        The conclusion, (4,); it can leave the hull of the consequents.
+    tables. Shapes as in ``interpolate_flanking``; the conclusion can leave the hull of the consequents.
     """
     observed = representative(observation)
     distances = np.abs(representative(antecedents) - observed) / ranges  # (N, D)
@@ -312,17 +301,9 @@ def interpolate_cuts(
 ) -> np.ndarray:
     """Interpolate both ends of every alpha-cut by themselves, with weights ``distance ** -power`` (Koczy-Hirota).
 
-    For trapezoids only the cuts at 0 and 1 are computed and the sides are taken to be straight, as usual.
-
-    Args:
-        observation: Observed sets, (D, 4).
-        antecedents: Sets of the N rules, (N, D, 4); two flanking ones in the original method.
-        consequents: Their consequents, (N, 4).
-        ranges: Widths of the universes, (D,).
-        power: 1 for the original method; the number of antecedents D for the stabilised one.
-
-    Returns:
-        The conclusion, (4,).
+    For trapezoids only the cuts at 0 and 1 are computed and the sides are taken to be straight, as usual. The power is
+    1 in the original method, which takes two flanking rules; in the stabilised one it is the number of antecedents.
+    Shapes as in ``interpolate_flanking``.
 
     Raises:
         ValueError: If ends cross, so that the conclusion is no fuzzy set.
@@ -335,24 +316,23 @@ def interpolate_cuts(
 
 def _select(
     rules: SparseRules, observation: np.ndarray, options: InterpolationOptions
-) -> tuple[list[np.ndarray], bool]:
-    """Give groups of rules to average over, and whether they are flanking pairs; else it is one group, the closest."""
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
+    """Give the rules to average over, antecedents (N, D, 4) and consequents (N, 4), and whether they flank in pairs."""
     pairs = rules.flanking_pairs(observation) if options.selection == "flanking" else []
-    return (pairs, True) if pairs else ([rules.closest(observation, options.num_closest)], False)
+    groups = pairs or [rules.closest(observation, options.num_closest)]
+    return [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups], bool(pairs)
 
 
 def _by_scale_and_move(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
     groups, are_flanking = _select(rules, observation, options)
-    sets = [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups]
     if are_flanking:
-        return np.mean([interpolate_flanking(observation, *pair) for pair in sets], axis=0)
-    return interpolate_closest(observation, *sets[0], rules.ranges, rules.slopes)
+        return np.mean([interpolate_flanking(observation, *pair) for pair in groups], axis=0)
+    return interpolate_closest(observation, *groups[0], rules.ranges, rules.slopes)
 
 
 def _by_koczy_hirota(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
     groups, _ = _select(rules, observation, options)
-    sets = [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups]
-    return np.mean([interpolate_cuts(observation, *group, rules.ranges) for group in sets], axis=0)
+    return np.mean([interpolate_cuts(observation, *group, rules.ranges) for group in groups], axis=0)
 
 
 def _by_stabilised_koczy_hirota(

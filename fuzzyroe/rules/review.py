@@ -32,7 +32,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Review:
-    """What a review found.
+    """The findings of a review.
 
     Attributes:
         num_rules: Combinations of terms.
@@ -69,6 +69,7 @@ def expert_rules(rule_base: FuzzyRuleBase) -> FuzzyRuleBase:
     Raises:
         ValueError: If no rule is the expert's.
     """
+    # fitting keeps the origins of its prior, completion marks what it adds: both can be undone
     prior = rule_base.unfitted()
     is_expert = prior.source == "expert"
     if not is_expert.any():
@@ -199,7 +200,7 @@ def compare_rule_bases(first: FuzzyRuleBase, second: FuzzyRuleBase, tolerance: f
         if getattr(first, name) != getattr(second, name):
             settings.append(f"{name}: {getattr(first, name)} -> {getattr(second, name)}")
     terms = [[(variable.name, variable.terms) for variable in rules.antecedents] for rules in (first, second)]
-    if terms[0] != terms[1]:
+    if terms[0] != terms[1]:  # a cell of one is no cell of the other
         return Difference(tuple(settings), None)
     differences = []
     for cell in first.cells():

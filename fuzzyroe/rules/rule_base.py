@@ -118,6 +118,7 @@ class FuzzyRuleBase:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FuzzyRuleBase):
             return NotImplemented
+        # dataclass equality compares arrays element by element and cannot decide
         return all(_equal(getattr(self, key), getattr(other, key)) for key in self.__dataclass_fields__)
 
     @classmethod
@@ -139,6 +140,7 @@ class FuzzyRuleBase:
             ValueError: If a rule has the wrong number of terms or an unknown one.
         """
         shape = tuple(len(variable.terms) for variable in antecedents)
+        # U16: with the width of "none", numpy would cut "expert" short
         table, source = np.full(shape, np.nan), np.full(shape, NO_RULE, dtype="U16")
         for terms, value in rules.items():
             known = [variable.terms for variable in antecedents]
@@ -250,7 +252,7 @@ class FuzzyRuleBase:
         options |= {} if method is None else {"method": method}
         chosen = replace(self.interpolation, **options)
         conflicts = self.monotonicity_violations() if chosen.monotone else []
-        if conflicts:
+        if conflicts:  # the author decides: given rules stay as they are, and the projection works around them
             logger.warning("Rule base '%s': given rules contradict its directions: %s", self.name, conflicts)
         if int((~np.isnan(self.table)).sum()) == 1:
             logger.warning("Rule base '%s' has a single rule, so its output hardly depends on the features.", self.name)
@@ -274,7 +276,7 @@ class FuzzyRuleBase:
     ) -> FuzzyRuleBase:
         """Fit the consequents to examples, see ``fitting.fit_consequents``.
 
-        Fitting a fitted rule base starts from its prior again, so no example counts twice.
+        Fitting a fitted rule base starts from its prior again.
 
         Args:
             features: Feature vectors, finite, (n, D).
@@ -287,7 +289,7 @@ class FuzzyRuleBase:
             A rule base with fitted consequents that remembers its prior.
         """
         self._require_complete("fit")
-        prior = self.unfitted()
+        prior = self.unfitted()  # no example counts twice
         firing = self.firing_strengths(features)
         signs = self.signs if monotone else np.zeros(len(self.antecedents), dtype=np.int64)
         lower, upper = self.consequent.output_range
@@ -379,6 +381,7 @@ class FuzzyRuleBase:
                 "pass 1 where nothing changes."
             )
         axes = tuple(axis for axis, sign in enumerate(signs) if sign < 0)
+        # rules flip with the declared direction, so that they go on agreeing with it
         variables = [v.flip_direction() if axis in axes else v for axis, v in enumerate(self.antecedents)]
         arrays = {key: np.flip(getattr(self, key), axes) for key in _ARRAYS if getattr(self, key) is not None}
         kept = {key: value for key, value in self.provenance.items() if key != "fit"}  # its examples fired other cells

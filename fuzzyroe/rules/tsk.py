@@ -55,7 +55,7 @@ class ZeroOrderTSK(nn.Module):
             ValueError: If peaks do not increase in float32, or there are more or fewer consequents than rules.
         """
         super().__init__()
-        self.term_counts = tuple(len(row) for row in peaks)
+        self.term_counts = tuple(len(row) for row in peaks)  # knots are padded, so they do not tell
         self.non_finite = float(non_finite)
         table = torch.as_tensor(consequents).detach().to(torch.float32).clone()
         if table.ndim not in (1, 2) or len(table) != math.prod(self.term_counts):
@@ -69,7 +69,7 @@ class ZeroOrderTSK(nn.Module):
 
     @classmethod
     def from_rule_base(cls, rule_base: FuzzyRuleBase) -> ZeroOrderTSK:
-        """Take the tables of a complete rule base as they are; ``oracle.compile_rule_base`` checks them on the way.
+        """Take the tables of a complete rule base as they are; ``skfuzzy_bridge.compile_rule_base`` checks them.
 
         Raises:
             ValueError: If a combination of terms has no rule.

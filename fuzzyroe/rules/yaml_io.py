@@ -67,6 +67,7 @@ def load_rule_base(name_or_path: str | os.PathLike[str]) -> FuzzyRuleBase:
         ValueError: If the file breaks the schema, with file, line and remedy.
     """
     path = Path(name_or_path)
+    # a bare word is a shipped name, never a file: what it means must not depend on the working directory
     if isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:
         if name_or_path not in shipped_rule_bases():
             raise KeyError(
@@ -81,6 +82,7 @@ def load_rule_base(name_or_path: str | os.PathLike[str]) -> FuzzyRuleBase:
 def save_rule_base(rule_base: FuzzyRuleBase, path: str | os.PathLike[str]) -> None:
     """Write a rule base so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
+    # written beside the file, because a rename is whole only within one file system
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -114,6 +116,7 @@ def parse_rule_base(text: str, origin: str = "<text>") -> FuzzyRuleBase:
         if value != SYSTEM[key]:
             allowed = f"{SYSTEM[key]!r} is allowed"
             entry.refuse(f"system.{key} is {value!r}", allowed, "use that; no other is inferred")
+    # rules are read last: they are checked against the variables
     antecedents = tuple(_read_antecedent(entry) for entry in entries["antecedents"].sequence("antecedents"))
     consequent = _read_consequent(entries["consequent"])
     options: dict[str, Any] = _read_rules(entries["rules"], antecedents, consequent)
@@ -234,6 +237,7 @@ def _read_defaults(entry: Entry) -> float:
 def _read_rules(entry: Entry, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent) -> dict[str, Any]:
     """Read the rows into the arrays of a rule base, with their comments."""
     shape = tuple(len(variable.terms) for variable in antecedents)
+    # priors are collected for every row, and dropped at the end if nothing was fitted
     arrays: dict[str, np.ndarray] = {"table": np.full(shape, np.nan), "source": np.full(shape, NO_RULE, dtype="U16")}
     arrays |= {f"prior_{key}": array.copy() for key, array in arrays.items()}
     comments: dict[tuple[str, ...], str] = {}
@@ -242,7 +246,7 @@ def _read_rules(entry: Entry, antecedents: tuple[LinguisticVariable, ...], conse
         cells, value, source, prior, prior_source = _read_row(row, antecedents, consequent)
         for cell in cells:
             terms = tuple(variable.terms[k] for variable, k in zip(antecedents, cell, strict=True))
-            if cell in first_line:
+            if cell in first_line:  # two rows for one cell, maybe through "any"
                 first, line = float(arrays["table"][cell]), first_line[cell]
                 found = f"this rule ({value:g}) conflicts with the rule of line {line} ({first:g}) for {terms}"
                 if first == value:
@@ -262,7 +266,7 @@ def _read_row(
 ) -> tuple[list[tuple[int, ...]], float, str, float, str]:
     """Read one rule: its cells, consequent, origin, prior and origin of the prior."""
     entries, num_terms = row.sequence("a rule"), len(antecedents)
-    extra = len(entries) - num_terms
+    extra = len(entries) - num_terms  # consequent, its origin, prior, origin of the prior
     if extra not in (1, 2, 4):
         allowed = (
             f"{num_terms} terms and a consequent are allowed, then possibly an origin, and for fitted rules the prior "

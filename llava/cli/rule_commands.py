@@ -55,6 +55,7 @@ def show(rule_base: RuleBaseName) -> None:
         )
         for variable in rules.antecedents
     ]
+    # peaks, because calibration moves them to the quantiles of the features
     headings = ("name", "terms with their peaks", "universe", "effect")
     console.print(make_table("\nVariables", headings, variables, text_columns=4))
     evidence = evidence_of(rules)
@@ -98,7 +99,7 @@ def complete(
     """Complete missing rules by fuzzy rule interpolation; given ones keep every bit."""
     from fuzzyroe.rules.yaml_io import save_rule_base
 
-    refuse_overwrite(output, overwrite)
+    refuse_overwrite(output, overwrite)  # before any work
     rules = open_rule_base(rule_base)
     completed = rules.interpolate(method)
     save_rule_base(completed, output)
@@ -191,6 +192,7 @@ def open_rule_base(name: str) -> FuzzyRuleBase:
     """
     from fuzzyroe.rules.yaml_io import load_rule_base, shipped_rule_bases
 
+    # a shipped name wins over a folder of that name in the working directory
     is_folder = name not in shipped_rule_bases() and Path(name).is_dir()
     return load_rule_base(str(Path(name) / "rule_base.yaml") if is_folder else name)
 
@@ -207,6 +209,7 @@ def refuse_overwrite(output: Path, overwrite: bool) -> None:
 
 def _rule_rows(rules: FuzzyRuleBase, evidence: np.ndarray | None) -> list[list[str]]:
     """One row per combination of terms; the examples are those that informed the rule in the fit."""
+    # the values that fitting started from stand beside the fitted ones
     prior = rules.unfitted()
     completed = prior if prior.is_complete else prior.interpolate()
     rows = []

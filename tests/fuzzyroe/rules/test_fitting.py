@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from fuzzyroe.rules import effective_examples, fit_consequents
-from fuzzyroe.rules.monotone import order_edges, project_missing, solve_quadratic_program
+from fuzzyroe.rules.monotone import order_edges, project_missing
 
 EDGES = order_edges((3, 3), (1, 1))
 
@@ -121,8 +121,6 @@ def test_contradicting_constraints_are_refused():
     firing, targets, _ = small_problem(0)
     with pytest.raises(ValueError, match="raise max_change, or give up monotone"):
         fit_consequents(firing, targets, np.linspace(1, 0, 9), edges=EDGES, max_change=0.05)
-    with pytest.raises(ValueError, match="contradict each other"):
-        solve_quadratic_program(np.eye(1), np.zeros(1), np.array([[1.0], [-1.0]]), np.array([1.0, 0.0]))
 
 
 @pytest.mark.parametrize(
