@@ -148,7 +148,7 @@ def check_data(
     Args:
         data_path: JSON array or JSON Lines file of records; never touched.
         image_folder: Folder that image names are relative to.
-        conv_template: Conversation template of the training; checked to be a known one.
+        conv_template: Conversation template of the training, to be a known one.
         decode: Whether to decode every image too (minutes to hours) instead of its header and ends only.
         on_missing: ``error`` only reports; ``drop`` writes a file without the records that cannot be trained on;
             ``resolve`` writes a file in which images saved under another extension are named as they are.

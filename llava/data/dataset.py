@@ -24,46 +24,29 @@ MEGABATCH = 50
 """Batches that are shuffled together before being sorted by length."""
 
 
+@dataclass(eq=False, repr=False)
 class SFTDataset(Dataset):
     """LLaVA SFT records as tensors.
-
-    Args:
-        data_path: JSON or JSON Lines file of records.
-        image_folder: Folder that image paths are relative to; they cannot leave it.
-        tokenizer: Fast tokenizer.
-        image_processor: CLIP image processor.
-        template_name: Conversation template, a key of ``conv_templates``.
-        num_image_tokens: Positions one image takes.
-        image_token_id: Token id of an image position.
-        max_length: Longest sample in tokens after image expansion.
-        image_aspect_ratio: "pad" to centre images on a square, "square" to let the processor resize.
 
     Raises:
         RecordError: While reading a sample, naming file, index and id, if the record or one of its images is bad.
         KeyError: If the template is unknown.
     """
 
-    def __init__(
-        self,
-        data_path: str | Path,
-        image_folder: str | Path,
-        tokenizer: Any,
-        image_processor: Any,
-        template_name: str,
-        num_image_tokens: int,
-        image_token_id: int,
-        max_length: int = 2048,
-        image_aspect_ratio: str = "pad",
-    ) -> None:
-        self.records = RecordFile(data_path)  # offsets alone, so that copies in workers stay small
-        self.image_folder = Path(image_folder)
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.template = get_template(template_name)
-        self.num_image_tokens = num_image_tokens
-        self.image_token_id = image_token_id
-        self.max_length = max_length
-        self.image_aspect_ratio = image_aspect_ratio
+    data_path: str | Path  # JSON or JSON Lines file of records
+    image_folder: str | Path  # image paths are relative to it and cannot leave it
+    tokenizer: Any  # fast or slow
+    image_processor: Any  # of CLIP
+    template_name: str  # key of ``conv_templates``
+    num_image_tokens: int  # positions one image takes
+    image_token_id: int  # token id of an image position
+    max_length: int = 2048  # longest sample in tokens, images included
+    image_aspect_ratio: str = "pad"  # centres images on a square; "square" lets the processor resize
+
+    def __post_init__(self) -> None:
+        """Locate the records; samples are read when they are asked for."""
+        self.records = RecordFile(self.data_path)  # offsets alone, so that copies in workers stay small
+        self.template = get_template(self.template_name)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -123,14 +123,13 @@ def find_other_extension(image_folder: str | Path, relative: str) -> str | None:
     OCR-VQA is named ``.jpg`` throughout in LLaVA's mixture, while downloads keep ``.gif`` and ``.png``.
 
     Returns:
-        The name with the first of ``EXTENSIONS`` (either case) whose file starts like an image; None if there is none.
+        The name with the first of ``EXTENSIONS`` (either case) whose file is an image; None if there is none.
     """
     stem = relative.rsplit(".", 1)[0] if "." in relative.rsplit("/", 1)[-1] else relative
     for extension in EXTENSIONS:
         for name in (stem + extension, stem + extension.upper()):
             if name != relative and inspect_image(image_folder, name)[0] is ImageState.GOOD:
-                if sniff_format(resolve_image(image_folder, name)):
-                    return name
+                return name
     return None
 
 

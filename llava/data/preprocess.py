@@ -154,8 +154,7 @@ def tokenize_with_offsets(text: str, tokenizer: Any) -> list[tuple[int, int, int
     A fast tokenizer tells the ranges itself. The pieces of a slow one are laid along the text, one after the other.
 
     Returns:
-        Id, start and end of each token: a half-open range of characters, empty for a token without text such as
-        ``<s>``.
+        Id, start and end of each token, in characters; the range of a token without text, such as ``<s>``, is empty.
 
     Raises:
         ValueError: If a slow tokenizer rewrites the text, so that its pieces are not found there.

@@ -182,20 +182,14 @@ def parse_split(text: str) -> tuple[tuple[str, float], ...]:
 
 
 class _Headers:
-    """What selection needs of every record, N entries each.
-
-    Attributes:
-        names: Sources in order of first appearance.
-        source: Position in ``names``, int32.
-        order: Pseudo-random rank key, uint64.
-        is_eligible: Whether it may be drawn, bool.
-    """
+    """What selection needs of every record, N entries each."""
 
     def __init__(
         self, records: RecordFile, settings: SubsetSettings, progress: Callable[[int, int], None] | None
     ) -> None:
         total, names = len(records), dict[str, int]()
-        self.source, self.order = np.empty(total, np.int32), np.empty(total, np.uint64)
+        self.source = np.empty(total, np.int32)  # position in ``names``
+        self.order = np.empty(total, np.uint64)  # pseudo-random rank
         self.is_eligible = np.ones(total, bool)
         for index in range(total):
             raw = records.raw(index)
@@ -214,7 +208,7 @@ class _Headers:
         if unknown:
             known = ", ".join(sorted(names))
             raise DataError(f"Source '{unknown[0]}' is not in {records.path}; {known} are there. Name one of these.")
-        self.names = list(names)
+        self.names = list(names)  # sources in order of first appearance
         self.is_eligible &= ~np.isin(self.source, [names[name] for name in settings.exclude_sources])
         if not self.is_eligible.any():
             raise DataError(
@@ -324,14 +318,9 @@ class OutputFile:
 def make_manifest(
     source: RecordFile, input_sha256: str, keys: Sequence[str], settings: dict[str, Any], command: str
 ) -> dict[str, Any]:
-    """Build the manifest of a file.
+    """Say how a file comes about: of which ``source``, by which ``settings``, and by which ``command`` again.
 
-    Args:
-        source: The input.
-        input_sha256: Its SHA-256.
-        keys: One string per taken record that names it even where ids repeat.
-        settings: What decided which records are taken.
-        command: Command line that does it again.
+    ``keys`` name the records it holds, one string each, even where ids repeat.
     """
     try:
         product = version("fuzzyroe")
@@ -350,11 +339,7 @@ def make_manifest(
 
 
 def check_output_path(path: Path, source: Path) -> None:
-    """Refuse a target that can never be written, before any work is done.
-
-    Raises:
-        DataError: If ``path`` or its manifest is the input ``source``, is a folder, or lies in no folder.
-    """
+    """Refuse, before any work is done, a path that is the input, a folder, or in no folder. Raises DataError."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; the name of a file is needed. Add a file name to the output.")
     if not path.parent.is_dir():
@@ -372,11 +357,9 @@ def write_outputs(
 ) -> list[bool]:
     """Write record files and their manifests; either all of them appear or none.
 
-    Records are copied byte for byte, one at a time.
-
     Args:
         files: What to write.
-        source: Where the records come from; never touched.
+        source: Where the records come from, copied byte for byte, one at a time; never touched.
         overwrite: Whether other content at a target may be replaced.
         rewrite: Gives the new text of a record from its index and its text.
 
