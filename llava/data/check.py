@@ -167,6 +167,14 @@ def check_data(
 
     Raises:
         DataError: If the data cannot be read at all, an argument is wrong, or nothing would be left after ``drop``.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "data.jsonl")
+    ...     _ = path.write_text('{"id": 1, "image": "coco/1.jpg", "conversations": []}')
+    ...     report = check_data(path, folder)
+    >>> report.is_ok, report.sources["coco"].invalid
+    (False, 1)
     """
     data_path, image_folder = Path(data_path), Path(image_folder)
     _check_arguments(image_folder, conv_template, on_missing, output)
