@@ -125,6 +125,17 @@ def set_skip_rate(model: nn.Module, skip_rate: float | None) -> None:
 
     Raises:
         ValueError: If the model has no router, or its router was not calibrated for such a rate.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from fuzzyroe.routers import RandomRouter
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2}
+    >>> config = LlamaConfig(vocab_size=9, **sizes)
+    >>> model = attach(LlamaForCausalLM(config).eval(), adapter_width=2, router=RandomRouter(num_layers=4))
+    >>> set_skip_rate(model, 0.5)
+    >>> routing = RoutingState.from_batch({"attention_mask": torch.ones(1, 3)})
+    >>> _ = model(torch.tensor([[1, 5, 7]]), routing=routing)
+    >>> int(routing.kept_layers().sum())
+    2
     """
     router = find_router(model)
     refuse_skip_rate_if_dense(model, skip_rate)

@@ -163,6 +163,9 @@ class RoutingState:
 
         Raises:
             ValueError: If the attention mask is not (B, N).
+
+        >>> RoutingState.from_batch({"input_ids": torch.tensor([[1, 9, 9, 5, 7]])}, image_token_id=9).turn_ids
+        tensor([[0, 0, 0, 1, 1]])
         """
         input_ids: Any = batch.get("input_ids")
         mask, turn_ids = batch.get("attention_mask"), batch.get("turn_ids")
@@ -200,6 +203,10 @@ class RoutingState:
         Args:
             keep_weights: Keep weights in [0, 1] or bool, (B, T, L), or (B, L) for the same in every turn.
             mode: Routing mode; None keeps this state's.
+
+        >>> state = RoutingState.from_batch({"attention_mask": torch.ones(1, 3)})
+        >>> state.forced(torch.tensor([[True, False]])).kept_layers()
+        tensor([[ True, False]])
         """
         weights = keep_weights if keep_weights.is_floating_point() else keep_weights.float()
         if weights.dim() == 2:
