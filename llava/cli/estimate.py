@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llava.train.memory import MemoryEstimate, Workload
+    from llava.train.memory_estimate import MemoryEstimate, Workload
 
 DOES_NOT_FIT = 1
 """Exit code where the stage needs more than the GPUs have."""
@@ -32,7 +32,7 @@ def estimate_command(
 
     from llava.cli.terminal import make_table, open_console
     from llava.model.checkpoints.reading import read_config_and_tokenizer
-    from llava.train.memory import GIB, Workload, estimate_memory, llava_config, what_fits
+    from llava.train.memory_estimate import GIB, Workload, estimate_memory, llava_config, what_fits
 
     if gpu_mem <= 0:
         raise ValueError(f"--gpu-mem {gpu_mem} must be above 0; give the memory of one GPU in GiB.")

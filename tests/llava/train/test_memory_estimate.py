@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlavaConfig
 
-from llava.train.memory import (
+from llava.train.memory_estimate import (
     GIB,
     SHARDINGS,
     Workload,

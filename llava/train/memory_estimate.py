@@ -2,19 +2,22 @@
 
 Weights, gradients and optimizer states follow from the number of parameters and their sharding and are exact up to
 padding; activations follow from shapes; what CUDA, NCCL and the allocator take is assumed (``RUNTIME_BYTES``).
+DeepSpeed's own estimators take every parameter for trained, which no stage but ``scratch`` does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch import nn
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fuzzyroe.attach import attach
+from fuzzyroe.attach import attach, find_decoder_layers
 from fuzzyroe.routers import LinearRouter
 from llava.train.parameters import parameters_by_part
-from llava.train.stages import PARTS, Stage, get_stage
+from llava.train.stages import choose_stage, get_stage
 
 GIB = 2**30
 
@@ -30,6 +33,12 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 LOGIT_BYTES = 12
 """Per logit: bfloat16, its float32 copy for the loss, and the gradients of both."""
 
+SIZES: dict[str, dict[str, Any]] = {
+    "7b": {},  # transformers' defaults of Llama are those of 7B, its defaults of LLaVA those of CLIP-L at 336 pixels
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+"""Language models of LLaVA-1.5, as they differ from ``LlamaConfig()``."""
+
 
 def llava_config(size: str) -> LlavaConfig:
     """The architecture of LLaVA-1.5.
@@ -40,28 +49,9 @@ def llava_config(size: str) -> LlavaConfig:
     Raises:
         KeyError: If the size is unknown.
     """
-    shapes = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}
-    if size not in shapes:
-        raise KeyError(f"Size '{size}' is unknown; use one of {', '.join(shapes)}, or name a checkpoint.")
-    hidden, intermediate, layers, heads = shapes[size]
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        tie_word_embeddings=False,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    return LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
+    if size not in SIZES:
+        raise KeyError(f"Size '{size}' is unknown; use one of {', '.join(SIZES)}, or name a checkpoint.")
+    return LlavaConfig(text_config=LlamaConfig(vocab_size=32064, **SIZES[size]))
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,6 @@ class Workload:
     lora_rank: int = 0
 
     def __post_init__(self) -> None:
-        get_stage(self.stage)
         if self.sharding not in SHARDINGS:
             raise ValueError(f"Sharding {self.sharding} is unknown; use one of {', '.join(SHARDINGS)}.")
         for name in ("num_gpus", "batch", "length", "adapter_width"):
@@ -97,6 +86,10 @@ class Workload:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a whole number of at least 1.")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank}; it is 0 (no LoRA) or more.")
+        if self.lora_rank and "decoder" not in get_stage(self.stage).trains:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}, but stage {self.stage} does not train the decoder; use 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -121,24 +114,30 @@ class MemoryEstimate:
         return sum(self.per_gpu.values())
 
 
-def count_parameters(config: LlavaConfig, adapter_width: int | None, has_linear_router: bool = False) -> dict[str, int]:
+def count_parameters(
+    config: Any, adapter_width: int | None, has_linear_router: bool = False, lora_rank: int = 0
+) -> dict[str, int]:
     """Count the parameters of each part on a model without storage.
 
     Args:
         config: Architecture.
         adapter_width: Width of the skip adapters; None counts a model without routing.
         has_linear_router: Whether a linear router with routing tokens is attached too.
+        lora_rank: Rank of LoRA on all linear layers of the decoder; 0 for none.
     """
-    text = config.text_config
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+        # counted before routing is attached, so that adapters, which are linear layers too, get no LoRA
+        linear = [module for module in find_decoder_layers(model).modules() if isinstance(module, nn.Linear)]
         if adapter_width is not None:
+            text = config.text_config
             router = LinearRouter(text.num_hidden_layers, text.hidden_size) if has_linear_router else None
             attach(model, adapter_width, router=router)
-    return {part: sum(p.numel() for p in named.values()) for part, named in parameters_by_part(model).items()}
+    parts = {part: sum(p.numel() for p in named.values()) for part, named in parameters_by_part(model).items()}
+    return parts | {"lora": lora_rank * sum(module.in_features + module.out_features for module in linear)}
 
 
-def estimate_memory(config: LlavaConfig, workload: Workload) -> MemoryEstimate:
+def estimate_memory(config: Any, workload: Workload) -> MemoryEstimate:
     """Estimate what a stage takes.
 
     Per GPU, with P parameters of which T train, G GPUs: weights 2 P / G (2 P under ZeRO-2), gathered weights
@@ -152,30 +151,29 @@ def estimate_memory(config: LlavaConfig, workload: Workload) -> MemoryEstimate:
     Reference:
         ZeRO (arXiv:1910.02054), section 3, for 2 + 2 + 12 bytes; arXiv:2205.05198, section 4, for activations.
     """
-    stage = get_stage(workload.stage)
+    stage = choose_stage(workload.stage, lora=workload.lora_rank > 0)
     width = workload.adapter_width if stage.routing != "off" else None
-    parts = count_parameters(config, width, stage.routing == "relaxed")
-    total, trained = sum(parts.values()), _trained(config, parts, stage, workload.lora_rank)
-    weights, optimizer = 2 * (total + (trained if workload.lora_rank else 0)), 12 * trained
+    parts = count_parameters(config, width, stage.routing == "relaxed", workload.lora_rank)
+    total, trained = sum(parts.values()), sum(parts[part] for part in stage.trains)
     shards = workload.num_gpus
     per_gpu = {
-        "weights": weights // shards,
+        "weights": 2 * total // shards,
         "gathered weights": 2 * min(total, MAX_LIVE_PARAMETERS),
         "gradients": 2 * trained // shards,
-        "optimizer": optimizer // shards,
+        "optimizer": 12 * trained // shards,
         "activations": _activation_bytes(config, workload, is_trained=bool(stage.trains)),
         "runtime (assumed)": RUNTIME_BYTES,
     }
     on_host = 0
     if workload.sharding == "zero2":
-        per_gpu |= {"weights": weights, "gathered weights": 0}
+        per_gpu |= {"weights": 2 * total, "gathered weights": 0}
     elif workload.sharding == "zero3_offload":
         per_gpu |= {"weights": 0, "gradients": 0, "optimizer": 0}
-        on_host = weights + 4 * trained + optimizer
+        on_host = 2 * total + (4 + 12) * trained
     return MemoryEstimate(per_gpu, on_host, parts, trained)
 
 
-def what_fits(config: LlavaConfig, workload: Workload, gpu_bytes: int) -> list[Workload]:
+def what_fits(config: Any, workload: Workload, gpu_bytes: int) -> list[Workload]:
     """Give variants of a workload that fit, nearest first: smaller batches, then offloading, then LoRA.
 
     Args:
@@ -194,28 +192,13 @@ def what_fits(config: LlavaConfig, workload: Workload, gpu_bytes: int) -> list[W
     return [variant for variant in variants if estimate_memory(config, variant).total <= gpu_bytes]
 
 
-def _trained(config: LlavaConfig, parts: dict[str, int], stage: Stage, lora_rank: int) -> int:
-    if not lora_rank or "decoder" not in stage.trains:
-        return sum(parts[part] for part in stage.trains)
-    text = config.text_config
-    kv_size = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
-    sizes = [  # inputs plus outputs of q, k, v, o, gate, up, down
-        2 * text.hidden_size,
-        2 * (text.hidden_size + kv_size),
-        2 * text.hidden_size,
-        3 * (text.hidden_size + text.intermediate_size),
-    ]
-    lora = lora_rank * text.num_hidden_layers * sum(sizes)
-    return lora + sum(parts[part] for part in stage.trains if part in PARTS and part != "decoder")
-
-
-def _activation_bytes(config: LlavaConfig, workload: Workload, is_trained: bool) -> int:
+def _activation_bytes(config: Any, workload: Workload, is_trained: bool) -> int:
     """Bytes of bfloat16 activations: what one layer keeps, layer inputs when checkpointing, logits with the loss."""
     text, positions = config.text_config, workload.batch * workload.length
     per_layer = 2 * positions * (10 * text.hidden_size + 4 * text.intermediate_size + 2 * workload.adapter_width)
     logits = positions * text.vocab_size
     if not is_trained:
-        return per_layer + 6 * logits
+        return per_layer + LOGIT_BYTES // 2 * logits  # without gradients half of them
     if workload.checkpoints_activations:
         layers = per_layer + 2 * positions * text.hidden_size * text.num_hidden_layers
     else:

@@ -1,4 +1,4 @@
-"""Promises of the look at machine and packages."""
+"""Promises of ``fuzzyroe doctor``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import pytest
 
-from llava.model.environment import MIN_FREE_DISK, examine
+from llava.cli.doctor import MIN_FREE_DISK, examine
 
 Usage = namedtuple("Usage", "total used free")
 
