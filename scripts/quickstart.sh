@@ -45,7 +45,7 @@ say "1/4 data: digits on canvases, subsampled for each stage"
   --split router=0.1,adapter=0.4,finetune=0.5 --overwrite
 
 say "2/4 training: router, adapter, finetune, one DeepSpeed ZeRO-3 launch each"
-shared=(--model_max_length 512 --skip_ratio 0.3 --max_skip_ratio 0.5 --seed 0 --report_to "${REPORT_TO:-none}")
+shared=(--model_max_length 512 --target_skip_ratio 0.3 --max_skip_ratio 0.5 --seed 0 --report_to "${REPORT_TO:-none}")
 shared+=(--calibration_samples 512 --order_samples 128 --score_samples 2048 --calibration_batch_size 64)
 training=(--warmup_steps 0.05 --lr_scheduler_type cosine --weight_decay 0. --group_by_modality_length True)
 training+=(--logging_steps 10 --save_strategy no)

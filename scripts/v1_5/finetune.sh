@@ -35,4 +35,4 @@ flags=(
   --group_by_modality_length True
 )
 train_stage dense "${MODEL_PATH:-lmsys/vicuna-$MODEL_SIZE-v1.5}" "${DATA_PATH:?path to the SFT JSON}" \
-  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE}" "${SIGHT[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"
+  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

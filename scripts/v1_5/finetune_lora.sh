@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# LLaVA-1.5's second stage with low-rank updates in place of the language model's own weights; dense, no router.
+# LLaVA-1.5's second stage with LoRA weights in place of the language model's own weights; dense, no router.
 #
 #   DATA_PATH=playground/data/llava_v1_5_mix665k.json bash scripts/v1_5/finetune_lora.sh
 #
-# Not run by us on a 7B model: no pretrained weights were at hand. Writes OUTPUT with the updates in peft's format and
+# Not run by us on a 7B model: no pretrained weights were at hand. Writes OUTPUT with the LoRA weights in peft's format and
 # the projector; it is loaded together with MODEL_PATH.
 #
 #   DATA_PATH       SFT JSON (required)
@@ -32,4 +32,4 @@ flags=(
   --group_by_modality_length True
 )
 train_stage dense "${MODEL_PATH:-checkpoints/llava-v1.5-$MODEL_SIZE-pretrain}" "${DATA_PATH:?path to the SFT JSON}" \
-  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-lora}" "${SIGHT[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"
+  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-lora}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Finetunes a finished LLaVA-1.5 on data of one's own; dense, no router. With LORA=1 by low-rank updates.
+# Finetunes a finished LLaVA-1.5 on data of one's own; dense, no router. With LORA=1 by LoRA.
 #
 #   DATA_PATH=my_task.json IMAGE_FOLDER=my_images bash scripts/v1_5/finetune_task.sh
 #
-# Not run by us on a 7B model: no pretrained weights were at hand. Writes OUTPUT with all weights, or the updates.
+# Not run by us on a 7B model: no pretrained weights were at hand. Writes OUTPUT with all weights, or the LoRA weights.
 #
 #   DATA_PATH       SFT JSON (required)
 #   MODEL_PATH      LLaVA checkpoint (default: llava-hf/llava-1.5-7b-hf)
@@ -32,4 +32,4 @@ flags=(
   --group_by_modality_length True
 )
 train_stage dense "${MODEL_PATH:-llava-hf/llava-1.5-$MODEL_SIZE-hf}" "${DATA_PATH:?path to the SFT JSON}" \
-  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-task${LORA:+-lora}}" "${SIGHT[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"
+  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-task${LORA:+-lora}}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

@@ -8,7 +8,7 @@
 #   DATA_PATH       SFT JSON of this stage (required)
 #   MODEL_PATH      checkpoint to start from (default: checkpoints/fuzzyroe-7b-adapter)
 #   OUTPUT          folder to write (default: checkpoints/fuzzyroe-7b-finetune)
-#   SKIP_RATIO      mean skip rate the router is set to (default: 0.3)
+#   SKIP_RATIO      target skip ratio that the router is set to (default: 0.3)
 #
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
@@ -22,7 +22,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 flags=(
   --roe_lr 4e-4
   --backbone_lr 2e-6
-  --skip_ratio "${SKIP_RATIO:-0.3}"
+  --target_skip_ratio "${SKIP_RATIO:-0.3}"
   --warmup_ratio 0.05
   --group_by_modality_length True
 )

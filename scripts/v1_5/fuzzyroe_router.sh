@@ -8,7 +8,7 @@
 #   DATA_PATH       SFT JSON of this stage (required)
 #   MODEL_PATH      checkpoint to start from (default: llava-hf/llava-1.5-7b-hf)
 #   OUTPUT          folder to write (default: checkpoints/fuzzyroe-7b-router)
-#   SKIP_RATIO      mean skip rate the router is set to (default: 0.3)
+#   SKIP_RATIO      target skip ratio that the router is set to (default: 0.3)
 #
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
@@ -22,7 +22,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 flags=(
   --adapter_hidden_dim "${ADAPTER_HIDDEN_DIM:-1024}"
   --rule_base "${RULE_BASE:-default}"
-  --skip_ratio "${SKIP_RATIO:-0.3}"
+  --target_skip_ratio "${SKIP_RATIO:-0.3}"
 )
 train_stage router "${MODEL_PATH:-llava-hf/llava-1.5-$MODEL_SIZE-hf}" \
   "${DATA_PATH:?path to the SFT JSON of this stage}" \

@@ -32,4 +32,4 @@ flags=(
   --image_aspect_ratio square
 )
 train_stage pretrain "${MODEL_PATH:-lmsys/vicuna-$MODEL_SIZE-v1.5}" "${DATA_PATH:?path to the captions JSON}" \
-  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-pretrain}" "${SIGHT[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"
+  "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-pretrain}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

@@ -53,7 +53,7 @@ TRAINING=( # flags of every stage that trains; LLaVA's and RoE's
   --save_steps "${SAVE_STEPS:-1000}"
   --save_total_limit 1
 )
-SIGHT=( # how LLaVA-1.5 sees
+VISION=( # vision settings of LLaVA-1.5
   --mm_projector_type mlp2x_gelu
   --mm_vision_select_layer -2
   --mm_use_im_start_end False
