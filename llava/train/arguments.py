@@ -1,15 +1,16 @@
-"""Command-line flags of training: one dataclass for model, data and trainer each, and one per stage family.
+"""Command-line flags of training: one dataclass each for model, data and trainer, and one per stage family.
 
-The parser of a stage knows the flags of its family alone (``FAMILIES``), so it refuses those of another. LLaVA's and
-RoE's names are kept; flags of LLaVA's scripts that leave no choice here are ``FixedFlags``.
+The parser of a stage knows the flags of its family alone (``FAMILIES``) and says of any other which stages take it.
+LLaVA's and RoE's names are kept; flags of LLaVA's scripts that leave no choice here are ``FixedFlags``.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -19,10 +20,6 @@ from fuzzyroe.routers.roe.tokens import SOURCES
 from llava.data.workers import preload_fork_server
 from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage
 
-SKIP_PATTERNS = ("plan", "random")
-
-ADAPTER_OBJECTIVES = ("answers", "forecast")
-
 PLAN_ROUTERS = ("fuzzy", "linear_score", "static", "random")
 """Routers that the stages router, adapter and finetune can attach."""
 
@@ -30,16 +27,16 @@ DEFAULT_PLAN_ROUTER = "fuzzy"
 DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
 """What routing is attached with where flags say nothing."""
 
-FULL_BITS, QUANT_TYPES = 16, ("nf4", "fp4")
-"""LLaVA's name for weights that are not quantized; forms of a 4-bit weight."""
+FULL_BITS = 16
+"""LLaVA's name for weights that are not quantized."""
 
 DEFAULT_EVAL_BATCH = 8
 """transformers' default of a flag that has nothing to act on here."""
 
 
-def _flag(default: Any, text: str, *aliases: str) -> Any:
+def _flag(default: Any, text: str, **more: Any) -> Any:
     """A field with its line in ``--help``; argparse reads a single ``%`` as a placeholder."""
-    return field(default=default, metadata={"help": text.replace("%", "%%"), "aliases": list(aliases)})
+    return field(default=default, metadata={"help": text.replace("%", "%%"), **more})
 
 
 def _require(holds: bool, flag: str, value: object, remedy: str) -> None:
@@ -47,13 +44,11 @@ def _require(holds: bool, flag: str, value: object, remedy: str) -> None:
         raise StageInputError(f"--{flag} {value} {remedy}")
 
 
-def _require_choice(flag: str, value: str | None, known: Any) -> None:
-    _require(value is None or value in known, flag, value, f"is unknown; use {_enumerate(known)}.")
-
-
-def _enumerate(names: Any) -> str:
-    *first, last = map(str, names)
-    return f"{', '.join(first)} or {last}" if first else last
+def _check_range(arguments: Any, lowest: float, highest: float, *flags: str) -> None:
+    allowed = f"must be at least {lowest}" if highest == math.inf else f"lies outside [{lowest}, {highest}]"
+    for flag in flags:
+        value = getattr(arguments, flag)
+        _require(value is None or lowest <= value <= highest, flag, value, f"{allowed}; leave it out for the default.")
 
 
 @dataclass
@@ -82,10 +77,7 @@ class DataArguments:
 
     data_path: str = field(metadata={"help": "SFT records, JSON or JSONL."})
     image_folder: str = field(metadata={"help": "Folder that image paths are relative to."})
-    image_aspect_ratio: str = _flag("pad", "pad (centre on a square) or square.")
-
-    def __post_init__(self) -> None:
-        _require_choice("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+    image_aspect_ratio: Literal["pad", "square"] = _flag("pad", "pad centres an image on a square.")
 
 
 @dataclass
@@ -105,45 +97,33 @@ class DenseArguments(StageArguments):
 class RoutedArguments(StageArguments):
     """What every stage with routing takes."""
 
-    target_skip_ratio: float = _flag(0.3, "Skip rate that the router is set to, on average.", "--skip_ratio")
+    target_skip_ratio: float = _flag(0.3, "Mean skip rate that the router is set to.", aliases=["--skip_ratio"])
     max_skip_ratio: float = _flag(0.5, "Largest target that is trained and fitted for.")
-    adapter_hidden_dim: int | None = _flag(None, f"Width of the adapters; {DEFAULT_ADAPTER_WIDTH} by default.")
+    adapter_hidden_dim: int | None = _flag(None, f"Width of the adapters; default {DEFAULT_ADAPTER_WIDTH}.")
     freeze_adapters: bool = _flag(False, "Keep the adapters as they are.")
     roe_lr: float = _flag(4e-4, "Learning rate of the adapters, and of linear routers.")
     calibration_batch_size: int = _flag(32, "Samples per device in the passes that fit a router.")
 
     def __post_init__(self) -> None:
-        _require(
-            0 < self.max_skip_ratio < 1, "max_skip_ratio", self.max_skip_ratio, "lies outside (0, 1); 0.5 is usual."
-        )
-        _require(
-            0 <= self.target_skip_ratio <= self.max_skip_ratio,
-            "target_skip_ratio",
-            self.target_skip_ratio,
-            f"lies outside [0, --max_skip_ratio {self.max_skip_ratio}]; lower it.",
-        )
-        if self.adapter_hidden_dim is not None:
-            self._require_at_least(1, "adapter_hidden_dim")
-        self._require_at_least(1, "calibration_batch_size")
-
-    def _require_at_least(self, lowest: int, *flags: str) -> None:
-        for flag in flags:
-            value = getattr(self, flag)
-            _require(value >= lowest, flag, value, f"must be at least {lowest}; leave it out for the default.")
+        _check_range(self, 0.01, 0.99, "max_skip_ratio")
+        is_allowed = 0 <= self.target_skip_ratio <= self.max_skip_ratio
+        remedy = f"lies outside [0, --max_skip_ratio {self.max_skip_ratio}]; lower it."
+        _require(is_allowed, "target_skip_ratio", self.target_skip_ratio, remedy)
+        _check_range(self, 1, math.inf, "adapter_hidden_dim", "calibration_batch_size")
 
 
 @dataclass
 class PlanArguments(RoutedArguments):
     """FuzzyRoE's stages, and those of the routers it is compared with: router, adapter, finetune."""
 
-    router: str | None = _flag(None, f"What plans: {', '.join(PLAN_ROUTERS)}; default {DEFAULT_PLAN_ROUTER}.")
-    rule_base: str | None = _flag(None, "Shipped rule base by name, or a YAML file.")
-    skip_pattern: str = _flag("plan", "plan (the router decides) or random.")
+    router: str | None = _flag(None, f"What plans; default {DEFAULT_PLAN_ROUTER}.", choices=PLAN_ROUTERS)
+    rule_base: str | None = _flag(None, f"Shipped rule base by name, or a YAML file; default {DEFAULT_RULE_BASE}.")
+    skip_pattern: Literal["plan", "random"] = _flag("plan", "Skip as the router plans, or at random.")
     dense_ratio: float = _flag(0.0, "Share of samples that skip nothing, in [0, 1].")
-    source_skip_ratios: str | None = _flag(
-        None, "Mean targets of single sources of samples in training, such as ocr_vqa=0.2,gqa=0.4."
+    source_skip_ratios: str | None = _flag(None, "Mean targets of single sources, such as ocr_vqa=0.2,gqa=0.4.")
+    adapter_objective: Literal["answers", "forecast"] = _flag(
+        "answers", "forecast: adapters learn what their layers give."
     )
-    adapter_objective: str = _flag("answers", "answers, or forecast: adapters learn what their layers give.")
     anneal_softness: float = _flag(0.0, "Softness that plans start with, 0 after 80 % of the steps; 0.1 is soft.")
     train_hard_skip: bool = _flag(False, "Leave skipped layers out in training, whole rows by their last turn.")
     refit_router: bool = _flag(True, "Fit the router again once the stage has trained.")
@@ -154,39 +134,51 @@ class PlanArguments(RoutedArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_choice("skip_pattern", self.skip_pattern, SKIP_PATTERNS)
-        _require_choice("adapter_objective", self.adapter_objective, ADAPTER_OBJECTIVES)
-        _require_choice("router", self.router, PLAN_ROUTERS)
-        for flag, hint in (("anneal_softness", "0.1 is soft, 0 hard"), ("dense_ratio", "0 has none")):
-            value = getattr(self, flag)
-            _require(0 <= value <= 1, flag, value, f"lies outside [0, 1]; {hint}.")
-        self._require_at_least(1, "calibration_samples", "order_samples", "score_samples")
-        if self.source_skip_ratios is not None:
-            parse_source_ratios(self.source_skip_ratios, self.max_skip_ratio)
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """Flags about plans act only where the router's plans are followed, as hard or soft as the flag says."""
-        follows_plans = self.skip_pattern == "plan" and self.adapter_objective == "answers"
+        _check_range(self, 0, 1, "anneal_softness", "dense_ratio")
+        _check_range(self, 1, math.inf, "calibration_samples", "order_samples", "score_samples")
+        self.source_targets()
         _require(
             self.adapter_objective == "answers" or self.skip_pattern == "plan" and not self.train_hard_skip,
             "adapter_objective",
             self.adapter_objective,
             "skips nothing while it trains; leave out --train_hard_skip and --skip_pattern.",
         )
-        for flag, acts in (
-            ("dense_ratio", follows_plans),
-            ("source_skip_ratios", follows_plans),
-            ("anneal_softness", follows_plans and not self.train_hard_skip),
-        ):
+        # these flags change plans, so the stage must follow some; soft plans leave no layer out
+        acts = dict.fromkeys(("dense_ratio", "source_skip_ratios", "anneal_softness"), self.follows_plans)
+        acts["anneal_softness"] &= not self.train_hard_skip
+        remedy = "leave it out, or leave out --skip_pattern, --adapter_objective and --train_hard_skip."
+        for flag, holds in acts.items():
             value = getattr(self, flag)
             _require(
-                acts or not value,
-                flag,
-                value,
-                "was given, but nothing follows a plan that it could change; leave it out, or leave out "
-                "--skip_pattern, --adapter_objective and --train_hard_skip.",
+                holds or not value, flag, value, f"was given, but nothing follows a plan that it changes; {remedy}"
             )
+
+    @property
+    def follows_plans(self) -> bool:
+        """Whether training, if there is any, skips what the router plans."""
+        return self.skip_pattern == "plan" and self.adapter_objective == "answers"
+
+    def source_targets(self) -> dict[str, float]:
+        """Target skip ratio of each source that ``--source_skip_ratios`` names, in [0, ``max_skip_ratio``].
+
+        Raises:
+            StageInputError: If a pair cannot be read, a source stands there twice, or a ratio is out of range.
+        """
+        flag, targets = "source_skip_ratios", dict[str, float]()
+        pairs = [] if self.source_skip_ratios is None else self.source_skip_ratios.split(",")
+        for pair in pairs:
+            source, _, ratio = pair.strip().rpartition("=")
+            try:
+                target = float(ratio)
+            except ValueError:
+                source, target = "", 0.0
+            allowed = "SOURCE=RATIO pairs separated by commas are allowed, such as ocr_vqa=0.2,gqa=0.4. Correct it."
+            _require(bool(source), flag, f"has {pair!r};", allowed)
+            _require(source not in targets, flag, f"names {source} twice;", "give one target per source.")
+            outside = f"lies outside [0, --max_skip_ratio {self.max_skip_ratio}]; lower it, or raise --max_skip_ratio."
+            _require(0 <= target <= self.max_skip_ratio, flag, f"{source}={ratio}", outside)
+            targets[source] = target
+        return targets
 
 
 @dataclass
@@ -194,26 +186,19 @@ class RoEArguments(RoutedArguments):
     """RoE's stages: roe_adapter, roe_router, roe_finetune."""
 
     routing_summary: str | None = _flag(
-        None, f"What linear routers look at: {' or '.join(SOURCES)}; default {DEFAULT_SUMMARY}."
+        None, f"What the routers look at; default {DEFAULT_SUMMARY}.", choices=list(SOURCES)
     )
-    roe_compat: str | None = _flag(None, f"Layout and schedule of RoE: {', '.join(PRESETS)}; default {DEFAULT_COMPAT}.")
+    roe_compat: str | None = _flag(None, f"Layout and schedule; default {DEFAULT_COMPAT}.", choices=list(PRESETS))
     router_lr: float | None = _flag(None, "Rate of the routers; default --roe_lr.")
     skip_loss_weight: float = _flag(1.0, "Weight of RoE's hinge on the skip rate.")
     budget_samples: int = _flag(0, "Samples that a table of targets is measured on at the end; 0 for none.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_choice("routing_summary", self.routing_summary, SOURCES)
-        _require_choice("roe_compat", self.roe_compat, PRESETS)
-        for flag in ("skip_loss_weight", "budget_samples"):
-            value = getattr(self, flag)
-            _require(value >= 0, flag, value, "must not be negative; 0 leaves it out.")
-        _require(
-            self.budget_samples > 0 or self.max_skip_ratio == RoEArguments.max_skip_ratio,
-            "max_skip_ratio",
-            self.max_skip_ratio,
-            "was given, but bounds nothing without --budget_samples; leave it out, or give both.",
-        )
+        _check_range(self, 0, math.inf, "skip_loss_weight", "budget_samples")
+        is_bound = self.budget_samples > 0 or self.max_skip_ratio == RoEArguments.max_skip_ratio
+        remedy = "was given, but bounds nothing without --budget_samples; leave it out, or give both."
+        _require(is_bound, "max_skip_ratio", self.max_skip_ratio, remedy)
         try:
             start_bias(self.target_skip_ratio)
         except ValueError as error:
@@ -238,43 +223,38 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_r: int = _flag(64, "Rank of LoRA.")
     lora_alpha: int = _flag(16, "LoRA is scaled by lora_alpha / lora_r.")
     lora_dropout: float = _flag(0.05, "Dropout before LoRA, in [0, 1).")
-    bits: int = _flag(FULL_BITS, "4 or 8 quantize the decoder below its LoRA weights; 16 does not.")
+    bits: Literal[4, 8, 16] = _flag(FULL_BITS, "4 or 8 quantize the decoder below its LoRA weights; 16 does not.")
     double_quant: bool = _flag(True, "Quantize the scales of 4-bit weights as well.")
-    quant_type: str = _flag("nf4", f"Form of 4-bit weights: {' or '.join(QUANT_TYPES)}.")
+    quant_type: Literal["nf4", "fp4"] = _flag("nf4", "Form of 4-bit weights.")
     report_to: str = _flag("none", "none, tensorboard or wandb.")
     resume_from_checkpoint: str = _flag("auto", "auto (the newest whole one of OUTPUT_DIR.partial), none, or a folder.")
     save_total_limit: int | None = _flag(1, "Step checkpoints kept, the newest ones.")
-    watchdog_seconds: float = _flag(
-        600.0, "Terminate a rank that makes no progress for so long, naming layer and batch; 0 never."
-    )
+    watchdog_seconds: float = _flag(600.0, "Terminate a rank that makes no progress for so long; 0 never.")
     fingerprint: str = _flag("", "Written to OUTPUT_DIR/fingerprint with the checkpoint.")
     skip_data_check: bool = _flag(False, "Start without checking records and images.")
     allow_truncation: bool = _flag(False, "Train even if many records are cut.")
 
     def __post_init__(self) -> None:
+        _check_range(self, 0, 0.99, "warmup_ratio", "lora_dropout")
+        _check_range(self, 1, math.inf, "lora_r", "lora_alpha")
         if self.warmup_ratio and self.warmup_steps not in (0, self.warmup_ratio):
             raise StageInputError(
                 f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps} were both given; give one."
             )
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "lies outside [0, 1); 0.03 is LLaVA's.")
         self.warmup_steps = self.warmup_ratio or self.warmup_steps  # below 1 it is a share of the steps
-        for flag in ("lora_r", "lora_alpha"):
-            _require(getattr(self, flag) >= 1, flag, getattr(self, flag), "must be at least 1.")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "lies outside [0, 1); 0.05 is LLaVA's.")
-        _require_choice("bits", self.bits, (4, 8, FULL_BITS))
-        _require_choice("quant_type", self.quant_type, QUANT_TYPES)
         if self.bits != 4 and (not self.double_quant or self.quant_type != "nf4"):
             raise StageInputError(
                 f"--double_quant {self.double_quant} and --quant_type {self.quant_type} are about 4-bit weights, "
                 f"--bits is {self.bits}; leave them out, or give --bits 4."
             )
         super().__post_init__()
-        if self.eval_strategy.value != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH:
+        if self.eval_strategy != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH:
             raise StageInputError(
                 "--eval_strategy or --per_device_eval_batch_size was given, but nothing is evaluated while training; "
                 "leave them out and run scripts/v1_5/eval.sh afterwards."
             )
-        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        options: Any = self.gradient_checkpointing_kwargs or {}
+        if self.gradient_checkpointing and options.get("use_reentrant"):
             raise StageInputError(
                 "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
             )
@@ -300,9 +280,7 @@ class FixedFlags:
     mm_patch_merge_type: str = _only("flat", "LLaVA-1.5 encodes an image as one tile; leave it out.")
     evaluation_strategy: str = _only("no", "nothing is evaluated while training; run scripts/v1_5/eval.sh afterwards.")
     lora_bias: str = _only("none", "biases are not trained beside LoRA; leave it out.")
-    lora_weight_path: str = _only(
-        "", "earlier LoRA weights are not continued; merge them and name the result as model."
-    )
+    lora_weight_path: str = _only("", "LoRA weights are not continued; merge them and name the result as the model.")
     cache_dir: str | None = _only(None, "the hub's cache is chosen by the environment; set HF_HOME.")
 
     def __post_init__(self) -> None:
@@ -310,6 +288,8 @@ class FixedFlags:
             value = getattr(self, item.name)
             _require(value == item.default, item.name, value, f"is not available, {item.metadata['help']}")
 
+
+FITTING = "fitting"
 
 NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("skip_pattern", "dense_ratio", "source_skip_ratios", "adapter_objective"), PARTS),
@@ -319,11 +299,41 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "backbone_lr": ("vision_tower", "projector", "decoder", "lora"),
     "mm_projector_lr": ("projector",),
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "bits"), ("lora",)),
+    **dict.fromkeys(("calibration_samples", "order_samples", "score_samples", "per_layer_tables"), (FITTING,)),
+    "calibration_batch_size": (FITTING,),
 }
-"""Flag -> parts of which a stage must train one, so that the flag has something to act on."""
+"""Flag -> what it acts on: parts of which the stage must train one, or the fitting of a router at its end."""
 
-FITTING_FLAGS = {"calibration_samples", "order_samples", "score_samples", "per_layer_tables", "calibration_batch_size"}
-"""Flags that act where a router is fitted."""
+
+def takes(stage: Stage, flag: str) -> bool:
+    """Whether the parser of a stage knows a flag, and the stage trains or fits what the flag acts on."""
+    acted_on = {*stage.trains, FITTING} if stage.calibrates else set(stage.trains)
+    return flag in _names(*_kinds(stage)) and (flag not in NEEDS or not acted_on.isdisjoint(NEEDS[flag]))
+
+
+class StageParser(HfArgumentParser):
+    """The parser of a stage, without the flags of other families."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        others = [name for name, other in STAGES.items() if other.routing != stage.routing]
+        epilog = f"Further flags: --stage NAME --help, for the stages {', '.join(others)}."
+        super().__init__(_kinds(stage), allow_abbrev=False, epilog=epilog)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse as all of training does, without argparse's list of several hundred flags."""
+        raise StageInputError(f"{message}; --stage {self.stage.name} --help lists all flags.")
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Say of flags that the parser does not know which stages take the first one, or which it may have meant."""
+        word, _, value = unknown[0].partition("=")
+        value, flag = value or " ".join(unknown[1:2]), word.lstrip("-").replace("-", "_")
+        known = _names(*FAMILIES.values())
+        if flag in known:
+            raise StageInputError(_refusal(known[flag], value, self.stage))
+        close = difflib.get_close_matches(flag, [*known, *_names(*_kinds(self.stage))], 1)
+        self.error(f"{word} {value} is no flag of training{f', did you mean --{close[0]}?' if close else ''}")
+
 
 Parsed = tuple[ModelArguments, DataArguments, StageArguments, LlavaTrainingArguments]
 
@@ -335,20 +345,33 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
         words: Flags with their values; those of this process if None.
 
     Raises:
-        StageInputError: If a flag is unknown or belongs to other stages, or its value is not allowed.
+        StageInputError: If a flag is unknown, belongs to other stages or finds nothing to act on, or its value is not
+            allowed.
         KeyError: If the stage is unknown.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage")
-    chosen = first.parse_known_args(words)[0].stage
-    stage = get_stage(chosen or "dense")  # pretrain, the other default, is of the same family
-    parser = HfArgumentParser(_kinds(stage), allow_abbrev=False, epilog=_other_flags(stage))
+    name = first.parse_known_args(words)[0].stage
+    parser = StageParser(get_stage(name or "dense"))  # pretrain, the other default, is of the same family
     unknown = parser.parse_known_args(words)[1]
     if unknown:
-        raise StageInputError(_explain_unknown(unknown, stage))
-    parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)[:4]
-    _check_needs(*parsed)
-    return parsed
+        parser.refuse(unknown)
+    model_args, data_args, stage_args, training_args, _ = parser.parse_args_into_dataclasses(
+        words, look_for_args_file=False
+    )
+    # what a stage takes depends on other flags too, such as those that freeze a part
+    stage = stage_of(model_args, stage_args, training_args)
+    for arguments in (stage_args, training_args):
+        for item in fields(arguments):
+            value = getattr(arguments, item.name)
+            if value != item.default and not takes(stage, item.name):
+                raise StageInputError(_refusal(item.name, value, stage))
+    if getattr(stage_args, "adapter_objective", None) == "forecast" and stage.trains != ("adapter",):
+        raise StageInputError(
+            f"--adapter_objective forecast was given, but it trains adapters alone, not stage {stage}; leave it out, "
+            "or use the stage adapter."
+        )
+    return model_args, data_args, stage_args, training_args
 
 
 def stage_of(model_args: ModelArguments, stage_args: StageArguments, training_args: LlavaTrainingArguments) -> Stage:
@@ -378,74 +401,15 @@ def learning_rates(stage_args: StageArguments, training_args: LlavaTrainingArgum
     return rates
 
 
-def takes(stage: Stage, flag: str) -> bool:
-    """Whether the parser of a stage knows a flag, and the stage trains or fits what the flag acts on."""
-    if flag not in {item.name for kind in _kinds(stage) for item in fields(kind)}:
-        return False
-    if flag in FITTING_FLAGS:
-        return stage.calibrates
-    return flag not in NEEDS or bool(set(NEEDS[flag]) & set(stage.trains))
-
-
-def parse_source_ratios(text: str, max_skip_ratio: float) -> dict[str, float]:
-    """Read the value of ``--source_skip_ratios``.
-
-    Args:
-        text: ``SOURCE=RATIO`` pairs separated by commas, such as ``ocr_vqa=0.2,gqa=0.4``.
-        max_skip_ratio: Largest ratio, in (0, 1).
-
-    Returns:
-        Target skip ratio of each source, in [0, ``max_skip_ratio``].
-
-    Raises:
-        StageInputError: If a pair cannot be read, a source stands there twice, or a ratio is out of range.
-    """
-    targets: dict[str, float] = {}
-    for pair in text.split(","):
-        source, _, ratio = pair.strip().rpartition("=")
-        try:
-            target = float(ratio)
-        except ValueError:
-            source = ""
-        if not source:
-            raise StageInputError(
-                f"--source_skip_ratios has {pair!r}; SOURCE=RATIO pairs separated by commas are allowed, such as "
-                "ocr_vqa=0.2,gqa=0.4. Correct it."
-            )
-        if source in targets:
-            raise StageInputError(f"--source_skip_ratios names {source} twice; give one target per source.")
-        if not 0 <= target <= max_skip_ratio:
-            raise StageInputError(
-                f"--source_skip_ratios {source}={ratio} lies outside [0, --max_skip_ratio {max_skip_ratio}]; lower it, "
-                "or raise --max_skip_ratio."
-            )
-        targets[source] = target
-    return targets
-
-
 def _kinds(stage: Stage) -> tuple[Any, ...]:
     return ModelArguments, DataArguments, FAMILIES[stage.routing], LlavaTrainingArguments, FixedFlags
 
 
-def _check_needs(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    training_args: LlavaTrainingArguments,
-) -> None:
-    """Refuse a flag of the family that finds nothing to act on, because of the stage or because of other flags."""
-    stage = stage_of(model_args, stage_args, training_args)
-    for arguments in (stage_args, training_args):
-        for item in fields(arguments):
-            value = getattr(arguments, item.name)
-            if value != item.default and not takes(stage, item.name):
-                raise StageInputError(_refusal(item.name, value, stage))
-    is_forecast = isinstance(stage_args, PlanArguments) and stage_args.adapter_objective == "forecast"
-    if is_forecast and stage.trains != ("adapter",):
-        raise StageInputError(
-            f"--adapter_objective forecast was given, but it trains adapters alone, not stage {stage}; leave it out, "
-            "or use the stage adapter."
-        )
+def _names(*kinds: Any) -> dict[str, str]:
+    """Flags of dataclasses with the names of their fields, which differ for aliases."""
+    items = [item for kind in kinds for item in fields(kind)]
+    aliases = {alias.strip("-"): item.name for item in items for alias in item.metadata.get("aliases", ())}
+    return {item.name: item.name for item in items} | aliases
 
 
 def _refusal(flag: str, value: object, stage: Stage) -> str:
@@ -454,33 +418,3 @@ def _refusal(flag: str, value: object, stage: Stage) -> str:
     if NEEDS.get(flag) == ("lora",) and "decoder" in STAGES[stage.name].trains:
         remedy = ", or add --lora_enable True"
     return f"--{flag} {value} was given, but finds nothing to act on in stage {stage}; leave it out{remedy}."
-
-
-def _explain_unknown(unknown: list[str], stage: Stage) -> str:
-    """What to say of words that the parser of a stage does not know."""
-    word, _, value = unknown[0].partition("=")
-    value = value or " ".join(unknown[1:2])
-    flag = word.lstrip("-").replace("-", "_")
-    names = {name: item.name for kind in FAMILIES.values() for item in fields(kind) for name in _names(item)}
-    if flag in names:
-        return _refusal(names[flag], value, stage)
-    close = difflib.get_close_matches(
-        flag, [*names, *(item.name for kind in _kinds(stage) for item in fields(kind))], 1
-    )
-    meant = f" did you mean --{close[0]}?" if close else ""
-    return f"{word} {value} is no flag of training;{meant} --stage {stage.name} --help lists them."
-
-
-def _names(item: Field) -> list[str]:
-    return [item.name, *(alias.removeprefix("--") for alias in item.metadata.get("aliases", ()))]
-
-
-def _other_flags(stage: Stage) -> str:
-    """The end of ``--help``: which stages take further flags."""
-    lines = []
-    for routing, family in FAMILIES.items():
-        names = [name for name, other in STAGES.items() if other.routing == routing]
-        flags = [f"--{item.name}" for item in fields(family) if item.name not in StageArguments.__annotations__]
-        if routing != stage.routing and names:
-            lines.append(f"--stage {'|'.join(names)} takes {' '.join(flags)}.")
-    return " ".join(lines)

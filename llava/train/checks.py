@@ -34,7 +34,6 @@ from llava.train.arguments import (
     PlanArguments,
     RoutedArguments,
     StageArguments,
-    parse_source_ratios,
     stage_of,
 )
 from llava.train.checkpointing import describe_run, find_resume, partial_folder
@@ -178,8 +177,7 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
         _check_attached(block, stage, path, stage_args)
     elif isinstance(stage_args, PlanArguments):
         _check_rule_base(stage_args.rule_base or DEFAULT_RULE_BASE)
-        follows_plans = stage_args.skip_pattern == "plan" and stage_args.adapter_objective == "answers"
-        if stage.trains and follows_plans:
+        if stage.trains and stage_args.follows_plans:
             raise StageInputError(
                 f"Stage {stage.name} follows the plans of a calibrated router, but {path} has none; run the router "
                 "stage first, or start with --skip_pattern random."
@@ -299,9 +297,9 @@ def _check_records(model_args: ModelArguments, data_args: DataArguments, trainin
 
 def _check_sources(stage_args: StageArguments, data_path: str) -> None:
     """Every source with a target of its own must have a record; records are read until all were seen."""
-    if not isinstance(stage_args, PlanArguments) or stage_args.source_skip_ratios is None:
+    targets = stage_args.source_targets() if isinstance(stage_args, PlanArguments) else {}
+    if not targets:
         return
-    targets = parse_source_ratios(stage_args.source_skip_ratios, stage_args.max_skip_ratio)
     seen: set[str] = set()
     for record in RecordFile(data_path):
         seen.add(record.source)

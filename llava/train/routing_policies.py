@@ -18,7 +18,7 @@ from fuzzyroe.routers.roe.compat import RoECompat, run_progress
 from fuzzyroe.routers.roe.schedule import phase, relax
 from fuzzyroe.routers.roe.tokens import RoEPass
 from fuzzyroe.routing_state import Mode, RoutingState
-from llava.train.arguments import PlanArguments, RoEArguments, StageArguments, parse_source_ratios
+from llava.train.arguments import PlanArguments, RoEArguments, StageArguments
 from llava.train.stages import Stage
 
 ANNEALED = 0.8
@@ -201,5 +201,5 @@ def make_policy(
     if stage_args.skip_pattern == "random":
         return RandomRouting(image_token_id, num_layers, largest, mode)
     if stage_args.source_skip_ratios is not None:
-        budgets = PerSourceBudgets(parse_source_ratios(stage_args.source_skip_ratios, largest), largest, source_of)
+        budgets = PerSourceBudgets(stage_args.source_targets(), largest, source_of)
     return BudgetedRouting(image_token_id, largest, stage_args.dense_ratio, mode, budgets, stage_args.anneal_softness)

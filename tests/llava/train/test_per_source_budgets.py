@@ -10,7 +10,7 @@ import torch
 
 import zero3_cases
 from llava.data.dataset import SFTCollator
-from llava.train.arguments import parse_arguments, parse_source_ratios
+from llava.train.arguments import PlanArguments, parse_arguments
 from llava.train.checks import check_inputs
 from llava.train.routing_policies import BudgetedRouting, PerSourceBudgets, centred_interval
 from llava.train.stages import StageInputError
@@ -20,7 +20,11 @@ IMAGE = 4
 
 
 def test_pairs_are_read_as_written() -> None:
-    assert parse_source_ratios("ocr_vqa=0.2, gqa=0.4,a=b=0", 0.5) == {"ocr_vqa": 0.2, "gqa": 0.4, "a=b": 0.0}
+    assert PlanArguments(source_skip_ratios="ocr_vqa=0.2, gqa=0.4,a=b=0").source_targets() == {
+        "ocr_vqa": 0.2,
+        "gqa": 0.4,
+        "a=b": 0.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -38,7 +42,7 @@ def test_pairs_are_read_as_written() -> None:
 )
 def test_what_is_no_target_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        parse_source_ratios(text, 0.5)
+        PlanArguments(source_skip_ratios=text)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.4, 0.5])

@@ -88,7 +88,11 @@ def test_without_the_hinge_the_loss_is_that_of_the_task(tiny: Tiny, tmp_path: Pa
 @pytest.mark.parametrize(
     ("stage", "flags", "message"),
     [
-        ("router", {"router": "lucky"}, "--router lucky is unknown; use fuzzy, linear_score, static or random"),
+        (
+            "router",
+            {"router": "lucky"},
+            r"--router: invalid choice: 'lucky' \(choose from '?fuzzy'?, '?linear_score'?, '?static'?, '?random'?\)",
+        ),
         ("router", {"router": "static", "rule_base": "default"}, "--rule_base default .* a static router has no score"),
         ("router", {"router": "random", "per_layer_tables": True}, "--per_layer_tables True .* no score"),
         ("roe_adapter", {"router": "static"}, "--router static was given, but .* stage roe_adapter"),
@@ -97,7 +101,7 @@ def test_without_the_hinge_the_loss_is_that_of_the_task(tiny: Tiny, tmp_path: Pa
             {"skip_loss_weight": 0.0},
             "--skip_loss_weight 0.0 .* stage router .* use one of the stages roe_adapter",
         ),
-        ("roe_router", {"budget_samples": -1}, "--budget_samples -1 must not be negative"),
+        ("roe_router", {"budget_samples": -1}, "--budget_samples -1 must be at least 0"),
         ("roe_router", {}, "goes on with adapters that are trained"),
     ],
 )

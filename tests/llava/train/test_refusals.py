@@ -35,7 +35,10 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
         r"Stage adapter follows the plans of a calibrated router, but .* has none; run the router stage first",
     ),
     "unknown rule base": ({"rule_base": "sharp"}, r"(?i)rule base.*sharp.*published"),
-    "unknown skip pattern": ({"skip_pattern": "odd"}, r"--skip_pattern odd is unknown; use plan or random"),
+    "unknown skip pattern": (
+        {"skip_pattern": "odd"},
+        r"--skip_pattern: invalid choice: 'odd' \(choose from '?plan'?, '?random'?\)",
+    ),
     "a skip ratio without skips": (
         {"stage": "dense", "skip_ratio": 0.2},
         r"--target_skip_ratio 0\.2 .* stage dense .* or use one of the stages router, adapter",
@@ -58,8 +61,14 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
         {"stage": "adapter", "skip_pattern": "random", "dense_ratio": 0.1},
         r"--dense_ratio 0\.1 .* nothing follows a plan .* leave out --skip_pattern",
     ),
-    "bits of no kind": ({"stage": "dense", "bits": 5}, r"--bits 5 is unknown; use 4, 8 or 16"),
-    "a form of no kind": ({"stage": "dense", "quant_type": "int4"}, r"--quant_type int4 is unknown; use nf4 or fp4"),
+    "bits of no kind": (
+        {"stage": "dense", "bits": 5},
+        r"--bits: invalid choice: '?5'? \(choose from '?4'?, '?8'?, '?16'?\)",
+    ),
+    "a form of no kind": (
+        {"stage": "dense", "quant_type": "int4"},
+        r"--quant_type: invalid choice: 'int4' \(choose from '?nf4'?, '?fp4'?\)",
+    ),
     "bits of a decoder that trains whole": (
         {"stage": "dense", "bits": 4},
         r"--bits 4 .* stage dense .* add --lora_enable",
@@ -79,7 +88,7 @@ EXTRA: dict[str, tuple[dict[str, object], str]] = {
         {"source_skip_ratios": "text=0.2"},
         r"--source_skip_ratios text=0\.2 was given.* stage router",
     ),
-    "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate 0\.3 is no flag of training; did you mean --skip_ratio"),
+    "unknown flag": ({"skip_rate": 0.3}, r"--skip_rate 0\.3 is no flag of training, did you mean --skip_ratio"),
 }
 
 

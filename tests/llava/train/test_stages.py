@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from transformers import LlavaForConditionalGeneration
@@ -10,8 +11,12 @@ from transformers import LlavaForConditionalGeneration
 from fuzzyroe.attach import attach
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
 from fuzzyroe.rules import load_rule_base
+from llava.train.arguments import PlanArguments, parse_arguments, stage_of
+from llava.train.checks import check_inputs
 from llava.train.parameters import freeze_all_but
-from llava.train.stages import PARTS, STAGES, choose_stage, get_stage
+from llava.train.stage import run_stage
+from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage
+from tiny_training import Tiny
 
 # stage: parts that train, routing, whether the router is calibrated
 TABLE = {
@@ -131,3 +136,29 @@ def test_flags_that_contradict_each_other_are_refused(flags: dict, message: str)
 )
 def test_flags_choose_whether_a_router_is_fitted(flags: dict, fits: bool) -> None:
     assert choose_stage(**flags).calibrates == fits
+
+
+def test_a_stage_is_one_entry_and_gets_the_flags_of_its_family(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = Stage("toy", ("projector", "adapter"), "plan", False, "a toy: projector and adapters, no refit")
+    monkeypatch.setitem(STAGES, "toy", toy)
+    arguments = parse_arguments(tiny.flags("toy", tiny.base, tmp_path / "toy", skip_pattern="random", max_steps=2))
+    assert isinstance(arguments[2], PlanArguments) and stage_of(arguments[0], *arguments[2:]) == toy
+    check_inputs(*arguments)
+    summary = run_stage(*arguments)
+    assert (summary["stage"], summary["steps"]) == ("toy", 2) and "calibration" not in summary
+    assert set(summary["moved"]) == {"projector", "adapter"}
+    with pytest.raises(StageInputError, match=r"--budget_samples 8 was given.* stage toy \(trains projector, adapter;"):
+        parse_arguments(tiny.flags("toy", tiny.base, tmp_path / "toy", budget_samples=8))
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--stage", "toy", "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "--target_skip_ratio" in printed and "--skip_ratio" in printed
+    assert "--roe_compat" not in printed
+
+
+@pytest.mark.parametrize("flag", ["--target_skip_ratio", "--skip_ratio", "--target-skip-ratio"])
+def test_the_target_has_roes_name_too(tiny: Tiny, tmp_path: Path, flag: str) -> None:
+    words = tiny.flags("roe_adapter", tiny.base, tmp_path / "output")
+    assert parse_arguments([*words, flag, "0.2"])[2].target_skip_ratio == 0.2
