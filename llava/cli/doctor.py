@@ -105,6 +105,7 @@ def _packages() -> Iterator[Finding]:
             else:
                 yield Finding(wanted.name, "fail", "not installed", install)
             continue
+        # a pre-release that is installed was chosen on purpose
         if wanted.specifier.contains(version, prereleases=True):
             yield Finding(wanted.name, "ok", version)
         else:
@@ -115,6 +116,7 @@ def _torchvision() -> Finding:
     """A torchvision built for another torch breaks transformers when it is imported; none at all is fine."""
     if importlib.util.find_spec("torchvision") is None:
         return Finding("torchvision", "ok", "not installed, not needed")
+    # found is not enough: it loads operators compiled against one torch
     try:
         import torchvision
     except (ImportError, RuntimeError, OSError) as error:
@@ -138,6 +140,7 @@ def _gpus() -> Iterator[Finding]:
             yield Finding(f"GPU {index}", "ok", size)
         else:
             yield Finding(f"GPU {index}", "note", f"{size}, no bfloat16", "train with --fp16 True --bf16 False")
+    # one process needs no communication
     if torch.cuda.device_count() > 1 and not torch.distributed.is_nccl_available():
         yield Finding("NCCL", "fail", "this torch has none", "install a torch build with NCCL")
 

@@ -67,6 +67,7 @@ class ModelArguments:
     mm_vision_select_layer: int | None = _flag(None, "Layer of the tower; -2 in LLaVA.")
     mm_vision_select_feature: str | None = _flag(None, "patch, or cls_patch.")
     pretrain_mm_mlp_adapter: str | None = _flag(None, "Projector weights to start from.")
+    # the two change what a stage trains, see choose_stage
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector alone: stage pretrain.")
     freeze_backbone: bool = _flag(False, "Keep the language model as it is.")
 
@@ -136,7 +137,7 @@ class PlanArguments(RoutedArguments):
         super().__post_init__()
         _check_range(self, 0, 1, "anneal_softness", "dense_ratio")
         _check_range(self, 1, math.inf, "calibration_samples", "order_samples", "score_samples")
-        self.source_targets()
+        self.source_targets()  # a pair that cannot be read fails now, not when the first batch is drawn
         _require(
             self.adapter_objective == "answers" or self.skip_pattern == "plan" and not self.train_hard_skip,
             "adapter_objective",
@@ -168,6 +169,7 @@ class PlanArguments(RoutedArguments):
         pairs = [] if self.source_skip_ratios is None else self.source_skip_ratios.split(",")
         for pair in pairs:
             source, _, ratio = pair.strip().rpartition("=")
+            # a source may hold an equals sign itself, a ratio never does
             try:
                 target = float(ratio)
             except ValueError:
@@ -196,9 +198,11 @@ class RoEArguments(RoutedArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_range(self, 0, math.inf, "skip_loss_weight", "budget_samples")
+        # RoE has one operating point; only a table of targets has a largest one
         is_bound = self.budget_samples > 0 or self.max_skip_ratio == RoEArguments.max_skip_ratio
         remedy = "was given, but bounds nothing without --budget_samples; leave it out, or give both."
         _require(is_bound, "max_skip_ratio", self.max_skip_ratio, remedy)
+        # the schedule starts from a bias, which reaches half of the layers at most
         try:
             start_bias(self.target_skip_ratio)
         except ValueError as error:
@@ -247,17 +251,19 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"--double_quant {self.double_quant} and --quant_type {self.quant_type} are about 4-bit weights, "
                 f"--bits is {self.bits}; leave them out, or give --bits 4."
             )
-        super().__post_init__()
+        super().__post_init__()  # reads JSON values, such as those of gradient_checkpointing_kwargs
         if self.eval_strategy != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH:
             raise StageInputError(
                 "--eval_strategy or --per_device_eval_batch_size was given, but nothing is evaluated while training; "
                 "leave them out and run scripts/v1_5/eval.sh afterwards."
             )
+        # the reentrant form sees no gradient through the routing keyword
         options: Any = self.gradient_checkpointing_kwargs or {}
         if self.gradient_checkpointing and options.get("use_reentrant"):
             raise StageInputError(
                 "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
             )
+        # the server is forked before CUDA and the model exist
         if self.dataloader_multiprocessing_context == "forkserver":
             preload_fork_server()
 
@@ -332,7 +338,7 @@ class StageParser(HfArgumentParser):
         if flag in known:
             raise StageInputError(_refusal(known[flag], value, self.stage))
         close = difflib.get_close_matches(flag, [*known, *_names(*_kinds(self.stage))], 1)
-        self.error(f"{word} {value} is no flag of training{f', did you mean --{close[0]}?' if close else ''}")
+        self.error(f"{word} {value} is no flag of training{f', did you mean --{close[0]}' if close else ''}")
 
 
 Parsed = tuple[ModelArguments, DataArguments, StageArguments, LlavaTrainingArguments]
@@ -349,10 +355,12 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
             allowed.
         KeyError: If the stage is unknown.
     """
+    # two parsers: the stage chooses which flags there are, so it is read first
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage")
     name = first.parse_known_args(words)[0].stage
     parser = StageParser(get_stage(name or "dense"))  # pretrain, the other default, is of the same family
+    # looked at before any dataclass is made: TrainingArguments may start communication between ranks
     unknown = parser.parse_known_args(words)[1]
     if unknown:
         parser.refuse(unknown)
@@ -366,6 +374,7 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
             value = getattr(arguments, item.name)
             if value != item.default and not takes(stage, item.name):
                 raise StageInputError(_refusal(item.name, value, stage))
+    # forecasts need the states of the dense model, so nothing else may move
     if getattr(stage_args, "adapter_objective", None) == "forecast" and stage.trains != ("adapter",):
         raise StageInputError(
             f"--adapter_objective forecast was given, but it trains adapters alone, not stage {stage}; leave it out, "
@@ -394,6 +403,7 @@ def learning_rates(stage_args: StageArguments, training_args: LlavaTrainingArgum
     rates = dict.fromkeys(PARTS, rate)
     if isinstance(stage_args, RoutedArguments):
         rates["adapter"] = rates["router"] = stage_args.roe_lr
+    # from here on a more particular flag overrides
     if isinstance(stage_args, RoEArguments) and stage_args.router_lr is not None:
         rates["router"] = stage_args.router_lr
     if training_args.mm_projector_lr is not None:
@@ -415,6 +425,7 @@ def _names(*kinds: Any) -> dict[str, str]:
 def _refusal(flag: str, value: object, stage: Stage) -> str:
     others = [name for name, other in STAGES.items() if takes(other, flag) and name != stage.name]
     remedy = f", or use one of the stages {', '.join(others)}" if others else ""
+    # no stage trains LoRA by itself; a flag makes one do so
     if NEEDS.get(flag) == ("lora",) and "decoder" in STAGES[stage.name].trains:
         remedy = ", or add --lora_enable True"
     return f"--{flag} {value} was given, but finds nothing to act on in stage {stage}; leave it out{remedy}."

@@ -71,6 +71,7 @@ def check_inputs(
     """
     stage = stage_of(model_args, stage_args, training_args)
     get_template(model_args.version)
+    # cheapest first: files that are read in a second, then packages, then every record and image
     config, sources = _check_model(model_args, stage)
     _check_packages(stage, training_args)
     _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, stage_args)
@@ -82,6 +83,7 @@ def check_inputs(
     _check_sources(stage_args, data_args.data_path)
     if stage.calibrates:
         _check_number(len(RecordFile(data_args.data_path)), stage, stage_args, training_args.world_size)
+    # a step checkpoint of another run is refused now, not after the model was loaded
     run = describe_run(model_args, data_args, stage_args, training_args)
     find_resume(training_args.resume_from_checkpoint, partial_folder(output), run)
 
@@ -114,6 +116,7 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
             f"{path} holds LoRA weights of another model; a whole checkpoint is needed. Merge them first: "
             f"fuzzyroe convert {path} OUTPUT."
         )
+    # stages that train no backbone write none; their checkpoint names the one it belongs to
     base = (config.get("fuzzyroe") or {}).get("base_model")
     if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):
         return config, [folder]
@@ -139,7 +142,7 @@ def _check_projector(file: str, config: Any) -> None:
 def _check_packages(stage: Stage, training_args: LlavaTrainingArguments) -> None:
     """What a flag needs must be installed, and quantized weights must not be partitioned."""
     bits = training_args.bits
-    if "lora" in stage.trains:
+    if "lora" in stage.trains:  # importing says more than looking for the package: it may be broken
         import_peft()
     if bits != FULL_BITS and training_args.deepspeed and training_args.hf_deepspeed_config.is_zero3():
         raise StageInputError(
@@ -173,6 +176,7 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
                 f"{path} is routed, stage {stage.name} trains dense models; name its base model, or another --stage."
             )
         return
+    # a router that is there goes on; else one is attached, which needs its rule base
     if block:
         _check_attached(block, stage, path, stage_args)
     elif isinstance(stage_args, PlanArguments):
@@ -188,6 +192,7 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
         )
     if isinstance(stage_args, PlanArguments):
         router = (block or {}).get("router") or stage_args.router or DEFAULT_PLAN_ROUTER
+        # static and random routers rank nothing, so rules, tables and softness have nothing to act on
         has_score = issubclass(get_router_class(router), FuzzyRouter)
         for name in ("rule_base", "per_layer_tables", "anneal_softness"):
             if getattr(stage_args, name) and not has_score:
@@ -200,6 +205,7 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
 def _check_attached(block: dict[str, Any], stage: Stage, path: str, stage_args: RoutedArguments) -> None:
     """A router that is there is gone on with, so it must be of the stage's method and is not chosen again."""
     router, is_planned = block.get("router", "fuzzy"), stage.routing == "plan"
+    # linear routers are RoE's; all others are planned
     if is_planned == (router == "linear"):
         family = [name for name, other in STAGES.items() if other.routing == ("relaxed" if is_planned else "plan")]
         raise StageInputError(
@@ -208,6 +214,7 @@ def _check_attached(block: dict[str, Any], stage: Stage, path: str, stage_args: 
         )
     for name in ATTACH_FLAGS:
         value = getattr(stage_args, name, None)
+        # the width may be repeated, as scripts give it to every stage
         is_same = name == "adapter_hidden_dim" and value == block.get("adapter_width")
         if value is not None and not is_same:
             has = f"has adapters of width {block.get('adapter_width')}" if "adapter" in name else "has a router already"
@@ -230,6 +237,7 @@ def _check_output(output: Path, sources: list[Path]) -> None:
             raise StageInputError(
                 f"--output_dir {output} is the folder that the model is read from; choose another, so that it stays."
             )
+    # the nearest folder that exists decides; lexists, as a dangling link is in the way too
     parent = output.absolute()
     while not os.path.lexists(parent):
         parent = parent.parent
@@ -251,6 +259,7 @@ def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: Ll
         config = json.loads(Path(config).read_text())
     zero = config.get("zero_optimization", {})
     zero_stage = zero.get("stage", 0)
+    # the trainer makes the optimizer: its groups have a rate per part
     if "optimizer" in config:
         raise StageInputError(
             f"{training_args.deepspeed} has an 'optimizer' entry, which would silently drop the learning rates by part;"
@@ -266,6 +275,7 @@ def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: Ll
             f"{training_args.deepspeed} has ZeRO stage {zero_stage}; stage {stage.name} only runs forward "
             "passes, which DeepSpeed does with ZeRO stage 3 alone. Use scripts/zero3.json, or leave --deepspeed out."
         )
+    # ZeRO-3 gathers whole layers as leaf modules, so ranks may skip different ones
     skips_hard = isinstance(stage_args, PlanArguments) and stage_args.train_hard_skip
     if skips_hard and training_args.world_size > 1 and zero_stage != 3:
         raise StageInputError(
@@ -277,6 +287,7 @@ def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: Ll
 
 def _check_records(model_args: ModelArguments, data_args: DataArguments, training_args: LlavaTrainingArguments) -> None:
     """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
+    # a language model gets its image tokens from the vision settings, a LLaVA checkpoint has them
     is_composed = is_language_model(read_config_dict(model_args.model_name_or_path))
     settings = vision_settings(model_args) if is_composed else None
     config, tokenizer = read_config_and_tokenizer(model_args.model_name_or_path, settings)
@@ -318,6 +329,7 @@ def _check_number(num_records: int, stage: Stage, stage_args: StageArguments, wo
     names = ("calibration_samples", "order_samples", "score_samples") if is_planned else ("budget_samples",)
     for name in names:
         asked = getattr(stage_args, name)
+        # ranks measure equal shares; what is left over is not used
         usable = min(num_records, asked) // world_size * world_size
         needed = MIN_CALIBRATION_SAMPLES if name == "calibration_samples" else world_size
         if usable < needed:

@@ -151,6 +151,7 @@ def estimate_memory(config: Any, workload: Workload) -> MemoryEstimate:
     Reference:
         ZeRO (arXiv:1910.02054), section 3, for 2 + 2 + 12 bytes; arXiv:2205.05198, section 4, for activations.
     """
+    # with LoRA the decoder stays, and its LoRA weights train
     stage = choose_stage(workload.stage, lora=workload.lora_rank > 0)
     width = workload.adapter_width if stage.routing != "off" else None
     parts = count_parameters(config, width, stage.routing == "relaxed", workload.lora_rank)
@@ -165,6 +166,7 @@ def estimate_memory(config: Any, workload: Workload) -> MemoryEstimate:
         "runtime (assumed)": RUNTIME_BYTES,
     }
     on_host = 0
+    # ZeRO-2 shards gradients and optimizer alone; offloading keeps float32 copies of gradients on the host
     if workload.sharding == "zero2":
         per_gpu |= {"weights": 2 * total, "gathered weights": 0}
     elif workload.sharding == "zero3_offload":
@@ -182,6 +184,7 @@ def what_fits(config: Any, workload: Workload, gpu_bytes: int) -> list[Workload]
         gpu_bytes: Memory of one GPU.
     """
     variants, batch = [], workload.batch
+    # nearest to what was asked first: batches only cost time, offloading costs more, LoRA trains something else
     while batch > 1:
         batch //= 2
         variants.append(replace(workload, batch=batch))
@@ -197,6 +200,7 @@ def _activation_bytes(config: Any, workload: Workload, is_trained: bool) -> int:
     text, positions = config.text_config, workload.batch * workload.length
     per_layer = 2 * positions * (10 * text.hidden_size + 4 * text.intermediate_size + 2 * workload.adapter_width)
     logits = positions * text.vocab_size
+    # one layer at a time is alive in a forward pass, and in a backward pass that computes layers again
     if not is_trained:
         return per_layer + LOGIT_BYTES // 2 * logits  # without gradients half of them
     if workload.checkpoints_activations:

@@ -108,6 +108,7 @@ def choose_stage(
         KeyError: If there is no stage of this name.
         StageInputError: If the flags contradict each other or the stage, or leave nothing to train.
     """
+    # LLaVA has no stages; its flag for the first one chooses pretrain
     stage = get_stage(name or ("pretrain" if tune_projector else "dense"))
     if tune_projector and stage.trains != ("projector",):
         raise StageInputError(
@@ -136,6 +137,7 @@ def choose_stage(
     freezes = (("decoder", freeze_decoder), ("projector", freeze_projector), ("adapter", freeze_adapters))
     frozen = {part for part, is_set in freezes if is_set}
     trains = tuple("lora" if lora and part == "decoder" else part for part in stage.trains if part not in frozen)
+    # a stage of forward passes trains nothing on purpose
     if stage.trains and not trains:
         raise StageInputError(f"The flags freeze all that stage {stage.name} trains; leave one of them out.")
     return replace(stage, trains=trains, calibrates=stage.calibrates and refit or fit_budgets)

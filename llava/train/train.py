@@ -35,11 +35,13 @@ def main() -> None:
     """Parse flags, refuse bad input, run the stage."""
     problem = None
     try:
+        # every rank parses, as TrainingArguments sets up its device and its engine
         arguments = parse_arguments()
         if arguments[-1].process_index == 0:
             check_inputs(*arguments)
     except (StageInputError, ValueError, KeyError, OSError, ImportError) as error:
         problem = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    # rank 0 alone looks at files; the others must not go on when it refuses
     problem = agree(problem)
     if problem is not None:
         if os.environ.get("RANK", "0") == "0":
