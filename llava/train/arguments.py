@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
@@ -328,6 +329,8 @@ class StageParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse as all of training does, without argparse's list of several hundred flags."""
+        # argparse names every spelling of a flag; the first is the one that we document
+        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
         raise StageInputError(f"{message}; --stage {self.stage.name} --help lists all flags.")
 
     def refuse(self, unknown: list[str]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One training stage from the command line: parse, check, load, train, calibrate, save.
+"""One training stage from the command line: parse, check, load, train, fit, save.
 
 Launched by ``deepspeed``, ``torchrun``, ``accelerate launch`` or plain ``python``::
 
@@ -9,17 +9,44 @@ Bad input ends every process with exit code 2, one of them with a message, befor
 stay as they were.
 """
 
+# ruff: noqa: E402 -- the launcher is watched before the imports that take seconds
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from pathlib import Path
+
+ORPHANED = 71
+"""Exit code of a process whose launcher is gone."""
+
+
+def watch_launcher(poll_seconds: float = 0.5) -> None:
+    """End this process when the launcher that started it is gone; without it, ranks stay behind and hold their GPUs.
+
+    A launcher that is killed cannot end its ranks, and a rank may wait for another in a collective for as long as that
+    one's time-out. A process started by hand, not as a rank, outlives its shell as any other does and is not watched.
+
+    Args:
+        poll_seconds: Time between two looks.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        # an orphan gets another parent; prctl's signal would come when the launcher's thread ends, not the launcher
+        while os.getppid() == launcher:
+            time.sleep(poll_seconds)
+        rank = os.environ.get("RANK", "?")
+        print(f"rank {rank}: the launcher (process {launcher}) is gone; ending.", file=sys.stderr, flush=True)
+        os._exit(ORPHANED)
+
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
 
 if __package__ in (None, ""):  # launchers run this file by its path; imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from llava.train.launcher_watch import watch_launcher
-
 if __name__ == "__main__":  # before the imports that take seconds
     watch_launcher()
 
@@ -28,7 +55,6 @@ from torch import distributed
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
 from llava.train.stage import run_stage
-from llava.train.stages import StageInputError
 
 
 def main() -> None:
@@ -36,10 +62,10 @@ def main() -> None:
     problem = None
     try:
         # every rank parses, as TrainingArguments sets up its device and its engine
-        arguments = parse_arguments()
-        if arguments[-1].process_index == 0:
-            check_inputs(*arguments)
-    except (StageInputError, ValueError, KeyError, OSError, ImportError) as error:
+        model_args, data_args, stage_args, training_args = parse_arguments()
+        if training_args.process_index == 0:
+            check_inputs(model_args, data_args, stage_args, training_args)
+    except (ValueError, KeyError, OSError, ImportError) as error:
         problem = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     # rank 0 alone looks at files; the others must not go on when it refuses
     problem = agree(problem)
@@ -47,7 +73,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
-    run_stage(*arguments)
+    run_stage(model_args, data_args, stage_args, training_args)
 
 
 def agree(problem: str | None) -> str | None:

@@ -15,7 +15,7 @@ from launching import ROOT
 RANK = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from llava.train.launcher_watch import watch_launcher
+from llava.train.train import watch_launcher
 watch_launcher(0.05)
 open(sys.argv[2], "w").close()
 time.sleep(60)
