@@ -166,12 +166,22 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         return replace(state, target_skip_ratio=skip_rate)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, prompt_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        prompt_length: int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; what stands behind the prompt when it is first read is a draft, and said to be one."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        """As in transformers; what stands behind the prompt when it is first read is a draft, and said to be one.
+
+        Its signature names ``inputs_embeds``, as transformers looks there whether embeddings may be given.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         # prompt lookup runs the prompt together with its first draft, which the router must not read as question
-        if prompt_length is not None and kwargs.get("is_first_iteration") and input_ids.shape[1] > prompt_length:
+        if prompt_length is not None and is_first_iteration and input_ids.shape[1] > prompt_length:
             inputs["num_drafted"] = input_ids.shape[1] - prompt_length
         return inputs
 
