@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
-from llava.cli.commands import chat, convert, explain, report
+from llava.cli.commands import chat, convert, estimate, explain, report
 from llava.cli.data import check_data_command, data_stats_command
 from llava.cli.doctor import doctor_command
-from llava.cli.estimate import estimate_command
 from llava.cli.rule_commands import rules_app
 from llava.cli.terminal import FriendlyGroup
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "check-data": check_data_command,
     "data-stats": data_stats_command,
     "convert": convert,
     "explain": explain,
-    "estimate": estimate_command,
+    "estimate": estimate,
     "doctor": doctor_command,
     "report": report,
 }

@@ -1,4 +1,4 @@
-"""Commands on checkpoints and runs: chat, convert, explain, report. Heavy imports wait until a command runs."""
+"""Commands on checkpoints and runs: chat, convert, explain, estimate, report. Heavy imports wait for the call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llava.eval.explain import QuestionExplanation
+
+DOES_NOT_FIT = 1
+"""Exit code of ``estimate`` where a stage needs more than the GPUs have."""
 
 
 def chat(context: typer.Context) -> None:
@@ -104,6 +107,48 @@ def _print_explanation(console: Console, explanation: QuestionExplanation) -> No
         strip.append(f"{layer:>3}" if is_kept else "  ·", style="green" if is_kept else "dim")
     console.print(strip, soft_wrap=True)
     console.print(f"\nanswer: {explanation.answer}", markup=False, soft_wrap=True)
+
+
+def estimate(
+    stage: Annotated[str, typer.Option(help="Training stage, e.g. router, adapter, finetune.")] = "finetune",
+    gpus: Annotated[int, typer.Option(help="GPUs over all nodes.")] = 8,
+    gpu_mem: Annotated[float, typer.Option(help="Memory of one GPU in GiB.")] = 80.0,
+    model: Annotated[
+        str, typer.Option(help="7b, 13b, or the folder of a checkpoint (its config.json is read).")
+    ] = "7b",
+    sharding: Annotated[str, typer.Option(help="zero2, zero3 or zero3_offload.")] = "zero3",
+    batch: Annotated[int, typer.Option(help="Samples per GPU and pass.")] = 4,
+    length: Annotated[int, typer.Option(help="Positions per sample, images expanded.")] = 2048,
+    adapter_hidden_dim: Annotated[int, typer.Option(help="Width of the skip adapters.")] = 1024,
+    lora_r: Annotated[int, typer.Option(help="Rank of LoRA on the decoder; 0 trains it whole.")] = 0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute layers in the backward pass.")] = True,
+) -> None:
+    """Estimate bytes per GPU of a training stage; exit code 1 where they do not fit."""
+    from llava.model.checkpoints.reading import read_config_and_tokenizer
+    from llava.train.memory_estimate import GIB, Workload, estimate_memory, llava_config, what_fits
+
+    if gpu_mem <= 0:
+        raise ValueError(f"--gpu-mem {gpu_mem} must be above 0; give the memory of one GPU in GiB.")
+    workload = Workload(stage, gpus, sharding, batch, length, adapter_hidden_dim, gradient_checkpointing, lora_r)
+    config = read_config_and_tokenizer(model)[0] if Path(model).is_dir() else llava_config(model)
+    needed, gpu_bytes, console = estimate_memory(config, workload), int(gpu_mem * GIB), open_console()
+    console.print(f"stage {stage}, {model}, {gpus} GPUs, {sharding}, batch {batch} x {length} positions", style="bold")
+    rows = [*needed.per_gpu.items(), ("total", needed.total), ("available", gpu_bytes)]
+    cells = [[name, f"{size / GIB:,.1f}"] for name, size in rows]
+    console.print(make_table("", ("per GPU", "GiB"), cells, bold=[len(rows) - 2]))
+    parts = ", ".join(f"{name} {number / 1e6:,.0f} M" for name, number in needed.parameters.items() if number)
+    console.print(f"parameters: {parts}; trained: {needed.trained / 1e6:,.0f} M", style="dim")
+    if needed.on_host:
+        console.print(f"host memory over all processes: {needed.on_host / GIB:,.0f} GiB", style="dim")
+    if needed.total <= gpu_bytes:
+        console.print("fits", style="bold")
+        return
+    console.print("does not fit", style="bold")
+    for variant in what_fits(config, workload, gpu_bytes):
+        lora = f" --lora-r {variant.lora_rank}" if variant.lora_rank else ""
+        total = estimate_memory(config, variant).total / GIB
+        console.print(f"would fit: --batch {variant.batch} --sharding {variant.sharding}{lora} ({total:,.1f} GiB)")
+    raise typer.Exit(DOES_NOT_FIT)
 
 
 def report(

@@ -148,7 +148,7 @@ def test_a_stage_is_one_entry_and_gets_the_flags_of_its_family(
     check_inputs(*arguments)
     summary = run_stage(*arguments)
     assert (summary["stage"], summary["steps"]) == ("toy", 2) and "calibration" not in summary
-    assert set(summary["moved"]) == {"projector", "adapter"}
+    assert {part for part, has_moved in summary["moved"].items() if has_moved} == {"projector", "adapter"}
     with pytest.raises(StageInputError, match=r"--budget_samples 8 was given.* stage toy \(trains projector, adapter;"):
         parse_arguments(tiny.flags("toy", tiny.base, tmp_path / "toy", budget_samples=8))
     with pytest.raises(SystemExit) as ended:
