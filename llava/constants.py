@@ -4,6 +4,7 @@ The values are those of LLaVA-1.5 (``llava/constants.py`` upstream): tools that 
 checkpoint compare against them.
 """
 
+# The values are part of the contract: checkpoints and data were made with them.
 IGNORE_INDEX = -100
 """Label of a position that is not trained."""
 

@@ -116,7 +116,7 @@ class Conversation:
         if not messages or not isinstance(self.messages[0][1], tuple):
             return messages, self.offset
         role, text = messages[0]
-        text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        text = (text or "").replace(DEFAULT_IMAGE_TOKEN, "").strip()
         if self.image_markup == DEFAULT_IMAGE_TOKEN:
             return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *messages[1:]], self.offset
         shown = [(self.roles[0], self.image_markup), (self.roles[1], "Received.")]
@@ -217,18 +217,18 @@ def _hash_separated(system: str, version: str = "Unknown", **options: Any) -> Co
 
 
 def _vicuna(system: str, version: str = "v1", **options: Any) -> Conversation:
-    style = {"sep_style": SeparatorStyle.TWO, "sep": " ", "sep2": "</s>"}
+    style: dict[str, Any] = {"sep_style": SeparatorStyle.TWO, "sep": " ", "sep2": "</s>"}
     return Conversation(system, ("USER", "ASSISTANT"), version=version, **style, **options)
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
-    style = {"sep_style": SeparatorStyle.LLAMA_2, "sep": sep, "sep2": "</s>"}
+    style: dict[str, Any] = {"sep_style": SeparatorStyle.LLAMA_2, "sep": sep, "sep2": "</s>"}
     return Conversation(system, ("USER", "ASSISTANT"), version="llama_v2", **style)
 
 
 def _chatml(system: str) -> Conversation:
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    style = {"sep_style": SeparatorStyle.MPT, "sep": "<|im_end|>"}
+    style: dict[str, Any] = {"sep_style": SeparatorStyle.MPT, "sep": "<|im_end|>"}
     return Conversation(f"<|im_start|>system\n{system}", roles, version="mpt", **style)
 
 

@@ -22,8 +22,13 @@ def load_image_from_base64(image: str | bytes) -> Any:
     return Image.open(io.BytesIO(base64.b64decode(image)))
 
 
-def expand2square(image: Any, background_color: tuple[int, int, int]) -> Any:
-    """Centre a PIL image on a square canvas of its longer side, filled with ``background_color``."""
+def expand2square(image: Any, background_color: tuple[int, ...]) -> Any:
+    """Centre a PIL image on a square canvas of its longer side, filled with ``background_color``.
+
+    >>> from PIL import Image
+    >>> expand2square(Image.new("RGB", (40, 30)), (0, 0, 0)).size
+    (40, 40)
+    """
     from PIL import Image
 
     width, height = image.size
@@ -68,15 +73,20 @@ def select_best_resolution(original_size: tuple[int, int], possible_resolutions:
 
     Reference:
         LLaVA-1.6, "dynamic high resolution".
+
+    >>> select_best_resolution((800, 400), [(336, 672), (672, 336), (672, 672)])
+    (672, 336)
     """
     width, height = original_size
 
-    def rank(resolution: tuple[int, int]) -> tuple[int, int]:
+    def rank(resolution: Sequence[int]) -> tuple[int, int]:
         scale = min(resolution[0] / width, resolution[1] / height)
+        # enlarging an image adds no pixels
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - resolution[0] * resolution[1]
 
-    return tuple(max(possible_resolutions, key=rank))
+    width_and_height = max(possible_resolutions, key=rank)
+    return width_and_height[0], width_and_height[1]
 
 
 def process_anyres_image(image: Any, processor: Any, grid_pinpoints: str | Sequence) -> Any:
@@ -97,6 +107,7 @@ def process_anyres_image(image: Any, processor: Any, grid_pinpoints: str | Seque
     from PIL import Image
 
     resolutions = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    # an old config.json has the list as a text
     width, height = select_best_resolution(image.size, resolutions)
     scale = min(width / image.width, height / image.height)
     fitted = (min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height))
@@ -155,6 +166,7 @@ def tokenizer_image_token(
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors={return_tensors!r} is not supported; use None or 'pt'.")
     chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    # each chunk begins with its own beginning-of-sequence token; the first one's is kept
     bos = tokenizer.bos_token_id
     has_bos = bool(chunks[0]) and bos is not None and chunks[0][0] == bos
     ids = list(chunks[0])
@@ -169,7 +181,11 @@ def tokenizer_image_token(
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """Last component of a path, with its parent for a ``checkpoint-N`` folder (decides nothing here)."""
+    """Last component of a path, with its parent for a ``checkpoint-N`` folder (decides nothing here).
+
+    >>> get_model_name_from_path("outputs/llava-v1.5-7b/checkpoint-100")
+    'llava-v1.5-7b_checkpoint-100'
+    """
     parts = model_path.strip("/").split("/")
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
 
@@ -194,6 +210,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
 
     def __call__(self, output_ids: Tensor, scores: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Say which rows have ended, (B,) bool."""
+        # only the tail is decoded: every step would otherwise decode the whole answer again
         start = max(self._answer_start(output_ids), output_ids.shape[1] - self._tail)
         texts = self.tokenizer.batch_decode(output_ids[:, start:], skip_special_tokens=False)
         ended = [any(keyword in text for keyword in self.keywords) for text in texts]

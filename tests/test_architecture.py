@@ -32,7 +32,6 @@ LEVELS = {
     "files": 0,
     "conversation": 1,
     "mm_utils": 1,
-    "image_tokens": 1,
     "data": 2,
     "model": 2,
     "inference": 3,
@@ -121,6 +120,32 @@ def test_deepspeed_is_imported_in_one_function() -> None:
 def test_command_line_libraries_stay_in_the_command_line(library: str) -> None:
     wrong = [item for item in IMPORTS if item.reaches(library) and not is_inside(item.importer, "llava.cli")]
     assert not wrong, listed(wrong)
+
+
+def names_a_base(module: str, tree: ast.Module) -> list[str]:
+    """Places where a module names what is a base model's: its record, its classes of transformers, its image token.
+
+    A family of base models is one record in ``llava.model.families``; others ask that package.
+    """
+    wrong = []
+    for item in read_imports(module, tree):
+        is_class = item.reaches("transformers") and item.target.rpartition(".")[2].startswith(("Llava", "CLIP"))
+        if is_class or item.reaches("llava.model.families.llava15"):
+            wrong.append(str(item))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+        is_config = owner.endswith(("config", "cfg"))
+        if node.attr in ("image_token_index", "image_seq_length") or (node.attr == "image_token_id" and is_config):
+            wrong.append(f"{module}:{node.lineno}: .{node.attr}")
+    return wrong
+
+
+def test_only_families_name_a_base_model() -> None:
+    outside = {module: tree for module, tree in TREES.items() if not is_inside(module, "llava.model.families")}
+    wrong = [place for module, tree in outside.items() for place in names_a_base(module, tree)]
+    assert not wrong, f"ask llava.model.families instead:{listed(wrong)}"
 
 
 def test_packages_do_not_import_what_is_not_installed_with_them() -> None:
@@ -251,6 +276,23 @@ def test_a_cycle_is_found_through_lazy_imports_and_not_through_types() -> None:
     typed = parse("p.a", "from p import b") + parse("p.b", "import typing\nif typing.TYPE_CHECKING:\n    import p.a")
     assert find_cycle(build_graph(lazy, {"p.a", "p.b"})) == ["p.a", "p.b", "p.a"]
     assert find_cycle(build_graph(typed, {"p.a", "p.b"})) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "is_allowed"),
+    [
+        ("from transformers import LlavaConfig", False),
+        ("from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil", False),
+        ("from llava.model.families.llava15 import LLAVA15", False),
+        ("n = model.config.image_token_index", False),
+        ("n = config.image_token_id", False),
+        ("n = meter.image_token_id", True),
+        ("from llava.model.families import HostModel", True),
+        ("from transformers import Trainer", True),
+    ],
+)
+def test_the_rule_for_base_models_tells_good_from_bad(source: str, is_allowed: bool) -> None:
+    assert (not names_a_base("llava.eval.m", ast.parse(source))) is is_allowed
 
 
 def test_a_missing_docstring_is_found() -> None:

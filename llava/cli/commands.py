@@ -39,15 +39,15 @@ def convert(
     ] = None,
 ) -> None:
     """Merge LoRA weights, import RoE's routing, turn .bin into safetensors; verify what was written."""
-    from llava.model.checkpoints.convert import Target, convert
+    from llava.model.checkpoints.convert import ConvertOptions, convert
 
-    target = Target(to, dtype, max_shard_size, vision_tower)
+    options = ConvertOptions(to, dtype, max_shard_size, vision_tower)
     with progress_bar("writing tensors") as progress:
-        done = convert(source, output, target, base, progress)
+        done = convert(source, output, options, base, progress)
     size = f"{done.num_bytes / 2**30:.2f} GiB in {done.num_files} files"
     lines = [f"{done.num_tensors:,} tensors, {size}, read back equal"]
-    if done.num_updates:
-        lines.append(f"{done.num_updates:,} low-rank updates merged")
+    if done.num_merged:
+        lines.append(f"{done.num_merged:,} LoRA weights merged")
     if done.router:
         lines.append(f"routed by a {done.router} router")
     lines.append(f"{done.vocab_size:,} token ids" + (", none for <image>" if to == "original" else ""))
@@ -125,12 +125,13 @@ def estimate(
 ) -> None:
     """Estimate bytes per GPU of a training stage; exit code 1 where they do not fit."""
     from llava.model.checkpoints.reading import read_config_and_tokenizer
-    from llava.train.memory_estimate import GIB, Workload, estimate_memory, llava_config, what_fits
+    from llava.model.families import published_config
+    from llava.train.memory_estimate import GIB, Workload, estimate_memory, what_fits
 
     if gpu_mem <= 0:
         raise ValueError(f"--gpu-mem {gpu_mem} must be above 0; give the memory of one GPU in GiB.")
     workload = Workload(stage, gpus, sharding, batch, length, adapter_hidden_dim, gradient_checkpointing, lora_r)
-    config = read_config_and_tokenizer(model)[0] if Path(model).is_dir() else llava_config(model)
+    config = read_config_and_tokenizer(model)[0] if Path(model).is_dir() else published_config(model)
     needed, gpu_bytes, console = estimate_memory(config, workload), int(gpu_mem * GIB), open_console()
     console.print(f"stage {stage}, {model}, {gpus} GPUs, {sharding}, batch {batch} x {length} positions", style="bold")
     rows = [*needed.per_gpu.items(), ("total", needed.total), ("available", gpu_bytes)]

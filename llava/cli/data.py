@@ -112,9 +112,8 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
     """Read configuration and tokenizer of a model, not its weights."""
     from llava.conversation import get_template
     from llava.data.preprocess import LengthMeter
-    from llava.image_tokens import count_image_tokens
     from llava.model.checkpoints.reading import read_config_and_tokenizer
-    from llava.model.checkpoints.vision import VisionSettings
+    from llava.model.families import VisionSettings, count_image_tokens, get_image_token_id
 
     if version is None:
         raise typer.BadParameter(
@@ -124,7 +123,7 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
     # A language model alone has no image size yet: that of its future vision tower decides how long images are.
     config, tokenizer = read_config_and_tokenizer(model, settings)
     template, num_image_tokens = get_template(version), count_image_tokens(config)
-    return LengthMeter(tokenizer, template, num_image_tokens, config.image_token_id, max_length)
+    return LengthMeter(tokenizer, template, num_image_tokens, get_image_token_id(config), max_length)
 
 
 def _print_report(console: Console, report: DataReport) -> None:

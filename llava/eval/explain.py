@@ -18,6 +18,7 @@ from llava.conversation import get_template
 from llava.data.images import open_rgb
 from llava.inference.generator import Generator, make_message
 from llava.model.builder import Checkpoint
+from llava.model.families import get_image_token_id
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def explain_question(
     images = [] if image is None else [open_rgb(image)]
     inputs = Generator(checkpoint, get_template(template)).encode([make_message(question, images)])
     # one pass for the router's decisions; the answer is generated apart, and routed the same way
-    routing = RoutingState.from_batch(inputs, model.config.image_token_id)
+    routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
     model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
     raw_features = compute_features(routing.result.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()

@@ -19,9 +19,9 @@ from fuzzyroe.cache import kept_layers
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.data.preprocess import encode_prompt
-from llava.image_tokens import count_image_features, count_image_tokens
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
+from llava.model.families import count_image_features, count_image_tokens, get_image_token_id
 from llava.model.prefill_plans import PlannedPrompt, generate_planned, plan_prompts
 from llava.model.token_pruning import plan_visual_tokens, prune_inputs, set_token_pruning
 
@@ -285,7 +285,7 @@ class Generator:
         conversation = self.template.copy()
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
-        image_token = self.model.config.image_token_id
+        image_token = get_image_token_id(self.model.config)
         return encode_prompt(conversation, self.tokenizer, self.num_image_tokens, image_token)[0]
 
     def _without_padding(self, row: list[int]) -> list[int]:

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from fuzzyroe.attach import find_decoder_layers, find_router
 from fuzzyroe.cache import RoutedCacheLayer, has_started, refuse_unsupported
 from fuzzyroe.routing_state import RoutingState, RowSplit
+from llava.model.families import get_image_token_id
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _prefill_and_plan(
     """Run the full model over the prompt while the router plans on it; give logits and kept layers, (L,) bool."""
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     # the router decides as ever, while every row runs every layer
-    routing = RoutingState.from_batch({**inputs, "input_ids": input_ids}, model.config.image_token_id, "observe")
+    routing = RoutingState.from_batch({**inputs, "input_ids": input_ids}, get_image_token_id(model.config), "observe")
     routing.target_skip_ratio = skip_rate
     logits = model(**inputs, routing=routing).logits
     return logits, routing.kept_layers()[0]

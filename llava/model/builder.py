@@ -1,4 +1,4 @@
-"""Loading a LLaVA checkpoint, dense or routed; all that lmms-eval touches."""
+"""Loading of a checkpoint, dense or routed; the part of the contract with lmms-eval that touches models."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig
 
 from fuzzyroe import set_skip_rate
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.state_dict import load_routing_state_dict
-from llava.model.checkpoints.backbone import Backbone
-from llava.model.checkpoints.reading import read_backbone
+from llava.model.checkpoints.contents import CheckpointContents
+from llava.model.checkpoints.reading import read_checkpoint
+from llava.model.families import HostModel
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing
 from llava.model.token_pruning import resume_token_pruning, set_token_pruning
@@ -36,7 +37,7 @@ class Checkpoint:
         routing: The ``fuzzyroe`` block of its configuration; None for a dense checkpoint.
     """
 
-    model: LlavaForConditionalGeneration
+    model: HostModel
     tokenizer: Any
     image_processor: Any
     path: str
@@ -54,18 +55,18 @@ def load_checkpoint(
     """Load model, tokenizer and image processor; what a checkpoint is, is read from its files alone.
 
     Args:
-        path: Folder or hub id of a LLaVA-1.5 in transformers' or the original layout, or of a projector, low-rank
-            updates or routing that belong to one.
+        path: Folder or hub id of a LLaVA-1.5 in transformers' or the original layout, or of a projector, LoRA
+            weights or routing that belong to one.
         dtype: Data type of the weights.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
-        model_base: Folder or hub id of what a projector or low-rank updates belong to, instead of what they name.
+        model_base: Folder or hub id of what a projector or LoRA weights belong to, instead of what they name.
         **kwargs: Passed to ``from_pretrained``.
 
     Raises:
         ValueError: If it is another kind of model, or tensors are missing, unexpected or of another shape.
         FileNotFoundError: If files are missing, or the checkpoint's base model is gone.
     """
-    return build_checkpoint(read_backbone(path, model_base), path, dtype, attn_implementation, **kwargs)
+    return build_checkpoint(read_checkpoint(path, model_base), path, dtype, attn_implementation, **kwargs)
 
 
 def load_pretrained_model(
@@ -81,16 +82,16 @@ def load_pretrained_model(
     attn_implementation: str = "sdpa",
     multimodal: bool = True,
     visual_tokens: int | None = None,
-) -> tuple[Any, LlavaForConditionalGeneration, Any, int]:
+) -> tuple[Any, HostModel, Any, int]:
     """LLaVA's loader: same arguments, same return order.
 
     Args:
         model_path: Checkpoint folder or hub id.
-        model_base: What a projector or low-rank updates belong to; None for what they name, and for whole models.
+        model_base: What a projector or LoRA weights belong to; None for what they name, and for whole models.
         model_name: Not needed: nothing is decided by a name.
-        load_8bit, load_4bit: Quantize the decoder's linear maps with bitsandbytes while loading.
-        device_map: As for ``from_pretrained``; ignored where ``device`` is "cpu".
-        device: "cpu" or a CUDA device.
+        load_8bit, load_4bit: Quantize the decoder's linear layers with bitsandbytes while loading.
+        device_map: As for ``from_pretrained``; used where ``device`` is "cuda", which names no single one.
+        device: "cpu"; "cuda"; or one device, such as "cuda:1", for the whole model. Without CUDA it is the CPU.
         skip_rate: Mean skip rate to route with; None keeps the checkpoint's own.
         torch_dtype: Data type; None takes float32 on a CPU and float16 elsewhere, as LLaVA does.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
@@ -105,14 +106,19 @@ def load_pretrained_model(
         ImportError: If quantization is asked for, and bitsandbytes is not installed.
         ValueError: As ``load_checkpoint``; if a skip rate is asked of a dense checkpoint, or more visual
             tokens than there are.
+
+    >>> tokenizer, model, image_processor, length = load_pretrained_model("llava-hf/llava-1.5-7b-hf")  # doctest: +SKIP
     """
-    on_cpu = str(device) == "cpu" or not torch.cuda.is_available()
+    on_cpu = torch.device(device).type == "cpu" or not torch.cuda.is_available()
     dtype = torch_dtype or (torch.float32 if on_cpu else torch.float16)
-    options = {} if on_cpu else {"device_map": device_map}
+    options: dict[str, Any] = {}
+    if not on_cpu:
+        # as in LLaVA: a device other than plain "cuda" takes the whole model, whatever the map says
+        options["device_map"] = device_map if str(device) == "cuda" else {"": str(device)}
     if load_8bit or load_4bit:
         options["quantization_config"] = describe_quantization(load_8bit, load_4bit, dtype)
     checkpoint = load_checkpoint(model_path, dtype, attn_implementation, model_base, **options)
-    model = checkpoint.model.eval()
+    model = checkpoint.model.eval()  # routing in training mode asks for soft decisions
     if skip_rate is not None:
         set_skip_rate(model, skip_rate)
     if visual_tokens is not None:
@@ -121,43 +127,44 @@ def load_pretrained_model(
 
 
 def build_checkpoint(
-    backbone: Backbone, path: str | Path, dtype: torch.dtype | str, attn_implementation: str, **kwargs: Any
+    contents: CheckpointContents, path: str | Path, dtype: torch.dtype | str, attn_implementation: str, **kwargs: Any
 ) -> Checkpoint:
     """Make a model of what was read; call on all ranks. Weights that are not there are drawn.
 
     Args:
-        backbone: What was read.
+        contents: What was read.
         path: Folder or hub id that it was read from.
         dtype, attn_implementation, **kwargs: As for ``load_checkpoint``.
     """
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model = HostModel.from_pretrained(
         None,
-        config=backbone.config,
-        state_dict={name: backbone.tensor(name) for name in backbone.weights},
-        generation_config=backbone.generation_config,
+        config=contents.config,
+        state_dict={name: contents.tensor(name) for name in contents.weights},
+        generation_config=contents.generation_config,
         dtype=dtype,
         attn_implementation=attn_implementation,
         **kwargs,
     )
     # Key conversions of loading would be reversed on saving, into names that others cannot read.
     model.__dict__.pop("_weight_conversions", None)
-    model.config.name_or_path = backbone.path
-    model = LlavaLlamaForCausalLM.adopt(model, backbone.image_processor)
-    routing = backbone.routing
+    model.config.name_or_path = contents.path
+    model = LlavaLlamaForCausalLM.adopt(model, contents.image_processor)
+    # after the backbone: routing keeps its own data types, and its names do not depend on what is around the decoder
+    routing = contents.routing
     if routing is not None:
         router = routing.build_router(model.config.text_config)
         attach_routing(model, router, routing.config.adapter_width, skip_unit=routing.config.skip_unit)
         load_routing_state_dict(model, routing.tensors)
     resume_token_pruning(model)
     config = None if routing is None else routing.config
-    return Checkpoint(model, backbone.tokenizer, backbone.image_processor, str(path), backbone.path, config)
+    return Checkpoint(model, contents.tokenizer, contents.image_processor, str(path), contents.path, config)
 
 
 def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What bitsandbytes is to do while a model is loaded.
+    """Describe to bitsandbytes how a model is quantized while it is loaded.
 
     Args:
-        load_8bit: Linear maps in 8-bit integers.
+        load_8bit: Linear layers in 8-bit integers.
         load_4bit: In 4-bit normal floats, with quantized scales.
         dtype: Data type that is computed in.
 

@@ -39,6 +39,7 @@ def stack_images(images: Any) -> tuple[Tensor | None, list[int]]:
             f"images has shape {tuple(images.shape) if isinstance(images, Tensor) else shapes}; give "
             "(images, 3, H, W), (images, tiles, 3, H, W) or a list of (3, H, W) or (tiles, 3, H, W)."
         )
+    # an image is a list of views, of one where it was not cut into tiles
     views = [item if item.dim() == 4 else item.unsqueeze(0) for item in items]
     return torch.cat(views), [len(item) for item in views]
 
@@ -61,8 +62,9 @@ def match_images(num_markers: Sequence[int], views: Tensor | None, num_views: li
     """
     if len(num_views) == sum(num_markers):
         return views, num_views
+    # LLaVA's collator gives a black image to each row of text
     owners = [count > 0 for count in num_markers for _ in range(max(count, 1))]
-    if len(num_views) == len(owners):
+    if views is not None and len(num_views) == len(owners):
         is_used = torch.tensor(owners).repeat_interleave(torch.tensor(num_views))
         if not views[(~is_used).to(views.device)].any():
             used = views[is_used.to(views.device)]

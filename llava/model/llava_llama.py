@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.cache_utils import Cache
 
 from fuzzyroe.attach import find_router, refuse_skip_rate_if_dense
 from fuzzyroe.cache import has_started
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.image_tokens import count_image_tokens
+from llava.model.families import HostInnerModel, HostModel, count_image_tokens, get_image_token_id
 from llava.model.generation_compat import drop_prompts, show_answers_only
 from llava.model.image_inputs import match_images, stack_images
 from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
@@ -29,7 +28,7 @@ _NOT_GIVEN: Any = object()
 """Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
 
 
-class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
+class LlavaLlamaForCausalLM(HostModel):
     """``LlavaForConditionalGeneration`` with LLaVA's calling convention; ``adopt`` makes one of a loaded model.
 
     ``forward`` does not name ``mm_encoder_outputs``, so that ``generate`` hands pixel values down to the decoder's
@@ -37,7 +36,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     """
 
     @classmethod
-    def adopt(cls, model: LlavaForConditionalGeneration, image_processor: Any = None) -> LlavaLlamaForCausalLM:
+    def adopt(cls, model: HostModel, image_processor: Any = None) -> LlavaLlamaForCausalLM:
         """Give a loaded model this class, in place; weights and their names stay.
 
         Args:
@@ -69,7 +68,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and as a model of transformers' class, which any tool can load."""
         # transformers writes the name of the class into config.json
-        self.__class__ = LlavaForConditionalGeneration
+        self.__class__ = HostModel
         try:
             self.save_pretrained(*args, **kwargs)
         finally:
@@ -162,7 +161,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if prompt["input_ids"] is None and prompt["attention_mask"] is None:
             embeddings = prompt["inputs_embeds"]
             prompt = {"attention_mask": torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)}
-        state = RoutingState.from_batch(prompt, self.config.image_token_id, num_drafted=num_drafted)
+        state = RoutingState.from_batch(prompt, get_image_token_id(self.config), num_drafted=num_drafted)
         return replace(state, target_skip_ratio=skip_rate)
 
     def prepare_inputs_for_generation(
@@ -228,7 +227,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         given = {name: value for name, value in expanded.items() if value is not None}
         return drop_prompts(super().generate(**given, **show_answers_only(kwargs, prompt_length)), prompt_length)
 
-    def get_model(self) -> LlavaModel:
+    def get_model(self) -> HostInnerModel:
         """The model without its output head."""
         return self.model
 
@@ -274,7 +273,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             input_ids,
             attention_mask,
             [count * num_positions for count in num_views],
-            self.config.image_token_id,
+            get_image_token_id(self.config),
             padding_id,
             bool((~attention_mask[:, 0]).any()) if is_padded_left is None else is_padded_left,
             labels,
@@ -313,7 +312,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixel_values is not None and input_ids is not None and expand_size > 1:
-            counts = images_per_row(input_ids, self.config.image_token_id, len(pixel_values))
+            counts = images_per_row(input_ids, get_image_token_id(self.config), len(pixel_values))
             rows = pixel_values.split(counts)
             options["pixel_values"] = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in rows])
         return repeated, options
@@ -336,7 +335,7 @@ def _refuse_mixture(**arguments: Tensor | None) -> None:
         )
 
 
-def _default_settings(model: LlavaForConditionalGeneration) -> dict[str, Any]:
+def _default_settings(model: HostModel) -> dict[str, Any]:
     """What LLaVA's code reads from a configuration, and a checkpoint in transformers' layout may not have."""
     return {
         "mm_use_im_start_end": False,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import find_decoder, find_router
 from fuzzyroe.routing_state import RoutingState
+from llava.model.families import HostModel, get_image_token_id
 from llava.model.token_pruning import embed_prompts
 
 
@@ -33,14 +33,14 @@ class PlannedPrompt:
     keep: Tensor
 
 
-def plans_ahead(model: LlavaForConditionalGeneration) -> bool:
+def plans_ahead(model: HostModel) -> bool:
     """Say whether routing is on, by a router that decides before the first layer."""
     router = find_router(model)
     return bool(getattr(router, "enabled", False)) and not getattr(router, "decides_layer_wise", False)
 
 
 @torch.no_grad()
-def plan_prompts(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]) -> list[PlannedPrompt]:
+def plan_prompts(model: HostModel, inputs: dict[str, Tensor]) -> list[PlannedPrompt]:
     """Read images and let the router plan, for a batch of encoded prompts; no decoder layer runs.
 
     Args:
@@ -58,7 +58,7 @@ def plan_prompts(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]
             "The model does not plan ahead: its routing is off, absent, or decides at each layer. Let generate decide."
         )
     input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
-    routing = RoutingState.from_batch(inputs, model.config.image_token_id)
+    routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
     states = embed_prompts(model.model, input_ids, pixel_values, routing)
     find_decoder(model).router.plan(states, routing)
     keep, is_token = routing.kept_layers(), mask.bool()
@@ -66,7 +66,7 @@ def plan_prompts(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]
     return [PlannedPrompt(states[row][is_token[row]].clone(), keep[row]) for row in range(len(input_ids))]
 
 
-def generate_planned(model: LlavaForConditionalGeneration, prompts: Sequence[PlannedPrompt], **options: Any) -> Any:
+def generate_planned(model: HostModel, prompts: Sequence[PlannedPrompt], **options: Any) -> Any:
     """Continue planned prompts, in a batch of any of them.
 
     Args:

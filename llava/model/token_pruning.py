@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from fuzzyroe.attach import find_router
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IGNORE_INDEX, PADDING_TURN
-from llava.image_tokens import count_image_features
+from llava.model.families import HostInnerModel, HostModel, count_image_features, get_image_token_id
 from llava.model.visual_tokens import VisualTokens, check_prunable, encode_images, first_positions, image_lengths
 
 if TYPE_CHECKING:
-    AnyLlavaModel = LlavaModel
+    AnyLlavaModel = HostInnerModel
 else:
-    AnyLlavaModel = object  # the class that is mixed with decides which LlavaModel it is
+    AnyLlavaModel = object  # the class that is mixed with decides which HostInnerModel it is
 
 # --- pruners ---
 
@@ -121,7 +120,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 class PrunesTokens(AnyLlavaModel):
     """Mixin in front of a class of inner LLaVA models; ``set_token_pruning`` puts it there."""
 
-    base_class: type[LlavaModel]
+    base_class: type[HostInnerModel]
 
     def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
         """Run LLaVA's forward on prompts whose images take at most as many positions as they have features.
@@ -147,9 +146,7 @@ class PrunesTokens(AnyLlavaModel):
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
 
 
-def set_token_pruning(
-    model: LlavaForConditionalGeneration, num_kept: int | None, pruner: str = "dominant_merged"
-) -> None:
+def set_token_pruning(model: HostModel, num_kept: int | None, pruner: str = "dominant_merged") -> None:
     """Make a model read fewer tokens per image from now on; None undoes it.
 
     Both arguments go into ``model.config``, so a checkpoint that is saved now is read so again. Prompts are encoded by
@@ -190,7 +187,7 @@ def set_token_pruning(
     config.num_visual_tokens, config.token_pruner = num_kept, pruner
 
 
-def resume_token_pruning(model: LlavaForConditionalGeneration) -> None:
+def resume_token_pruning(model: HostModel) -> None:
     """Prune again as the configuration of a loaded checkpoint says, if it says anything.
 
     Raises:
@@ -202,7 +199,7 @@ def resume_token_pruning(model: LlavaForConditionalGeneration) -> None:
 
 
 def embed_prompts(
-    llava_model: LlavaModel,
+    llava_model: HostInnerModel,
     input_ids: Tensor,
     pixel_values: Tensor | None,
     routing: RoutingState | None = None,
@@ -235,13 +232,13 @@ def embed_prompts(
     else:
         features = _prune(encode_images(llava_model, pixel_values, **options), lengths, get_pruner(config.token_pruner))
     if routing is not None and len(set(lengths)) > 1:
-        routing.images_per_row = first_positions(input_ids, config.image_token_id).sum(dim=1)
-    is_image = (input_ids == config.image_token_id).unsqueeze(-1)
+        routing.images_per_row = first_positions(input_ids, get_image_token_id(config)).sum(dim=1)
+    is_image = (input_ids == get_image_token_id(config)).unsqueeze(-1)
     return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
 
 
 @functools.cache
-def _pruning_class(base: type[LlavaModel]) -> type[LlavaModel]:
+def _pruning_class(base: type[HostInnerModel]) -> type[HostInnerModel]:
     """Give the pruning subclass of an inner model's class, the same one each time.
 
     It has the name of its base: transformers looks up by name how weights are called in a saved checkpoint.
@@ -252,7 +249,7 @@ def _pruning_class(base: type[LlavaModel]) -> type[LlavaModel]:
 def _checked_lengths(config: Any, input_ids: Tensor, pixel_values: Tensor) -> list[int]:
     """Count the positions of each image; refuse more than it has features."""
     num_features = count_image_features(config)
-    lengths = image_lengths(input_ids, config.image_token_id, len(pixel_values))
+    lengths = image_lengths(input_ids, get_image_token_id(config), len(pixel_values))
     if max(lengths) > num_features:
         raise ValueError(
             f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to {num_features} or "
@@ -278,9 +275,7 @@ PADDING = {"attention_mask": 0, "labels": IGNORE_INDEX, "turn_ids": PADDING_TURN
 """Value at padding in each tensor of one entry per position, (B, N), besides the token ids."""
 
 
-def prune_inputs(
-    model: LlavaForConditionalGeneration, inputs: dict[str, Any], num_kept: int | Tensor
-) -> dict[str, Any]:
+def prune_inputs(model: HostModel, inputs: dict[str, Any], num_kept: int | Tensor) -> dict[str, Any]:
     """Shorten the images of encoded prompts or of a training batch, for a model with token pruning.
 
     Args:
@@ -300,12 +295,12 @@ def prune_inputs(
     if padding is None:
         padding = getattr(config, "pad_token_id", None)
     return shorten_images(
-        inputs, config.image_token_id, count_image_features(config), num_kept, 0 if padding is None else padding
+        inputs, get_image_token_id(config), count_image_features(config), num_kept, 0 if padding is None else padding
     )
 
 
 @torch.no_grad()
-def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, Any], counts: Sequence[int]) -> Tensor:
+def plan_visual_tokens(model: HostModel, inputs: dict[str, Any], counts: Sequence[int]) -> Tensor:
     """Let the router's score choose how many tokens each image keeps: the higher the score, the more.
 
     Vision tower and projector run, then the router on prompts with all tokens; no decoder layer does. The percentile of
@@ -329,12 +324,12 @@ def plan_visual_tokens(model: LlavaForConditionalGeneration, inputs: dict[str, A
     if router is None or not hasattr(router, "percentiles"):
         name = "no router" if router is None else f"a {type(router).__name__}"
         raise ValueError(f"The model has {name}, which gives no scores; plan with a fuzzy router.")
-    image_token_id, input_ids, pixel_values = model.config.image_token_id, inputs["input_ids"], inputs["pixel_values"]
-    routing = RoutingState.from_batch(inputs, image_token_id)
+    input_ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]
+    routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
     router.plan(embed_prompts(model.model, input_ids, pixel_values, routing), routing)
     percentiles = router.percentiles(routing.result.scores)[:, 0]  # (B,)
     level = (percentiles * len(counts)).long().clamp(max=len(counts) - 1)
-    images_per_row = (input_ids == image_token_id).sum(dim=1) // count_image_features(model.config)
+    images_per_row = (input_ids == get_image_token_id(model.config)).sum(dim=1) // count_image_features(model.config)
     return torch.tensor(list(counts), device=level.device)[level].repeat_interleave(images_per_row.to(level.device))
 
 
@@ -407,6 +402,6 @@ def _check_numbers(num_kept: int | Tensor, num_images: int, image_length: int) -
     return numbers.expand(num_images)
 
 
-def _require_pruning(model: LlavaForConditionalGeneration) -> None:
+def _require_pruning(model: HostModel) -> None:
     if not isinstance(model.model, PrunesTokens):
         raise ValueError("The model has no token pruning; call set_token_pruning first.")

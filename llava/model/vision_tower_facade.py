@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
-from llava.image_tokens import count_image_features
-from llava.model.checkpoints.vision import SELECT_FEATURES
+from llava.model.families import SELECT_FEATURES, HostModel, count_image_features
 
 
 class VisionTowerFacade:
@@ -27,7 +25,7 @@ class VisionTowerFacade:
 
     is_loaded = True
 
-    def __init__(self, model: LlavaForConditionalGeneration, image_processor: Any) -> None:
+    def __init__(self, model: HostModel, image_processor: Any) -> None:
         self.vision_tower, self.image_processor = model.model.vision_tower, image_processor
         self._config = model.config
 

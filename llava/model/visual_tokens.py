@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaModel
+
+from llava.model.families import HostInnerModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class VisualTokens:
         return VisualTokens(self.features[images], self.class_attention[images], self.keys[images])
 
 
-def encode_images(llava_model: LlavaModel, pixel_values: Tensor, **options: Any) -> VisualTokens:
+def encode_images(llava_model: HostInnerModel, pixel_values: Tensor, **options: Any) -> VisualTokens:
     """Run vision tower and projector, and read class attention and keys on the way.
 
     Queries and keys are read from the tower's own projections while it runs, so no layer runs twice and any attention
@@ -88,7 +89,7 @@ def check_prunable(config: Any) -> None:
         )
 
 
-def _attention_of_features(llava_model: LlavaModel) -> Any:
+def _attention_of_features(llava_model: HostInnerModel) -> Any:
     """Find the attention of the tower's layer whose output becomes the features; of the last one, where several do."""
     tower, chosen = llava_model.vision_tower, llava_model.config.vision_feature_layer
     layers: nn.ModuleList = getattr(tower, "vision_model", tower).encoder.layers

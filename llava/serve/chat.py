@@ -12,12 +12,9 @@ from fuzzyroe.attach import find_router
 from fuzzyroe.cache import kept_layers
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, get_template
-from llava.image_tokens import count_image_tokens
 from llava.inference.generator import GenerationOptions
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
-
-DEFAULT_TEMPLATE = "v1"
-"""LLaVA-1.5's, for a checkpoint that does not name the template it was trained with."""
+from llava.model.families import count_image_tokens, family_of
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,8 @@ def choose_template(asked: str | None, config: Any) -> tuple[str, str]:
     elif named is not None:
         chosen, reason = named, "named by the checkpoint"
     else:
-        chosen, reason = DEFAULT_TEMPLATE, "LLaVA-1.5's; the checkpoint names none, --conv-mode chooses another"
+        family = family_of(config)
+        chosen = family.template(config)
+        reason = f"{family.title}'s; the checkpoint names none, --conv-mode chooses another"
     get_template(chosen)  # refuses an unknown name
     return chosen, reason

@@ -32,8 +32,8 @@ from fuzzyroe.routers import get_router_name
 from fuzzyroe.state_dict import routing_names, routing_state_dict, save_routing
 from llava.files import flush_to_disk, write_json
 from llava.model.builder import Checkpoint
-from llava.model.checkpoints.key_maps import original_name
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.model.families import family_of
 from llava.report.page import write_stage_page
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, StageArguments, stage_of
 from llava.train.parameters import parameters_by_part, save_lora
@@ -140,7 +140,8 @@ def write_model(checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path
     if is_routed:
         _save_routing(model, routing, stage, base, folder)
     if stage.trains == ("projector",):
-        projector = {original_name(name): tensors[name] for name in parts["projector"]}
+        family = family_of(model.config)
+        projector = {family.original_name(name): tensors[name] for name in parts["projector"]}
         torch.save(projector, folder / PROJECTOR_FILE)
     if writes_backbone:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -20,10 +20,10 @@ from llava.conversation import get_template
 from llava.data.check import check_data
 from llava.data.preprocess import LengthMeter
 from llava.data.records import RecordFile
-from llava.image_tokens import count_image_tokens
-from llava.model.checkpoints.layout import LANGUAGE_MODELS, is_language_model, read_config_dict
-from llava.model.checkpoints.projector import PROJECTOR_NAMES, read_projector
+from llava.model.checkpoints.contents import read_projector
+from llava.model.checkpoints.files import LANGUAGE_MODELS, is_language_model, read_config_dict
 from llava.model.checkpoints.reading import read_config_and_tokenizer
+from llava.model.families import count_image_tokens, get_image_token_id
 from llava.train.arguments import (
     DEFAULT_PLAN_ROUTER,
     DEFAULT_RULE_BASE,
@@ -108,7 +108,7 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
             "be trained. Name another."
         )
     if model_args.pretrain_mm_mlp_adapter is not None:
-        _check_projector(model_args.pretrain_mm_mlp_adapter, text_side)
+        read_projector(model_args.pretrain_mm_mlp_adapter, text_side)  # refuses one that does not fit
     if not folder.exists():
         return config, []
     if (folder / "adapter_config.json").exists():
@@ -126,17 +126,6 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
             "correct fuzzyroe.base_model in its config.json."
         )
     return config, [folder, folder / base]
-
-
-def _check_projector(file: str, config: Any) -> None:
-    """The projector's file must hold one, of the size of the model's."""
-    rows, columns = read_projector(file)[PROJECTOR_NAMES[0]].shape
-    hidden, visual = config.text_config.hidden_size, config.vision_config.hidden_size
-    if (rows, columns) != (hidden, visual):
-        raise StageInputError(
-            f"--pretrain_mm_mlp_adapter {file} maps {columns} features to {rows}, the model needs {visual} to "
-            f"{hidden}; name the one that was trained for these two models."
-        )
 
 
 def _check_packages(stage: Stage, training_args: LlavaTrainingArguments) -> None:
@@ -295,7 +284,7 @@ def _check_records(model_args: ModelArguments, data_args: DataArguments, trainin
         tokenizer,
         get_template(model_args.version),
         count_image_tokens(config),
-        config.image_token_id,
+        get_image_token_id(config),
         training_args.model_max_length,
     )
     report = check_data(

@@ -1,4 +1,4 @@
-"""What a stage starts from: a LLaVA checkpoint, or one put together from a language model and a vision tower."""
+"""The model that a stage starts from: a checkpoint, or a language model put together with a vision tower."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from transformers import PreTrainedModel, set_seed
 
 from llava.model.builder import Checkpoint, build_checkpoint, load_checkpoint
 from llava.model.checkpoints.compose import compose
-from llava.model.checkpoints.key_maps import TO_RELEASED
-from llava.model.checkpoints.layout import is_language_model, read_config_dict
-from llava.model.checkpoints.projector import read_projector
-from llava.model.checkpoints.vision import SELECT_FEATURES, VisionSettings
+from llava.model.checkpoints.contents import read_projector
+from llava.model.checkpoints.files import is_language_model, read_config_dict
+from llava.model.families import SELECT_FEATURES, VisionSettings, family_of
 from llava.train.arguments import ModelArguments
 from llava.train.zero3 import assign_parameters
 
@@ -34,7 +33,7 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, seed: int, **opti
     name, attention = model_args.model_name_or_path, model_args.attn_implementation
     config = read_config_dict(name)
     if is_language_model(config):
-        set_seed(seed)
+        set_seed(seed)  # the projector is drawn, alike on every rank
         checkpoint = build_checkpoint(compose(name, vision_settings(model_args)), name, dtype, attention, **options)
     else:
         checkpoint = load_checkpoint(name, dtype, attention, **options)
@@ -44,15 +43,17 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, seed: int, **opti
                 f"which says nothing of it. Convert it first: fuzzyroe convert {name} OUTPUT."
             )
     if model_args.pretrain_mm_mlp_adapter is not None:
-        named = {TO_RELEASED.rename(name): p for name, p in checkpoint.model.named_parameters()}
-        tensors = read_projector(model_args.pretrain_mm_mlp_adapter)
+        to_hf = family_of(checkpoint.model.config).to_hf
+        # by name, as under ZeRO-3 each rank holds a slice of every parameter
+        named = {to_hf.rename(name): p for name, p in checkpoint.model.named_parameters()}
+        tensors = read_projector(model_args.pretrain_mm_mlp_adapter, checkpoint.model.config)
         assign_parameters({name: named[name] for name in tensors}, tensors)
     _drop_unused_sampling(checkpoint.model)
     return checkpoint
 
 
 def vision_settings(model_args: ModelArguments) -> VisionSettings:
-    """What flags say about sight, with LLaVA-1.5's values where they say nothing.
+    """Vision settings that the flags give, with LLaVA-1.5's values where they say nothing.
 
     Raises:
         ValueError: If no vision tower is named, or a value is not available.
@@ -71,7 +72,7 @@ def vision_settings(model_args: ModelArguments) -> VisionSettings:
 
 
 def check_agreement(config: dict[str, Any], model_args: ModelArguments) -> None:
-    """Refuse flags about sight that a LLaVA checkpoint contradicts: what it was trained with cannot be changed.
+    """Refuse vision settings that a checkpoint contradicts: those it was trained with cannot be changed.
 
     Args:
         config: Configuration of the checkpoint, of transformers' or of LLaVA's layout.
@@ -82,6 +83,7 @@ def check_agreement(config: dict[str, Any], model_args: ModelArguments) -> None:
     """
     strategy = config.get("vision_feature_select_strategy", "default")
     feature = next((name for name, own in SELECT_FEATURES.items() if own == strategy), strategy)
+    # transformers' layout says the same under other keys, and does not name the tower
     own = {
         "vision_tower": config.get("mm_vision_tower"),
         "mm_projector_type": config.get("mm_projector_type", DEFAULT_VISION.projector_type),

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach, find_decoder_layers
 from fuzzyroe.routers import LinearRouter
+from llava.model.families import HostModel
 from llava.train.parameters import parameters_by_part
 from llava.train.stages import choose_stage, get_stage
 
@@ -32,26 +32,6 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 
 LOGIT_BYTES = 12
 """Per logit: bfloat16, its float32 copy for the loss, and the gradients of both."""
-
-SIZES: dict[str, dict[str, Any]] = {
-    "7b": {},  # transformers' defaults of Llama are those of 7B, its defaults of LLaVA those of CLIP-L at 336 pixels
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-}
-"""Language models of LLaVA-1.5, as they differ from ``LlamaConfig()``."""
-
-
-def llava_config(size: str) -> LlavaConfig:
-    """The architecture of LLaVA-1.5.
-
-    Args:
-        size: "7b" or "13b".
-
-    Raises:
-        KeyError: If the size is unknown.
-    """
-    if size not in SIZES:
-        raise KeyError(f"Size '{size}' is unknown; use one of {', '.join(SIZES)}, or name a checkpoint.")
-    return LlavaConfig(text_config=LlamaConfig(vocab_size=32064, **SIZES[size]))
 
 
 @dataclass(frozen=True)
@@ -126,7 +106,7 @@ def count_parameters(
         lora_rank: Rank of LoRA on all linear layers of the decoder; 0 for none.
     """
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = HostModel(config)
         # counted before routing is attached, so that adapters, which are linear layers too, get no LoRA
         linear = [module for module in find_decoder_layers(model).modules() if isinstance(module, nn.Linear)]
         if adapter_width is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava.model.builder import describe_quantization
+from llava.model.families import family_of
 from llava.train.arguments import FULL_BITS, LlavaTrainingArguments
 from llava.train.stages import PARTS, Stage
 from llava.train.zero3 import full_shape, map_parameters
@@ -35,7 +36,7 @@ def parameters_by_part(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     """Assign every parameter of a LLaVA model to exactly one part.
 
     Args:
-        model: A ``LlavaForConditionalGeneration``, with or without routing attached.
+        model: A model of any family, with or without routing attached.
 
     Returns:
         ``{part: {parameter name: parameter}}`` for all of ``PARTS``; a part may be empty. The decoder's part holds
@@ -43,17 +44,16 @@ def parameters_by_part(model: Any) -> dict[str, dict[str, nn.Parameter]]:
     """
     decoder = model.get_decoder()
     owned: list[tuple[str, nn.Module | None]] = [
-        ("vision_tower", model.model.vision_tower),
-        ("projector", model.model.multi_modal_projector),
         ("router", getattr(decoder, "router", None)),
         *(("adapter", getattr(layer, "adapter", None)) for layer in decoder.layers),
     ]
     for module in model.modules():  # peft names what it adds to a layer
         owned += [("lora", getattr(module, kind)) for kind in getattr(module, "adapter_layer_names", ())]
     owners = {id(p): part for part, module in owned if module is not None for p in module.parameters()}
+    part_of = family_of(model.config).part_of  # a family may count weights of its tower to the projector
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
-        parts[owners.get(id(parameter), "decoder")][name] = parameter
+        parts[owners.get(id(parameter)) or part_of(name)][name] = parameter
     return parts
 
 

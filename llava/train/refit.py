@@ -22,6 +22,7 @@ from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routers.roe.router import search_skip_logit_biases
 from fuzzyroe.rules import load_rule_base
 from llava.model.builder import Checkpoint
+from llava.model.families import get_image_token_id
 from llava.model.routing import attach_routing
 from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
@@ -99,7 +100,7 @@ def refit(
         size = CalibrationSize(*samples, batch_size, highest, per_layer)
     else:
         size = CalibrationSize(0, 0, 0, batch_size, highest, budget_samples=routing_args.budget_samples)
-    image_token = checkpoint.model.config.image_token_id
+    image_token = get_image_token_id(checkpoint.model.config)
     dataset, device = trainer.train_dataset, trainer.args.device
     measurer = Measurer(
         engine, dataset, trainer.data_collator, image_token, num_layers, size, device, trainer.args.seed, say

@@ -18,6 +18,7 @@ from fuzzyroe.routers.roe.compat import RoECompat, run_progress
 from fuzzyroe.routers.roe.schedule import phase, relax
 from fuzzyroe.routers.roe.tokens import RoEPass
 from fuzzyroe.routing_state import Mode, RoutingState
+from llava.model.families import get_image_token_id
 from llava.train.arguments import PlanArguments, RoEArguments, StageArguments
 from llava.train.stages import Stage
 
@@ -190,7 +191,7 @@ def make_policy(
         stage_args: The flags of the stage's family.
         source_of: Gives the source of a sample by its index in the training set.
     """
-    image_token_id, num_layers = model.config.image_token_id, model.config.text_config.num_hidden_layers
+    image_token_id, num_layers = get_image_token_id(model.config), model.config.text_config.num_hidden_layers
     if isinstance(stage_args, RoEArguments) and stage.span is not None:
         router: Any = find_decoder(model).router
         return RelaxedRouting(image_token_id, num_layers, stage.span, stage_args.target_skip_ratio, router.compat)

@@ -14,8 +14,8 @@ from torch import distributed
 from transformers import TrainerCallback, set_seed
 
 from llava.data.dataset import SFTCollator, SFTDataset
-from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint
+from llava.model.families import count_image_tokens, get_image_token_id
 from llava.train.arguments import (
     FULL_BITS,
     DataArguments,
@@ -158,7 +158,7 @@ def build_trainer(
         checkpoint.image_processor,
         model_args.version,
         count_image_tokens(config),
-        config.image_token_id,
+        get_image_token_id(config),
         training_args.model_max_length,
         data_args.image_aspect_ratio,
     )

@@ -14,8 +14,8 @@ from fuzzyroe.plan_search import LabelledBatch, search_plans
 from fuzzyroe.routers import OracleRouter
 from fuzzyroe.routing_state import RoutingState
 from llava.data.dataset import SFTCollator, SFTDataset
-from llava.image_tokens import count_image_tokens
 from llava.model.builder import Checkpoint
+from llava.model.families import count_image_tokens, get_image_token_id
 from playground.compare.cells import MAX_LENGTH
 
 BATCH_SIZE = 60
@@ -58,11 +58,11 @@ def _batches(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: 
         checkpoint.image_processor,
         "digits",
         count_image_tokens(config),
-        config.image_token_id,
+        get_image_token_id(config),
         MAX_LENGTH,
         config.image_aspect_ratio,
     )
     asked = Subset(dataset, [places[record["id"]] for record in questions])
     for batch in DataLoader(asked, BATCH_SIZE, collate_fn=SFTCollator(checkpoint.tokenizer.pad_token_id)):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        yield LabelledBatch(inputs, batch["labels"], RoutingState.from_batch(batch, config.image_token_id))
+        yield LabelledBatch(inputs, batch["labels"], RoutingState.from_batch(batch, get_image_token_id(config)))

@@ -177,6 +177,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     from fuzzyroe.routers import FuzzyRouter
     from fuzzyroe.rules import load_rule_base
     from llava.model.builder import load_checkpoint
+    from llava.model.families import get_image_token_id
     from llava.model.routing import attach_routing
     from llava.train.parameters import freeze_all_but
     from llava.train.stages import PARTS, STAGES
@@ -192,7 +193,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     AcceleratorState._reset_state()  # it otherwise refuses a second trainer with DeepSpeed in one process
     trainer = LlavaTrainer(
         learning_rates=dict.fromkeys(PARTS, 1e-4),
-        routing_policy=None if mode == "dense" else ForcedPlans(mode, model.config.image_token_id, keep),
+        routing_policy=None if mode == "dense" else ForcedPlans(mode, get_image_token_id(model.config), keep),
         model=model,
         args=args,
         train_dataset=[{}] * 1024,  # steps are taken by hand, on one batch

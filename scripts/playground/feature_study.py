@@ -70,8 +70,8 @@ def make_measurer(
         **options: ``max_skip_ratio``, ``single_layers`` of ``CalibrationSize``; ``seed``.
     """
     from llava.data.dataset import SFTCollator, SFTDataset
-    from llava.image_tokens import count_image_tokens
     from llava.model.builder import load_checkpoint
+    from llava.model.families import count_image_tokens, get_image_token_id
     from llava.model.routing import attach_routing
     from llava.model.zero3_text_batches import make_text_batches_safe
     from llava.train.calibrate import CalibrationSize, Measurer
@@ -82,7 +82,7 @@ def make_measurer(
     if checkpoint.routing is None:  # adapters of an unrouted model are the identity
         attach_routing(network, FuzzyRouter(load_rule_base("default"), config.text_config.num_hidden_layers), 1)
     make_text_batches_safe(network)
-    image_places = count_image_tokens(config), config.image_token_id
+    image_places = count_image_tokens(config), get_image_token_id(config)
     dataset = SFTDataset(
         str(records),
         str(images),
@@ -98,7 +98,7 @@ def make_measurer(
         network,
         dataset,
         SFTCollator(checkpoint.tokenizer.pad_token_id),
-        config.image_token_id,
+        get_image_token_id(config),
         config.text_config.num_hidden_layers,
         size,
         torch.device("cpu"),

@@ -293,7 +293,7 @@ def lora_factors(parts: Parts, prefix: str, rank: int = 2) -> tuple[dict[str, Te
 
 
 def write_lora(parts: Parts, folder: Path, prefix: str, base: str, **files: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Low-rank updates as peft writes them, with other files of tensors beside.
+    """LoRA weights as peft writes them, with other files of tensors beside.
 
     Returns:
         The updated weights, under the names of today's modules.

@@ -19,8 +19,8 @@ def write_roe(parts: Parts, folder: Path) -> None:
     """Write the golden weights, with vision tower and projector of the parts, in the layout of RoE's checkpoints."""
     folder.mkdir()
     weights = {key[2:]: golden(key) for key in arrays("roe_golden") if key.startswith("w/")}
-    sight = {name: t for name, t in original_weights(parts, True).items() if "mm_" in name or "vision" in name}
-    torch.save(weights | sight, folder / "pytorch_model.bin")
+    vision = {name: t for name, t in original_weights(parts, True).items() if "mm_" in name or "vision" in name}
+    torch.save(weights | vision, folder / "pytorch_model.bin")
     sizes = {"vocab_size": VOCAB_SIZE, "num_key_value_heads": 4, "rope_theta": 10000.0}
     config = original_config(parts) | sizes | {"eos_token_id": None}
     (folder / "config.json").write_text(json.dumps(config))

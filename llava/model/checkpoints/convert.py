@@ -1,11 +1,10 @@
-"""Conversion of a checkpoint of any layout into a whole one of another."""
+"""Conversion of a checkpoint of any format into a whole one of another."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from typing import Any
 
 import torch
 
-from llava.model.checkpoints.backbone import Backbone
-from llava.model.checkpoints.key_maps import EMBEDDINGS, HEAD, original_name
-from llava.model.checkpoints.original import VISION_KEYS, translate_config
-from llava.model.checkpoints.reading import read_backbone
-from llava.model.checkpoints.saved_tokenizer import compare_tokenizers, original_vocab_size, save_tokenizer
-from llava.model.checkpoints.writing import Form, Progress, compare_weights, write_weights
+from llava.files import write_json
+from llava.model.checkpoints.contents import CheckpointContents
+from llava.model.checkpoints.names import EMBEDDINGS, HEAD
+from llava.model.checkpoints.reading import read_checkpoint
+from llava.model.checkpoints.tokenizer import has_same_ids, original_vocab_size, save_tokenizer
+from llava.model.checkpoints.weights import Progress, TensorSpec, compare_weights, write_weights
+from llava.model.families import family_of, get_image_token_id
+from llava.model.families.host import locate
 
 LAYOUTS = ("transformers", "original")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,15 +30,15 @@ NOT_COMPUTED = ("architectures", "dtype", "pad_token_id", "transformers_version"
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a checkpoint is converted to.
+class ConvertOptions:
+    """How a checkpoint is converted.
 
     Attributes:
         layout: "transformers" (of ``llava-hf``) or "original" (of ``liuhaotian``).
         dtype: Data type of the backbone's weights; None keeps theirs.
         max_shard_size: Largest size of a file of weights, in bytes or such as "5GB".
-        vision_tower: For the original layout: CLIP checkpoint that names the form of the vision tower, folder or hub
-            id; None for the one that the checkpoint names.
+        vision_tower: For the original layout: CLIP checkpoint of the vision tower's architecture, folder or hub id;
+            None for the one that the checkpoint names.
 
     Raises:
         ValueError: If the layout or the data type is unknown.
@@ -61,14 +62,14 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What was written.
+class ConvertResult:
+    """The size of what was written.
 
     Attributes:
         num_tensors: Tensors of the backbone.
         num_bytes: Their size.
         num_files: Files that hold them.
-        num_updates: Low-rank updates merged into them.
+        num_merged: LoRA weights merged into them.
         vocab_size: Token ids that have an embedding.
         router: Name of the router; None if dense.
     """
@@ -76,7 +77,7 @@ class Converted:
     num_tensors: int
     num_bytes: int
     num_files: int
-    num_updates: int
+    num_merged: int
     vocab_size: int
     router: str | None
 
@@ -84,20 +85,20 @@ class Converted:
 def convert(
     source: str | Path,
     output: Path,
-    target: Target,
+    options: ConvertOptions,
     model_base: str | None = None,
     progress: Progress = lambda done, total: None,
-) -> Converted:
+) -> ConvertResult:
     """Write a checkpoint anew, whole, and compare what is read back with it.
 
-    Low-rank updates are merged, RoE's adapters and routers become routing of ours. The folder appears when all is
-    written and compared, or not at all.
+    LoRA weights are merged, RoE's adapters and routers become routing of ours. The folder appears when all is written
+    and compared, or not at all.
 
     Args:
-        source: Folder or hub id of a checkpoint of any layout.
+        source: Folder or hub id of a checkpoint of any format.
         output: Folder to write; must not exist.
-        target: What to convert to.
-        model_base: As for ``read_backbone``.
+        options: What to convert to.
+        model_base: As for ``read_checkpoint``.
         progress: Told of the tensors written and all there are.
 
     Raises:
@@ -108,115 +109,143 @@ def convert(
     """
     if output.exists():
         raise FileExistsError(f"{output} exists, and nothing is overwritten; name a new folder, or remove it.")
-    backbone = read_backbone(source, model_base)
-    forms = _plan(backbone, target)
+    # everything that can be refused is refused before a byte is written
+    contents = read_checkpoint(source, model_base)
+    specs = _plan(contents, options)
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    _check_room(output, sum(form.num_bytes for form in forms.values()))
-    with _appear_whole(output) as folder:
-        _write_rest(backbone, forms, target, folder, str(source))
-        num_files = write_weights(forms, backbone.tensor, folder, target.max_shard_size, progress)
-        _compare(backbone, forms, target, folder)
-    return Converted(
-        num_tensors=len(forms),
-        num_bytes=sum(form.num_bytes for form in forms.values()),
+    _check_room(output, num_bytes)
+    with _whole_folder(output) as folder:
+        _write_descriptions(contents, specs, options, folder, str(source))
+        num_files = _write_parts(contents, specs, options, folder, progress)
+        _compare(contents, specs, options, folder)
+    return ConvertResult(
+        num_tensors=len(specs),
+        num_bytes=num_bytes,
         num_files=num_files,
-        num_updates=sum(map(len, backbone.updates)),
-        vocab_size=next(form.shape[0] for form in forms.values() if form.source == EMBEDDINGS),
-        router=None if backbone.routing is None else backbone.routing.config.router,
+        num_merged=sum(map(len, contents.lora)),
+        vocab_size=_embeddings(specs).shape[0],
+        router=None if contents.routing is None else contents.routing.config.router,
     )
 
 
-def _plan(backbone: Backbone, target: Target) -> dict[str, Form]:
-    """Name in the file -> form of what is written."""
-    num_ids = backbone.config.text_config.vocab_size
-    if target.layout == "original":
-        num_ids = original_vocab_size(backbone.config, backbone.tokenizer)
-    forms = {}
-    for name, weight in backbone.weights.items():
+def _plan(contents: CheckpointContents, options: ConvertOptions) -> dict[str, TensorSpec]:
+    """Name in the file -> what is written."""
+    config, is_original = contents.config, options.layout == "original"
+    family, num_ids = family_of(config), config.text_config.vocab_size
+    if is_original:  # there an image is a number outside the vocabulary, so its row is left out
+        num_ids = original_vocab_size(get_image_token_id(config), num_ids, contents.tokenizer)
+    specs = {}
+    for name, weight in contents.weights.items():
         shape = (num_ids, *weight.shape[1:]) if name in (EMBEDDINGS, HEAD) else tuple(weight.shape)
-        dtype = DTYPES[target.dtype] if target.dtype and weight.is_floating_point() else weight.dtype
-        forms[original_name(name) if target.layout == "original" else name] = Form(name, shape, dtype)
-    return forms
+        dtype = DTYPES[options.dtype] if options.dtype and weight.is_floating_point() else weight.dtype
+        specs[family.original_name(name) if is_original else name] = TensorSpec(name, shape, dtype)
+    return specs
 
 
-def _write_rest(backbone: Backbone, forms: dict[str, Form], target: Target, folder: Path, source: str) -> None:
+def _write_parts(
+    contents: CheckpointContents,
+    specs: dict[str, TensorSpec],
+    options: ConvertOptions,
+    folder: Path,
+    progress: Progress,
+) -> int:
+    """Write the weights of each part to the folder that its family keeps it in; gives the number of files."""
+    parts = family_of(contents.config).parts if options.layout == "original" else {"": ""}
+    num_files = num_done = 0
+
+    def tell(num_written: int, _: int) -> None:
+        progress(num_done + num_written, len(specs))
+
+    for prefix, part in parts.items():
+        own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
+        (folder / part).mkdir(exist_ok=True)
+        num_files += write_weights(own, contents.tensor, folder / part, options.max_shard_size, tell)
+        num_done += len(own)
+    return num_files
+
+
+def _embeddings(specs: dict[str, TensorSpec]) -> TensorSpec:
+    return next(spec for spec in specs.values() if spec.source == EMBEDDINGS)
+
+
+def _write_descriptions(
+    contents: CheckpointContents, specs: dict[str, TensorSpec], options: ConvertOptions, folder: Path, source: str
+) -> None:
     """Write all but the backbone's weights."""
-    config = backbone.config
-    embeddings = next(form for form in forms.values() if form.source == EMBEDDINGS)
-    config.dtype = embeddings.dtype
-    if backbone.routing is not None:
-        config.fuzzyroe = backbone.routing.save(folder, config.text_config)
-    if target.layout == "original":
-        written = translate_config(config, _find_tower(config, target, source), embeddings.shape[0])
-        _write_json(folder / "config.json", written)
+    config, embeddings = contents.config, _embeddings(specs)
+    config.dtype = embeddings.dtype  # one for all, in either layout
+    if contents.routing is not None:
+        config.fuzzyroe = contents.routing.save(folder, config.text_config)
+    if options.layout == "original":
+        vision_tower = _name_tower(config, options, source)
+        settings = family_of(config).original_config(config, vision_tower, embeddings.shape[0])
+        write_json(folder / "config.json", dict(sorted(settings.items())))
     else:
         config.save_pretrained(folder)
-    save_tokenizer(backbone.tokenizer, folder, target.layout)
-    backbone.image_processor.save_pretrained(folder)
-    if backbone.generation_config is not None:
-        backbone.generation_config.save_pretrained(folder)
+    save_tokenizer(contents.tokenizer, folder, options.layout)
+    contents.image_processor.save_pretrained(folder)
+    if contents.generation_config is not None:
+        contents.generation_config.save_pretrained(folder)
 
 
-def _find_tower(config: Any, target: Target, source: str) -> str:
-    named = target.vision_tower or getattr(config, "mm_vision_tower", None)
+def _name_tower(config: Any, options: ConvertOptions, source: str) -> str:
+    named = options.vision_tower or getattr(config, "mm_vision_tower", None)
     if named is None:
         raise ValueError(
-            "The original layout takes the form of the vision tower from a CLIP checkpoint, and this checkpoint names "
-            "none; name it with --vision-tower, LLaVA-1.5's is openai/clip-vit-large-patch14-336."
+            "The original layout takes the architecture of the vision tower from a CLIP checkpoint, and this "
+            "checkpoint names none; name it with --vision-tower, LLaVA-1.5's is openai/clip-vit-large-patch14-336."
         )
-    for folder in (Path(source) / named, Path(named)):
-        if folder.is_dir():
-            return str(folder.resolve())
-    return named
+    located = locate(named, source)
+    # a folder by its whole path, as the output lies elsewhere
+    return str(Path(located).resolve()) if Path(located).is_dir() else located
 
 
-def _compare(backbone: Backbone, forms: dict[str, Form], target: Target, folder: Path) -> None:
+def _compare(contents: CheckpointContents, specs: dict[str, TensorSpec], options: ConvertOptions, folder: Path) -> None:
     """Read what was written as any checkpoint, and compare it with what it was made of."""
-    again = read_backbone(folder)
-    ours, theirs = _describe(backbone), _describe(again)
+    # the loader itself is the witness: what it reads is what users will get
+    again = read_checkpoint(folder)
+    ours, theirs = _describe(contents), _describe(again)
     wrong = {key: (value, theirs[key]) for key, value in ours.items() if theirs[key] != value}
     if wrong:
         raise ValueError(
-            f"The {target.layout} layout does not keep {wrong} of the configuration (first as it is, then as read "
+            f"The {options.layout} layout does not keep {wrong} of the configuration (first as it is, then as read "
             "back); a conversion must change nothing. Keep the layout it has."
         )
-    compare_tokenizers(backbone.tokenizer, again.tokenizer)
-    compare_weights(forms, backbone.tensor, again.weights.__getitem__)
+    if not has_same_ids(contents.tokenizer, again.tokenizer):
+        raise RuntimeError(
+            "Read back, the tokenizer gives other ids than the checkpoint's own; report this checkpoint."
+        )
+    compare_weights(specs, contents.tensor, again.weights)
 
 
-def _describe(backbone: Backbone) -> dict[str, Any]:
+def _describe(contents: CheckpointContents) -> dict[str, Any]:
     """What a configuration says about what is computed."""
-    config = backbone.config
+    config = contents.config
     text = {key: value for key, value in config.text_config.to_dict().items() if key not in NOT_COMPUTED}
-    vision = {f"vision {key}": getattr(config.vision_config, key) for key in VISION_KEYS}
-    keys = ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
-    routing = None if backbone.routing is None else {**backbone.routing.config.to_dict(), "base_model": None}
+    vision = {f"vision {key}": getattr(config.vision_config, key) for key in family_of(config).vision_keys}
+    keys = ("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
     extra = ("image_aspect_ratio", "num_visual_tokens", "token_pruner")
+    routing = None if contents.routing is None else {**contents.routing.config.to_dict(), "base_model": None}
     return {
         **text,
         **vision,
-        **{key: getattr(config, key) for key in keys},
-        **{key: getattr(config, key, None) for key in extra},
+        **{key: getattr(config, key, None) for key in (*keys, *extra)},
+        "image_token_id": get_image_token_id(config),
         "fuzzyroe": routing,
     }
 
 
 @contextmanager
-def _appear_whole(output: Path) -> Iterator[Path]:
+def _whole_folder(output: Path) -> Iterator[Path]:
     """Give a folder beside the output, which takes its place if the block succeeds and is removed if not."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+    folder = output.absolute().with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
+    folder.mkdir()  # on the disk of the output, so that renaming is atomic
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
         os.rename(folder, output)  # fails if somebody has filled the place meanwhile
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def _check_room(output: Path, num_bytes: int) -> None:
@@ -226,7 +255,3 @@ def _check_room(output: Path, num_bytes: int) -> None:
             f"{output.absolute().parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} GiB are needed; make "
             "room, or name a folder on another disk."
         )
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Adapters and routers of checkpoints that RoE's own code trained, under our names."""
+"""Adapters and routers of checkpoints that RoE's own code trained, under the names of ``fuzzyroe.state_dict``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers.roe.compat import PUBLISHED
-from llava.model.checkpoints.key_maps import list_names
+from llava.model.checkpoints.names import list_names
 from llava.model.checkpoints.stored_routing import StoredRouting
 
 FIRST_ADAPTER = "layers.0.adapter.down.weight"
@@ -64,6 +64,7 @@ def import_routing(added: Mapping[str, Tensor], source: str) -> StoredRouting:
             f"{source} has weights of RoE that are not known: {list_names(unknown)}; adapters (conv_A, conv_B) and a "
             "router (expert.0) per layer and two routing tokens are read. Save it with RoE's own training code."
         )
+    # embeddings of one row there, vectors here
     for name in tensors.keys() & TOKENS:
         tensors[name] = tensors[name].reshape(-1)  # (1, D) to (D,)
     options = {"summary": "tokens", "compat": COMPAT.to_dict()}

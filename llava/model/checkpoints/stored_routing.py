@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import cached_file
 
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers import get_router_class
 from fuzzyroe.routers.base import Router
 from fuzzyroe.state_dict import load_routing, save_routing
+from llava.model.checkpoints.weights import find_needed
 
 ROUTING_FILE = "routing.safetensors"
 
@@ -42,7 +41,7 @@ class StoredRouting:
             self.config.router_options,
             text_config.num_hidden_layers,
             text_config.hidden_size,
-            functools.partial(cached_file, self.path),
+            lambda name: find_needed(self.path, name),
         )
 
     def save(self, folder: Path, text_config: Any) -> dict[str, Any]:
@@ -72,4 +71,4 @@ def read_routing(path: str, block: dict[str, Any]) -> StoredRouting:
         ValueError: If the block is damaged, or of another version.
     """
     config = FuzzyRoEConfig.from_dict(block)
-    return StoredRouting(config, load_routing(cached_file(path, ROUTING_FILE)), path)
+    return StoredRouting(config, load_routing(find_needed(path, ROUTING_FILE)), path)

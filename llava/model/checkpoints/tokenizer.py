@@ -1,8 +1,9 @@
-"""The tokenizer of a checkpoint, also one that has only a sentencepiece model."""
+"""The tokenizer of a checkpoint: read, also from a sentencepiece model alone, written, and compared."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,25 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.checkpoints.weight_files import find_file
+from llava.model.checkpoints.weights import find_file
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE)
 """Files that hold a tokenizer; the first that is there is read."""
 
+SENTENCEPIECE_FILES = (SENTENCEPIECE_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files that describe a tokenizer as the original code reads it."""
+
 SPACE = "▁"
-"""What sentencepiece writes for a blank."""
+"""What sentencepiece writes for a space."""
 
 PROBES = ("Ask  twice,\nthen\tadd 1234 ", "  Éclair ﬁnds Ａ１ 日本 😀", "x")
-"""Texts that a tokenizer is compared with sentencepiece on: blanks, lines, digits, what NFKC would change, bytes."""
+"""Texts that a tokenizer is compared with sentencepiece on: spaces, lines, digits, what NFKC would change, bytes."""
 
 
 def has_tokenizer(path: str | Path) -> bool:
     """Whether a checkpoint brings a tokenizer."""
-    return any(find_file(path, name) for name in TOKENIZER_FILES)
+    return find_file(path, *TOKENIZER_FILES) is not None
 
 
 def read_tokenizer(path: str | Path) -> Any:
@@ -54,17 +59,62 @@ def read_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def original_vocab_size(image_token: int, vocab_size: int, tokenizer: Any) -> int:
+    """Count the token ids that a checkpoint has in the original layout, which has none for images.
+
+    Args:
+        image_token: Id of the image token.
+        vocab_size: Token ids with an embedding.
+        tokenizer: Tokenizer with an image token.
+
+    Returns:
+        The image token's id if only special tokens, which serve transformers alone, have ids behind it; else all.
+    """
+    behind = {token for token, number in tokenizer.get_vocab().items() if number >= image_token}
+    return image_token if behind <= set(tokenizer.get_added_vocab()) else vocab_size
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, layout: str) -> None:
+    """Write a tokenizer; the original code can read it if the checkpoint came with a sentencepiece model.
+
+    Args:
+        tokenizer: As ``read_tokenizer`` gave it.
+        folder: Folder of a checkpoint.
+        layout: "transformers" or "original".
+    """
+    path = tokenizer.name_or_path
+    files = {name: find_file(path, name) for name in SENTENCEPIECE_FILES} if path else {}
+    model = files.get(SENTENCEPIECE_FILE)
+    if layout == "original" and model is not None:
+        for name, file in files.items():
+            if file is not None:
+                shutil.copyfile(file, folder / name)
+        if has_same_ids(tokenizer, read_tokenizer(folder)):
+            return
+        # the sentencepiece files alone lose something, such as a token that was added later
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    if model is not None:
+        shutil.copyfile(model, folder / SENTENCEPIECE_FILE)
+
+
+def has_same_ids(one: Any, other: Any) -> bool:
+    """Whether two tokenizers cut texts into the same ids."""
+    return all(one(text).input_ids == other(text).input_ids for text in (*PROBES, "a<image>\nb"))
+
+
 def _from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
     """Build a tokenizer that cuts text exactly as sentencepiece does.
 
-    ``LlamaTokenizer`` alone does not: it drops a blank at the start of a text, and the beginning-of-sequence token of a
+    ``LlamaTokenizer`` alone does not: it drops a space at the start of a text, and the beginning-of-sequence token of a
     folder without ``tokenizer_config.json``. Saving keeps a ``PreTrainedTokenizerFast`` as it is, but not a
     ``LlamaTokenizer``, which is built anew from its vocabulary.
     """
     settings = _read_settings(path)
     llama = LlamaTokenizer.from_pretrained(path)
     backend = llama.backend_tokenizer
-    _prepend_blanks(backend, every_segment=settings.get("legacy", True))
+    _prepend_spaces(backend, every_segment=settings.get("legacy", True))
     _add_ends(backend, llama, settings.get("add_bos_token", True), settings.get("add_eos_token", False))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -77,7 +127,7 @@ def _from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
         model_max_length=llama.model_max_length,
         extra_special_tokens={"image_token": DEFAULT_IMAGE_TOKEN},
     )
-    _compare_with_sentencepiece(tokenizer, str(find_file(path, "tokenizer.model")))
+    _compare_with_sentencepiece(tokenizer, str(find_file(path, SENTENCEPIECE_FILE)))
     return tokenizer
 
 
@@ -86,8 +136,8 @@ def _read_settings(path: str | Path) -> dict[str, Any]:
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def _prepend_blanks(backend: Tokenizer, every_segment: bool) -> None:
-    """Put a blank in front of the text, even if it starts with one, or of every segment between special tokens.
+def _prepend_spaces(backend: Tokenizer, every_segment: bool) -> None:
+    """Put a space in front of the text, even if it starts with one, or of every segment between special tokens.
 
     Args:
         backend: Tokenizer that is changed.
@@ -98,8 +148,8 @@ def _prepend_blanks(backend: Tokenizer, every_segment: bool) -> None:
         backend.pre_tokenizer = None
         return
     backend.normalizer = normalizers.Replace(" ", SPACE)
-    # Metaspace prepends only to a text that does not start with its own sign: the first one's sign is the blank, of
-    # which none are left, and the second turns that blank into sentencepiece's
+    # Metaspace prepends only to a text that does not start with its own sign: the first one's sign is a plain
+    # space, of which none are left, and the second turns it into sentencepiece's
     prepend = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False)
     write = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([prepend, write])

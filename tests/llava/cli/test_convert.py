@@ -19,7 +19,7 @@ def run(*arguments: str | Path):
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Low-rank updates of a language model."""
+    """LoRA weights of a language model."""
     folder = tmp_path_factory.mktemp("parts")
     write_original_lora(build_parts(folder), folder / "lora")
     return folder / "lora"
@@ -30,7 +30,7 @@ def test_a_conversion_says_what_it_wrote(lora: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     number = len(list((tmp_path / "out").glob("model-*.safetensors")))
     assert f"98 tensors, 0.00 GiB in {number} files, read back equal" in result.stdout
-    assert "4 low-rank updates merged" in result.stdout and "448 token ids" in result.stdout
+    assert "4 LoRA weights merged" in result.stdout and "448 token ids" in result.stdout
     assert load_checkpoint(tmp_path / "out").routing is None
     back = run(tmp_path / "out", tmp_path / "back", "--to", "original")
     assert back.exit_code == 0 and "384 token ids, none for <image>" in back.stdout

@@ -21,6 +21,7 @@ from fuzzyroe.budget import allocate
 from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
+from llava.model import builder
 from llava.model.builder import WHOLE_MODULES, Checkpoint, load_checkpoint, load_pretrained_model
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from llava.model.routing import attach_routing
@@ -151,6 +152,22 @@ def test_what_is_quantized_is_the_decoder_and_nothing_else(tiny_llava: LlavaForC
     quantized = {name for name in names if should_convert_module(name, WHOLE_MODULES)}
     assert quantized == {name for name in names if name.startswith("model.language_model.layers.")}
     assert len(quantized) == 4 * 7 < len(names)
+
+
+@pytest.mark.parametrize(
+    ("device", "device_map"), [("cuda", "auto"), ("cuda:1", {"": "cuda:1"}), ("cpu", None), ("cpu:0", None)]
+)
+def test_the_model_is_put_on_the_device_that_is_named(
+    device: str, device_map: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise InterruptedError(repr(options.get("device_map")))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(builder, "load_checkpoint", load)
+    with pytest.raises(InterruptedError) as asked:
+        load_pretrained_model("nowhere", device=device)
+    assert str(asked.value) == repr(device_map)
 
 
 def test_two_quantizations_are_refused() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.image_tokens import count_image_tokens
 from llava.model.builder import load_checkpoint, load_pretrained_model
+from llava.model.families import count_image_tokens
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.token_pruning import PrunesTokens, set_token_pruning
 

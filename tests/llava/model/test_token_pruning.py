@@ -15,8 +15,8 @@ from fuzzyroe.features import compute_features, summarise
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
-from llava.image_tokens import count_image_features, count_image_tokens
 from llava.inference.speculative import generate_lossless
+from llava.model.families import count_image_features, count_image_tokens
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.routing import attach_routing
 from llava.model.token_pruning import PRUNERS, plan_visual_tokens, prune_inputs, set_token_pruning

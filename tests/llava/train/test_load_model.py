@@ -10,7 +10,7 @@ import torch
 from layouts import Parts, build_parts, original_names, write_original, write_projector_only
 from llava.model.builder import load_checkpoint
 from llava.model.checkpoints.reading import read_config_and_tokenizer
-from llava.model.checkpoints.vision import VisionSettings
+from llava.model.families import VisionSettings
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.arguments import ModelArguments
 from llava.train.load_model import load_model
@@ -45,7 +45,7 @@ def test_a_stage_starts_from_the_original_layout(parts: Parts, tmp_path: Path) -
     assert not differing(start(tmp_path / "foo"), parts)
 
 
-def test_a_language_model_is_given_sight_with_a_projector_drawn_by_the_seed(parts: Parts) -> None:
+def test_a_language_model_gets_a_vision_tower_and_a_projector_drawn_by_the_seed(parts: Parts) -> None:
     one, same, other = (start(parts.vicuna, seed, vision_tower=str(parts.tower)) for seed in (0, 0, 1))
     projector = {f"model.mm_projector.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias")}
     weights = {name for name in projector if name.endswith("weight")}

@@ -25,12 +25,12 @@ def test_every_layout_is_loaded_onto_two_ranks_as_onto_one(tmp_path: Path) -> No
     write_original(parts, tmp_path / "foo", "llava", "bin", 2, False)
     write_original_lora(parts, tmp_path / "lora")
     write_projector_only(parts, tmp_path / "pretrain")
-    sight = {"vision_tower": str(parts.tower), "pretrain_mm_mlp_adapter": str(tmp_path / "pretrain/mm_projector.bin")}
+    vision = {"vision_tower": str(parts.tower), "pretrain_mm_mlp_adapter": str(tmp_path / "pretrain/mm_projector.bin")}
     cases = [
         {"name": "hub", "model_name_or_path": str(tmp_path / "hub")},
         {"name": "foo", "model_name_or_path": str(tmp_path / "foo")},
         {"name": "lora", "model_name_or_path": str(tmp_path / "lora")},
-        {"name": "composed", "model_name_or_path": str(parts.vicuna), **sight},
+        {"name": "composed", "model_name_or_path": str(parts.vicuna), **vision},
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as probe:

@@ -13,8 +13,8 @@ import torch
 from layouts import build_parts, write_hub
 from llava.model.builder import Checkpoint, build_checkpoint, load_checkpoint
 from llava.model.checkpoints.compose import compose
-from llava.model.checkpoints.convert import Target, convert
-from llava.model.checkpoints.vision import VisionSettings
+from llava.model.checkpoints.convert import ConvertOptions, convert
+from llava.model.families import VisionSettings
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpointing import save_stage
 from llava.train.parameters import add_lora
@@ -70,7 +70,7 @@ def test_updates_of_a_llava_are_loaded_as_trained(base: Path, tmp_path: Path, fl
     assert config["base_model_name_or_path"] == "../base"
     shutil.move(tmp_path / "parts", tmp_path / "moved")
     assert_equal(tmp_path / "moved" / "lora", expected)
-    convert(tmp_path / "moved" / "lora", tmp_path / "whole", Target())
+    convert(tmp_path / "moved" / "lora", tmp_path / "whole", ConvertOptions())
     assert_equal(tmp_path / "whole", expected)
 
 

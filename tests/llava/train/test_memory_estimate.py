@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from transformers import LlavaConfig
 
+from llava.model.families import published_config
 from llava.train.memory_estimate import (
     GIB,
     SHARDINGS,
     Workload,
     count_parameters,
     estimate_memory,
-    llava_config,
     what_fits,
 )
 from llava.train.parameters import parameters_by_part
@@ -27,7 +27,7 @@ def tiny_config(tiny_llava) -> LlavaConfig:
 
 
 def test_seven_billion_parameters_are_counted_as_published():
-    parts = count_parameters(llava_config("7b"), adapter_width=1024)
+    parts = count_parameters(published_config("7b"), adapter_width=1024)
     assert parts["decoder"] == LLAMA_7B
     assert parts["projector"] == (1024 * 4096 + 4096) + (4096 * 4096 + 4096)
     assert parts["adapter"] == 32 * 2 * 4096 * 1024
@@ -68,7 +68,7 @@ def test_zero2_keeps_all_weights_on_every_gpu(tiny_config):
 
 
 def test_checkpointing_takes_fewer_activations():
-    config = llava_config("7b")
+    config = published_config("7b")
     kept, recomputed = (
         estimate_memory(config, Workload("finetune", 8, checkpoints_activations=flag)) for flag in (False, True)
     )
@@ -76,14 +76,14 @@ def test_checkpointing_takes_fewer_activations():
 
 
 def test_lora_trains_less_than_the_decoder():
-    config = llava_config("7b")
+    config = published_config("7b")
     estimate = estimate_memory(config, Workload("dense", 8, lora_rank=128))
     # LLaVA's own LoRA of rank 128 has 320 M weights beside the projector's 21 M
     assert estimate.trained == 32 * 128 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + estimate.parameters["projector"]
 
 
 def test_what_is_offered_instead_does_fit():
-    config, too_much = llava_config("7b"), Workload("finetune", num_gpus=2)
+    config, too_much = published_config("7b"), Workload("finetune", num_gpus=2)
     assert estimate_memory(config, too_much).total > 40 * GIB
     variants = what_fits(config, too_much, 40 * GIB)
     assert variants and all(estimate_memory(config, variant).total <= 40 * GIB for variant in variants)

@@ -44,10 +44,10 @@ def trained(tiny: Tiny, parts: Parts, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "captions.json").write_text(json.dumps([record for record in records if "image" in record]))
     (folder / "data.json").write_text(json.dumps(records))
     outputs = {name: folder / name for name in MOVED}
-    sight = {"MODEL_PATH": parts.vicuna, "VISION_TOWER": parts.tower}
+    vision = {"MODEL_PATH": parts.vicuna, "VISION_TOWER": parts.tower}
     scripts = {
-        "pretrain": ("pretrain", {**sight, "DATA_PATH": folder / "captions.json"}),
-        "finetune": ("finetune", {**sight, "PROJECTOR": outputs["pretrain"] / "mm_projector.bin"}),
+        "pretrain": ("pretrain", {**vision, "DATA_PATH": folder / "captions.json"}),
+        "finetune": ("finetune", {**vision, "PROJECTOR": outputs["pretrain"] / "mm_projector.bin"}),
         "lora": ("finetune_lora", {"MODEL_PATH": outputs["pretrain"]}),
         "task": ("finetune_task", {"MODEL_PATH": outputs["finetune"]}),
     }

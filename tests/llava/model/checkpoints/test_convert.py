@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from layouts import Parts, original_weights, write_hub, write_original, write_original_lora, write_projector_only
 from llava.model.builder import load_checkpoint, load_pretrained_model
 from llava.model.checkpoints import convert as conversion
-from llava.model.checkpoints.convert import Target, convert
+from llava.model.checkpoints.convert import ConvertOptions, convert
 from parity import largest_difference, our_logits, stock_logits
 
 
@@ -41,8 +41,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_original_to_transformers_is_what_stock_transformers_reads(parts: Parts, tmp_path: Path) -> None:
     write_original(parts, tmp_path / "foo", "llava", "bin", 2, False)
-    done = convert(tmp_path / "foo", tmp_path / "hub", Target())
-    assert (done.num_files, done.num_updates, done.router) == (1, 0, None)
+    done = convert(tmp_path / "foo", tmp_path / "hub", ConvertOptions())
+    assert (done.num_files, done.num_merged, done.router) == (1, 0, None)
     assert not list((tmp_path / "hub").glob("*.bin"))
     stock, found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hub", output_loading_info=True)
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -55,8 +55,8 @@ def test_original_to_transformers_is_what_stock_transformers_reads(parts: Parts,
 
 def test_original_to_transformers_and_back_is_bit_for_bit(parts: Parts, tmp_path: Path) -> None:
     write_original(parts, tmp_path / "foo", "llava", "bin", 2, True)
-    convert(tmp_path / "foo", tmp_path / "hub", Target())
-    done = convert(tmp_path / "hub", tmp_path / "back", Target("original"))
+    convert(tmp_path / "foo", tmp_path / "hub", ConvertOptions())
+    done = convert(tmp_path / "hub", tmp_path / "back", ConvertOptions("original"))
     assert same(stored(tmp_path / "back"), original_weights(parts, True)) and done.vocab_size == parts.vocab_size
     before = json.loads((tmp_path / "foo" / "config.json").read_text())
     after = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -70,9 +70,9 @@ def test_original_to_transformers_and_back_is_bit_for_bit(parts: Parts, tmp_path
 
 def test_transformers_to_original_and_back_keeps_what_text_can_say(parts: Parts, tmp_path: Path) -> None:
     write_hub(parts, tmp_path / "hub")
-    convert(tmp_path / "hub", tmp_path / "foo", Target("original", vision_tower=str(parts.tower)))
+    convert(tmp_path / "hub", tmp_path / "foo", ConvertOptions("original", vision_tower=str(parts.tower)))
     assert same(stored(tmp_path / "foo"), original_weights(parts, True))
-    convert(tmp_path / "foo", tmp_path / "again", Target())
+    convert(tmp_path / "foo", tmp_path / "again", ConvertOptions())
     before, after = stored(tmp_path / "hub"), stored(tmp_path / "again")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -84,18 +84,18 @@ def test_transformers_to_original_and_back_keeps_what_text_can_say(parts: Parts,
 def test_updates_are_merged_and_a_projector_joined(parts: Parts, tmp_path: Path) -> None:
     write_original_lora(parts, tmp_path / "lora")
     for layout in ("transformers", "original"):
-        done = convert(tmp_path / "lora", tmp_path / layout, Target(layout), str(parts.vicuna))
-        assert done.num_updates == 4 and not (tmp_path / layout / "adapter_config.json").exists()
+        done = convert(tmp_path / "lora", tmp_path / layout, ConvertOptions(layout), str(parts.vicuna))
+        assert done.num_merged == 4 and not (tmp_path / layout / "adapter_config.json").exists()
         found = largest_difference(logits(tmp_path / layout), logits(tmp_path / "lora"), parts.vocab_size)
         assert max(found.values()) == 0
     write_projector_only(parts, tmp_path / "projector")
-    convert(tmp_path / "projector", tmp_path / "whole", Target("original"), str(parts.vicuna))
+    convert(tmp_path / "projector", tmp_path / "whole", ConvertOptions("original"), str(parts.vicuna))
     assert same(stored(tmp_path / "whole"), original_weights(parts, True))
 
 
 def test_weights_are_cast_and_split_as_asked(parts: Parts, tmp_path: Path) -> None:
     write_original(parts, tmp_path / "foo", "llava", "bin", 1, False)
-    done = convert(tmp_path / "foo", tmp_path / "small", Target(dtype="bfloat16", max_shard_size=20_000))
+    done = convert(tmp_path / "foo", tmp_path / "small", ConvertOptions(dtype="bfloat16", max_shard_size=20_000))
     files = sorted((tmp_path / "small").glob("model-*.safetensors"))
     assert len(files) == done.num_files > 3
     largest = 448 * 32 * 2
@@ -112,7 +112,7 @@ def test_weights_are_cast_and_split_as_asked(parts: Parts, tmp_path: Path) -> No
 def test_a_tokenizer_without_sentencepiece_goes_along(parts: Parts, tmp_path: Path) -> None:
     write_hub(parts, tmp_path / "hub")
     assert not (tmp_path / "hub" / "tokenizer.model").exists()
-    convert(tmp_path / "hub", tmp_path / "foo", Target("original", vision_tower=str(parts.tower)))
+    convert(tmp_path / "hub", tmp_path / "foo", ConvertOptions("original", vision_tower=str(parts.tower)))
     ours, again = (load_checkpoint(tmp_path / name).tokenizer for name in ("hub", "foo"))
     assert ours("USER: Which digit?\nASSISTANT:").input_ids == again("USER: Which digit?\nASSISTANT:").input_ids
 
@@ -122,7 +122,7 @@ def test_nothing_is_overwritten(parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(FileExistsError, match="out exists, and nothing is overwritten; name a new folder"):
-        convert(tmp_path / "foo", tmp_path / "out", Target())
+        convert(tmp_path / "foo", tmp_path / "out", ConvertOptions())
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -140,24 +140,24 @@ def test_a_failure_leaves_nothing_behind(parts: Parts, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(conversion, "write_weights", damage)
     with pytest.raises(RuntimeError, match="Read back, 1 of 98 weights differ"):
-        convert(tmp_path / "foo", tmp_path / "out", Target())
+        convert(tmp_path / "foo", tmp_path / "out", ConvertOptions())
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_the_original_layout_cannot_say_is_refused(parts: Parts, tmp_path: Path) -> None:
     write_hub(parts, tmp_path / "hub")
     with pytest.raises(ValueError, match="this checkpoint names none; name it with --vision-tower"):
-        convert(tmp_path / "hub", tmp_path / "out", Target("original"))
+        convert(tmp_path / "hub", tmp_path / "out", ConvertOptions("original"))
     shutil.copytree(parts.tower, tmp_path / "tower")
     config = json.loads((tmp_path / "tower" / "config.json").read_text())
     config["vision_config"]["layer_norm_eps"] = 0.5
     (tmp_path / "tower" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is of another form than the one in the checkpoint: layer_norm_eps 0.5, not"):
-        convert(tmp_path / "hub", tmp_path / "out", Target("original", vision_tower=str(tmp_path / "tower")))
+    with pytest.raises(ValueError, match="differs from the one in the checkpoint: layer_norm_eps 0.5, not"):
+        convert(tmp_path / "hub", tmp_path / "out", ConvertOptions("original", vision_tower=str(tmp_path / "tower")))
     file = tmp_path / "hub" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"projector_hidden_act": "relu"}))
     with pytest.raises(ValueError, match="cannot say {'projector_hidden_act': 'relu'}"):
-        convert(tmp_path / "hub", tmp_path / "out", Target("original", vision_tower=str(parts.tower)))
+        convert(tmp_path / "hub", tmp_path / "out", ConvertOptions("original", vision_tower=str(parts.tower)))
     assert not (tmp_path / "out").exists()
 
 
@@ -169,13 +169,13 @@ def test_what_the_original_layout_cannot_say_is_refused(parts: Parts, tmp_path: 
         ({"vision_tower": "x"}, "describes its tower itself; leave it out"),
     ],
 )
-def test_a_wrong_target_is_refused(options: dict, message: str) -> None:
+def test_wrong_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Target(**options)
+        ConvertOptions(**options)
 
 
 def test_a_full_disk_is_found_before_anything_is_written(parts: Parts, tmp_path: Path, monkeypatch) -> None:
     write_original(parts, tmp_path / "foo", "llava", "bin", 1, True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1, 1))
     with pytest.raises(OSError, match=r"has 0.0 GiB free, .* GiB are needed; make room"):
-        convert(tmp_path / "foo", tmp_path / "out", Target())
+        convert(tmp_path / "foo", tmp_path / "out", ConvertOptions())

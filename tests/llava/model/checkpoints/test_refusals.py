@@ -205,7 +205,7 @@ def test_updates_beside_whole_weights_are_refused(parts: Parts, folder: Path) ->
     write_original_lora(parts, folder.with_name("lora"))
     for name in ("adapter_config.json", "adapter_model.bin"):
         (folder.with_name("lora") / name).rename(folder / name)
-    with pytest.raises(ValueError, match="low-rank updates and the weights of a whole model; which of them is meant"):
+    with pytest.raises(ValueError, match="LoRA weights and the weights of a whole model; which of them is meant"):
         load_checkpoint(folder)
 
 

@@ -13,7 +13,7 @@ from fuzzyroe.routers import LinearRouter
 from golden_roe import ADAPTER_WIDTH, assert_close, golden, prompts
 from layouts import Parts
 from llava.model.builder import load_checkpoint, load_pretrained_model
-from llava.model.checkpoints.convert import Target, convert
+from llava.model.checkpoints.convert import ConvertOptions, convert
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
 from roe_checkpoint import VOCAB_SIZE, write_roe
 
@@ -26,7 +26,7 @@ def folder(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("roe")
     write_roe(parts, folder / "roe")
     for layout, name in (("transformers", "hub"), ("original", "original")):
-        done = convert(folder / "roe", folder / name, Target(layout))
+        done = convert(folder / "roe", folder / name, ConvertOptions(layout))
         assert done.router == "linear" and (folder / name / ROUTING_FILE).exists()
     return folder
 
