@@ -13,7 +13,7 @@ from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
 from fuzzyroe.routers.roe.schedule import relax
 from fuzzyroe.routers.roe.tokens import RoEPass
-from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.routing_state import RoutingResult, RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SFTCollator
@@ -37,7 +37,7 @@ def calibrated() -> FuzzyRouter:
     return router
 
 
-def route(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> RoutingState:
+def route(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> RoutingResult:
     """Run a batch as training does; what was decided."""
     state = RoutingState.from_batch(batch, IMAGE, "soft")
     if isinstance(find_decoder(model).router, LinearRouter):
@@ -46,7 +46,7 @@ def route(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Rou
         state.target_skip_ratio = 0.5
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("turn_ids", "labels")}
     model(**inputs, routing=state)
-    return state
+    return state.result
 
 
 def changed_at(batch: dict[str, Tensor], row: int, position: int) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def test_no_token_of_an_answer_changes_a_feature_or_a_plan_up_to_its_turn(
 ) -> None:
     model = attach_routing(reading_llava, calibrated(), 8, "xavier").train()
     expected = route(model, batch)
-    assert 0 < expected.result.keep_weights.mean() < 1 and expected.keep_weights.unique().numel() > 1
+    assert 0 < expected.keep_weights.mean() < 1 and expected.keep_weights.unique().numel() > 1
     learned = (batch["labels"] != IGNORE_INDEX).nonzero().tolist()
     assert len(learned) > 30 and {row for row, _ in learned} == set(range(6))
     for row, position in learned:
