@@ -38,7 +38,6 @@ from llava.train.arguments import (
 )
 from llava.train.checkpointing import describe_run, find_resume, partial_folder
 from llava.train.load_model import check_agreement, vision_settings
-from llava.train.parameters import import_peft
 from llava.train.stages import STAGES, Stage, StageInputError
 
 logger = logging.getLogger(__name__)
@@ -130,23 +129,20 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
 
 def _check_packages(stage: Stage, training_args: LlavaTrainingArguments) -> None:
     """What a flag needs must be installed, and quantized weights must not be partitioned."""
-    bits = training_args.bits
-    if "lora" in stage.trains:  # importing says more than looking for the package: it may be broken
-        import_peft()
+    bits, loggers = training_args.bits, set(training_args.report_to or ())
     if bits != FULL_BITS and training_args.deepspeed and training_args.hf_deepspeed_config.is_zero3():
         raise StageInputError(
             f"--bits {bits} was given under ZeRO-3, which cannot partition quantized weights; use scripts/zero2.json, "
             "or leave --bits out."
         )
-    if bits != FULL_BITS and importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"--bits {bits} was given but bitsandbytes is not installed; pip install bitsandbytes, or leave --bits out."
-        )
-    for name in training_args.report_to or ():
-        if name in ("wandb", "tensorboard") and importlib.util.find_spec(name) is None:
-            raise StageInputError(
-                f"--report_to {name} was given, but {name} is not installed; pip install {name}, or --report_to none "
-                "(every value is in OUTPUT/metrics.jsonl as well)."
+    # transformers takes a missing logger for one that was not asked for
+    needed: dict[str, str] = {name: f"--report_to {name}" for name in ("wandb", "tensorboard") if name in loggers}
+    needed |= {"peft": "--lora_enable"} if "lora" in stage.trains else {}
+    needed |= {"bitsandbytes": f"--bits {bits}"} if bits != FULL_BITS else {}
+    for package, flag in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"{flag} was given but {package} is not installed; pip install {package}, or leave it out."
             )
 
 
