@@ -35,7 +35,7 @@ SYSTEM = {"type": "tsk", "order": 0, "t_norm": "product", "defuzzification": "we
 _REQUIRED = ("schema", "name", "system", "antecedents", "consequent", "rules")
 _OPTIONAL = ("description", "interpolation", "defaults", "provenance")
 
-_SWITCHES = ("yes", "no", "on", "off")
+_KINDS = {"str": "text", "int": "a number", "float": "a number", "bool": "a truth value", "null": "null"}
 
 Made = TypeVar("Made")
 
@@ -323,12 +323,14 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """Type by YAML: ``"map"``, ``"seq"``, ``"str"``, ``"int"``, ``"float"``, ``"bool"``, ``"null"`` or another."""
-        # YAML 1.1, which other tools still read, takes these words for truth values
-        is_ambiguous = (
-            isinstance(self.node, ScalarNode) and not self.node.style and self.node.value.lower() in _SWITCHES
-        )
-        return "switch" if is_ambiguous else str(self.node.tag).rpartition(":")[2]
+        """A value of ``_KINDS``, or anything else for what is none of them."""
+        if not isinstance(self.node, ScalarNode):
+            return "a list or mapping"
+        tag, text = str(self.node.tag).rpartition(":")[2], self.node.value.lower()
+        # other tools still read YAML 1.1, where these words are truth values and such numbers are text
+        is_switch = not self.node.style and text in ("yes", "no", "on", "off")
+        lacks_point = tag == "float" and "e" in text and "." not in text
+        return "ambiguous" if is_switch or lacks_point else _KINDS.get(tag, tag)
 
     @property
     def line(self) -> int:
@@ -388,21 +390,17 @@ class Entry:
 
     def text(self, what: str) -> str:
         """Read a text."""
-        if self.kind != "str":
-            found = f"{what} is {self._shown()}, which YAML does not read as text"
-            self.refuse(found, "a text is allowed", "put it in quotes")
-        return self.node.value
+        return self._scalar(what, "text", "put it in quotes")
+
+    def truth(self, what: str) -> bool:
+        """Read true or false."""
+        return self._scalar(what, "a truth value", "write true or false")
 
     def number(self, what: str) -> float:
         """Read a finite number."""
-        text = self._shown()
-        # YAML 1.1 takes an exponent without a point for text
-        if self.kind not in ("int", "float") or ("e" in text.lower() and "." not in text):
-            found = f"{what} is {text}, which YAML does not read as a number"
-            self.refuse(found, "a number is allowed", "write it with a point, such as 1.0e-3")
-        value = float(self.plain(what))
+        value = float(self._scalar(what, "a number", "write it with a point, such as 1.0e-3"))
         if not math.isfinite(value):
-            self.refuse(f"{what} is {text}", "a finite number is allowed", "replace it")
+            self.refuse(f"{what} is {value}", "a finite number is allowed", "replace it")
         return value
 
     def interval(self, what: str) -> tuple[float, float]:
@@ -410,21 +408,19 @@ class Entry:
         lower, upper = self.sequence(what, 2)
         return lower.number(what), upper.number(what)
 
-    def truth(self, what: str) -> bool:
-        """Read true or false."""
-        if self.kind != "bool":
-            self.refuse(f"{what} is no truth value", "true or false is allowed", "write one of them")
-        return self.plain(what)
-
     def plain(self, what: str) -> Any:
         """Read anything: mappings, lists, texts, numbers, truth values and null; dates stay text."""
         if isinstance(self.node, MappingNode):
             return {key: entry.plain(f"{what}.{key}") for key, entry in self.mapping(what, optional=None).items()}
         if isinstance(self.node, SequenceNode):
             return [entry.plain(what) for entry in self.sequence(what)]
-        if self.kind in ("int", "float", "bool", "null"):
+        if self.kind in ("a number", "a truth value", "null"):
             return YAML(typ="safe", pure=True).constructor.construct_object(self.node)
         return self.node.value
 
-    def _shown(self) -> str:
-        return f"'{self.node.value}'" if isinstance(self.node, ScalarNode) else "a list or mapping"
+    def _scalar(self, what: str, kind: str, remedy: str) -> Any:
+        """Read a value of one kind."""
+        if self.kind != kind:
+            shown = f"'{self.node.value}'" if isinstance(self.node, ScalarNode) else self.kind
+            self.refuse(f"{what} is {shown}, which YAML does not read as {kind}", f"{kind} is allowed", remedy)
+        return self.plain(what)
