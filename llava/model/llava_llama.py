@@ -20,8 +20,14 @@ from fuzzyroe.routing_state import RoutingState
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.families import HostInnerModel, HostModel, count_image_tokens, get_image_token_id
 from llava.model.generation_compat import drop_prompts, show_answers_only
-from llava.model.image_inputs import match_images, stack_images
-from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
+from llava.model.llava_inputs import (
+    expand_markers,
+    has_markers,
+    images_per_row,
+    infer_attention_mask,
+    match_images,
+    stack_images,
+)
 from llava.model.vision_tower_facade import VisionTowerFacade
 
 _NOT_GIVEN: Any = object()

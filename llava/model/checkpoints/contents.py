@@ -82,7 +82,7 @@ def check_complete(weights: Mapping[str, Tensor], config: Any, source: str, new_
     wanted = {
         name: shape
         for name, shape in parameter_shapes(config).items()
-        if name in shapes or family.part_of(name) != new_part
+        if name in shapes or family.part_of(name) != new_part  # a part that is to be drawn may be missing
     }
     check_fit(shapes, wanted, source)
 

@@ -225,7 +225,7 @@ def count_image_features(config: Any) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
-def _published(**sizes: int) -> Any:
+def _published(**sizes: Any) -> Any:
     # transformers' defaults of Llama are those of 7B, its defaults of LLaVA those of CLIP-L at 336 pixels
     return HostConfig(text_config=LlamaConfig(vocab_size=32064, **sizes))
 

@@ -82,7 +82,7 @@ def test_updates_of_a_routed_llava_are_loaded_with_their_router(base: Path, tmp_
     assert_equal(tmp_path / "parts" / "lora", expected)
 
 
-def test_updates_of_a_language_model_bring_its_sight(base: Path, tmp_path: Path) -> None:
+def test_updates_of_a_language_model_bring_its_vision_tower(base: Path, tmp_path: Path) -> None:
     """Also where the projector stayed as it was drawn: no base has it."""
     parts = tmp_path / "parts"
     settings = VisionSettings(str(parts / "clip"))

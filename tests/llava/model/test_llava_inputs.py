@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.image_inputs import match_images, stack_images
-from llava.model.image_markers import expand_markers, has_markers, images_per_row, infer_attention_mask
+from llava.model.llava_inputs import (
+    expand_markers,
+    has_markers,
+    images_per_row,
+    infer_attention_mask,
+    match_images,
+    stack_images,
+)
 
 M, I = IMAGE_TOKEN_INDEX, 9  # noqa: E741
 IDS = torch.tensor([[1, M, 2, 0], [3, 0, 0, 0], [M, 4, M, 5]])
