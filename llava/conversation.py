@@ -281,5 +281,11 @@ def get_template(name: str) -> Conversation:
 
     Raises:
         KeyError: If no template has this name; the message lists the known ones.
+
+    >>> conversation = get_template("v1")
+    >>> conversation.append_message(conversation.roles[0], "Which digit?")
+    >>> conversation.append_message(conversation.roles[1], None)  # the answer is still to come
+    >>> conversation.get_prompt()[-30:]
+    ' USER: Which digit? ASSISTANT:'
     """
     return conv_templates[name].copy()

@@ -128,6 +128,10 @@ def expand_markers(
 
     Raises:
         ValueError: If there are more or fewer lengths than markers.
+
+    >>> ids = torch.tensor([[1, -200, 7]])
+    >>> expand_markers(ids, torch.ones_like(ids), lengths=[3], image_token_id=9).input_ids
+    tensor([[1, 9, 9, 9, 7]])
     """
     is_kept = attention_mask.bool()
     ids = input_ids[is_kept]  # (tokens of all rows), row after row
