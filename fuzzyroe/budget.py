@@ -1,14 +1,14 @@
-"""Nested plans: which layers a score percentile skips, for any requested mean skip rate.
+"""Budgets: from a target skip ratio to the layers that each example skips.
 
-Layers stand in one order, first to be skipped first; an example's score decides only *how many* of them it skips, so
-that a higher score keeps a superset of layers. The number is a step function of the score's percentile, found bin by
-bin by the least marginal loss on calibration data. Percentiles are uniform, so the mean skip rate of a table is the
-mean of its thresholds, and any rate between two steps is met by interpolation.
+Nested plans: layers stand in one order, first to be skipped first; an example's score decides only *how many* of them
+it skips, so that a higher score keeps a superset of layers. The number is a step function of the score's percentile,
+found bin by bin by the least marginal loss on calibration data. Percentiles are uniform, so the mean skip rate of a
+table is the mean of its thresholds, and any target between two rows is met by interpolation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,28 +19,15 @@ class BudgetTable:
     """Thresholds for growing budgets.
 
     Attributes:
-        skip_rates: Mean skip rates, increasing from 0, (G,).
+        ratios: Mean skip rates, increasing from 0, (G,).
         thresholds: Layer l is skipped iff an example's score percentile lies below its threshold, (G, L) in [0, 1].
     """
 
-    skip_rates: np.ndarray
+    ratios: np.ndarray
     thresholds: np.ndarray
 
-    def thresholds_for(self, skip_rate: float) -> np.ndarray:
-        """Thresholds whose mean is ``skip_rate``, (L,).
 
-        Raises:
-            ValueError: If the rate lies outside the calibrated range.
-        """
-        if not 0 <= skip_rate <= self.skip_rates[-1] + 1e-6:  # a router keeps its rates in float32
-            raise ValueError(
-                f"Skip rate {skip_rate} lies outside the calibrated range [0, {self.skip_rates[-1]:.3f}]; choose one "
-                "inside, or calibrate with a larger max_skip_ratio."
-            )
-        return np.array([np.interp(skip_rate, self.skip_rates, column) for column in self.thresholds.T])
-
-
-def greedy_layer_order(loss_of: Callable[[list[int]], float], candidates: list[int], length: int) -> list[int]:
+def greedy_layer_order(loss_of: Callable[[list[int]], float], candidates: Sequence[int], length: int) -> list[int]:
     """Order layers by how little loss skipping them adds, one greedy step after the other.
 
     Args:
@@ -68,7 +55,7 @@ def allocate(
     """Decide how many layers each score bin skips, as the budget grows.
 
     At every step the bin whose next skip adds the least mean loss takes it, as long as a lower bin never skips fewer
-    layers than a higher one. Bins are believed to differ only as far as their examples show it, see ``trust_in_bins``:
+    layers than a higher one. Bins are believed to differ only as far as their examples show it, see ``shrinkage``:
     where scores tell nothing, all examples skip as many layers, or one more.
 
     Args:
@@ -94,23 +81,26 @@ def allocate(
         )
     mean_losses = np.stack([losses[bins == index].mean(axis=0) for index in range(num_bins)])  # (bins, K + 1)
     overall = mean_losses.mean(axis=0)
-    mean_losses = overall + trust_in_bins(losses, bins) * (mean_losses - overall)
+    mean_losses = overall + shrinkage(losses, bins) * (mean_losses - overall)
     skips = np.zeros(num_bins, dtype=int)
-    tables = [np.zeros(num_layers)]
+    rows = [np.zeros(num_layers)]
     while skips.min() < max_skips:
-        allowed = [b for b in range(num_bins) if skips[b] < max_skips and (b == 0 or skips[b] < skips[b - 1])]
-        chosen, depth = min(
-            ((b, d) for b in allowed for d in range(1, _reach(skips, b, max_skips) + 1)),
-            key=lambda step: _mean_increase(mean_losses[step[0]], skips[step[0]], step[1]),
-        )
+        # A bin may go as deep as the bin below it. Looking ahead by more than one steps over a bad layer in the order.
+        reach = np.concatenate([[max_skips], skips[:-1]]) - skips
+        steps = [(index, depth) for index in range(num_bins) for depth in range(1, reach[index] + 1)]
+        increases = [(mean_losses[b, skips[b] + depth] - mean_losses[b, skips[b]]) / depth for b, depth in steps]
+        chosen, depth = steps[int(np.argmin(increases))]
         for _ in range(depth):
             skips[chosen] += 1
-            tables.append(_thresholds(skips, layer_order, num_layers))
-    thresholds = np.stack(tables)
+            # bins skip non-increasing numbers of layers, so each layer is skipped below a share of the bins
+            row = np.zeros(num_layers)
+            row[layer_order[:max_skips]] = (skips > np.arange(max_skips)[:, None]).mean(axis=1)
+            rows.append(row)
+    thresholds = np.stack(rows)
     return BudgetTable(thresholds.mean(axis=1), thresholds)
 
 
-def trust_in_bins(losses: np.ndarray, bins: np.ndarray) -> float:
+def shrinkage(losses: np.ndarray, bins: np.ndarray) -> float:
     """Share of the differences between bins that is not explained by which examples fell into them.
 
     With y the mean loss increase of an example, it is ``1 - noise / spread``, at least 0: the spread is the variance of
@@ -136,19 +126,31 @@ def trust_in_bins(losses: np.ndarray, bins: np.ndarray) -> float:
     return float(np.clip(1 - noise / spread, 0, 1)) if spread > 0 else 0.0
 
 
-def _reach(skips: np.ndarray, index: int, max_skips: int) -> int:
-    """How many more layers a bin may skip before it would pass the bin below it."""
-    return (max_skips if index == 0 else skips[index - 1]) - skips[index]
+def allocate_skips(losses: np.ndarray, mean_skips: float) -> np.ndarray:
+    """Share a budget out among examples whose losses are known, so that their summed loss is least.
 
+    Each example's losses are replaced by their lower convex hull, whose pieces are taken in the order of their slopes;
+    only the last piece taken may be cut.
 
-def _mean_increase(mean_losses: np.ndarray, skips: int, depth: int) -> float:
-    """Loss added per layer by skipping ``depth`` more; looking ahead steps over a single bad layer in the order."""
-    return float(mean_losses[skips + depth] - mean_losses[skips]) / depth
+    Args:
+        losses: Loss of each example when it skips k layers, (n, K + 1).
+        mean_skips: Layers skipped on average, in [0, K].
 
-
-def _thresholds(skips: np.ndarray, layer_order: list[int], num_layers: int) -> np.ndarray:
-    """Bins skip non-increasing numbers of layers, so layer order[j] is skipped below a share of the bins."""
-    thresholds = np.zeros(num_layers)
-    for position, layer in enumerate(layer_order):
-        thresholds[layer] = np.mean(skips > position)
-    return thresholds
+    Returns:
+        Layers that each example skips, (n,) int64; their sum is ``mean_skips * n``, rounded.
+    """
+    pieces = []  # (slope, example, first number of skips, last number of skips)
+    for example, row in enumerate(losses):
+        start, last = 0, len(row) - 1
+        while start < last:
+            slopes = (row[start + 1 :] - row[start]) / np.arange(1, last - start + 1)
+            stop = start + 1 + int(np.flatnonzero(slopes == slopes.min())[-1])
+            pieces.append((float(slopes.min()), example, start, stop))
+            start = stop
+    counts = np.zeros(len(losses), dtype=np.int64)
+    remaining = round(mean_skips * len(losses))
+    for _, example, start, stop in sorted(pieces):
+        taken = min(stop - start, remaining)
+        counts[example] += taken
+        remaining -= taken
+    return counts

@@ -1,7 +1,8 @@
-"""Fitting a fuzzy router to measured examples: the whole of FuzzyRoE's router stage once the forward passes are done.
+"""Calibration of a fuzzy router: what its rules are fitted to, once the forward passes are done.
 
 No gradient and no optimizer: feature ranges and knots are quantiles, consequents are a ridge fit to the expert rules,
-thresholds follow from measured losses. Everything runs in numpy within a second, the same on every rank.
+and thresholds follow from measured losses (``fuzzyroe.budget``). Everything runs in numpy within a second, the same on
+every rank. ``FuzzyRouter.calibrate`` puts the parts together.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from fuzzyroe.budget import BudgetTable, allocate
-from fuzzyroe.routers.fuzzy import NUM_QUANTILES, FuzzyRouter
-from fuzzyroe.rules.rule_base import FuzzyRuleBase
+from fuzzyroe.rules import FuzzyRuleBase, effective_examples, fit_consequents
+from fuzzyroe.rules.fitting import PRIOR_STRENGTHS
+from fuzzyroe.rules.monotone import order_edges
 
 TARGET_RANGE = (-1.0, 4.0)
 """Loss increases are cut to this range, so that a few hopeless examples do not decide the fit."""
@@ -50,7 +50,7 @@ class Measurements:
         return self.features[:, index], self.score_features[:, index]
 
 
-def suffering(losses: np.ndarray) -> np.ndarray:
+def skip_loss_increase(losses: np.ndarray) -> np.ndarray:
     """How much an example loses when about a third of the calibrated layers and more are skipped.
 
     Args:
@@ -68,119 +68,115 @@ class Prepared:
     """What fits of consequents start from.
 
     Attributes:
-        prior: The expert's rules, completed, turned where the data contradict them, with knots at quantiles.
-        targets: How much each labelled example suffers, (n,).
+        prior: The expert's rules, completed, flipped where the data contradict them, with knots at quantiles.
+        loss_increase: What skipping costs each labelled example, (n,).
         low, high: Raw feature values that map to 0 and 1, (K,).
         labelled, unlabelled: Raw features, (n, K) and (m, K).
-        correlations: Rank correlation of each feature with the targets, (K,).
-        flips: -1 for features whose declared direction was turned, else 1, (K,).
+        correlations: Rank correlation of each feature with the loss increase.
+        flipped: Features whose declared direction was flipped.
     """
 
     prior: FuzzyRuleBase
-    targets: np.ndarray
+    loss_increase: np.ndarray
     low: np.ndarray
     high: np.ndarray
     labelled: np.ndarray
     unlabelled: np.ndarray
-    correlations: list[float]
-    flips: list[int]
+    correlations: dict[str, float]
+    flipped: list[str]
 
     @property
     def scaled(self) -> np.ndarray:
         """Features of the labelled examples in [0, 1], (n, K)."""
         return scale(self.labelled, self.low, self.high)
 
+    @property
+    def score_targets(self) -> np.ndarray:
+        """What the score should follow: the loss increase, spread around 0.5 as the expert's outputs are, (n,)."""
+        spread = max(float(self.loss_increase.std()), 1e-9)
+        return 0.5 + TARGET_SPREAD * (self.loss_increase - self.loss_increase.mean()) / spread
+
     def with_ranges(self, rule_base: FuzzyRuleBase) -> FuzzyRuleBase:
         """Note the ranges of the raw features in the provenance of a rule base."""
-        names = (variable.name for variable in rule_base.antecedents)
-        ranges = {name: [float(self.low[j]), float(self.high[j])] for j, name in enumerate(names)}
+        ranges = {name: [float(self.low[j]), float(self.high[j])] for j, name in enumerate(self.correlations)}
         return replace(rule_base, provenance={**rule_base.provenance, "feature_range": ranges})
+
+    def report(self, measured: Measurements) -> dict[str, Any]:
+        """What every report of a fit begins with."""
+        return {
+            "examples": len(self.labelled),
+            "score_examples": len(self.unlabelled),
+            "feature_correlation": self.correlations,
+            "flipped_features": self.flipped,
+            "mean_loss_by_skips": measured.losses.mean(axis=0).tolist(),
+            "layer_order": list(measured.layer_order),
+        }
 
 
 def prepare(rule_base: FuzzyRuleBase, measured: Measurements) -> Prepared:
-    """Scale features, turn rules that the data contradict, place the knots."""
+    """Scale features, flip rules that the data contradict, place the knots.
+
+    Args:
+        rule_base: Expert rules; of a fitted one they are taken again, so that fitting twice is fitting once.
+        measured: Results of the forward passes.
+    """
     names = tuple(variable.name for variable in rule_base.antecedents)
     labelled, unlabelled = measured.columns(names)
-    targets = suffering(measured.losses)
+    increase = skip_loss_increase(measured.losses)
     low, high = feature_range(unlabelled)
-    correlations = [rank_correlation(column, targets) for column in scale(labelled, low, high).T]
+    correlations = [rank_correlation(column, increase) for column in scale(labelled, low, high).T]
     prior = rule_base.unfitted()
     prior = prior if prior.is_complete else prior.interpolate()
     # A constant feature contradicts nothing, and a direction that the rules leave open cannot be contradicted.
-    flips = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
-    prior = prior.flip_direction(flips).with_quantile_knots(scale(unlabelled, low, high))
-    return Prepared(prior, targets, low, high, labelled, unlabelled, correlations, flips)
+    signs = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
+    prior = prior.flip_direction(signs).with_quantile_knots(scale(unlabelled, low, high))
+    flipped = [name for name, sign in zip(names, signs, strict=True) if sign < 0]
+    return Prepared(
+        prior, increase, low, high, labelled, unlabelled, dict(zip(names, correlations, strict=True)), flipped
+    )
 
 
-def set_scales(router: FuzzyRouter, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
-    """Set a router's feature ranges and score quantiles; give the scores of unlabelled and labelled examples.
+def fit_layer_tables(
+    prepared: Prepared, measured: Measurements, num_layers: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fit one table of consequents per layer to the loss increases without it.
 
-    With a score per layer, (m, L), quantiles are those over examples and layers that have a budget.
-    """
-    router.feature_low.copy_(torch.as_tensor(prepared.low))
-    router.feature_high.copy_(torch.as_tensor(prepared.high))
-    scores_all, scores = _scores(router, prepared.unlabelled), _scores(router, prepared.labelled)
-    pooled = scores_all if scores_all.ndim == 1 else scores_all[:, router.budget_thresholds[-1].numpy() > 0]
-    router.score_quantiles.copy_(torch.as_tensor(np.quantile(pooled, np.linspace(0, 1, NUM_QUANTILES))))
-    return scores_all, scores
-
-
-def calibrate_router(
-    rule_base: FuzzyRuleBase,
-    measured: Measurements,
-    num_layers: int,
-    skip_rate: float,
-    num_bins: int = 8,
-    router_class: type[FuzzyRouter] = FuzzyRouter,
-) -> tuple[FuzzyRouter, dict[str, Any]]:
-    """Fit a router.
+    Each table is a ridge fit of one layer's loss increases to their mean, monotone as the rules declare: the expert
+    says nothing about single layers, so without evidence every example ranks the layers alike, as a static plan does.
 
     Args:
-        rule_base: Expert rules; a fitted one starts from its expert rules again.
-        measured: Results of the forward passes.
-        num_layers: Layers of the decoder.
-        skip_rate: Mean skip rate to set, within K_max / num_layers.
-        num_bins: Score bins of the allocation.
-        router_class: What fits the score, and what is given.
+        prepared: Gives the rules, their directions and the examples.
+        measured: Results of the forward passes, with ``layer_losses``.
+        num_layers: Layers of the decoder, L.
 
     Returns:
-        The router, with a report: rank correlation of each feature and of the score with the loss increase, features
-        whose declared direction was flipped here, rules before and after, thresholds.
+        Tables, (R, L), loss increases, (n, L), and the effective examples of each rule, (R,).
 
     Raises:
-        ValueError: If there are too few examples for ``num_bins``, or the skip rate is out of range.
+        ValueError: If the loss without each single layer was not measured.
     """
-    prepared = prepare(rule_base, measured)
-    targets, prior, scaled, flips = prepared.targets, prepared.prior, prepared.scaled, prepared.flips
-    spread = max(float(targets.std()), 1e-9)
-    wanted = 0.5 + TARGET_SPREAD * (targets - targets.mean()) / spread
-    fitted = router_class.fit_score(prior, scaled, wanted)
-    router = router_class(prepared.with_ranges(fitted), num_layers)
-    scores_all, scores = set_scales(router, prepared)
-    # The labelled examples are binned by their own ranks, so that every bin of the allocation has its share of them.
-    ranks = (np.argsort(np.argsort(scores, kind="stable"), kind="stable") + 0.5) / len(scores)
-    table = allocate(measured.losses, ranks, measured.layer_order, num_layers, num_bins)
-    set_budget_table(router, table)
-    router.set_skip_rate(skip_rate)
-    report = {
-        "examples": len(targets),
-        "score_examples": len(scores_all),
-        "feature_correlation": dict(zip(router.antecedents, prepared.correlations, strict=True)),
-        "flipped_features": [name for name, flip in zip(router.antecedents, flips, strict=True) if flip < 0],
-        "score_correlation": rank_correlation(scores, targets),
-        "mean_loss_by_skips": measured.losses.mean(axis=0).tolist(),
-        "layer_order": list(measured.layer_order),
-        "skip_rate": skip_rate,
-        "thresholds": router.thresholds().tolist(),
-        "rules": [vars(rule) for rule in fitted.report(scaled)],
-    }
-    return router, report
-
-
-def set_budget_table(router: FuzzyRouter, table: BudgetTable) -> None:
-    """Replace a router's budgets."""
-    router.budget_rates = torch.as_tensor(table.skip_rates, dtype=torch.float32)
-    router.budget_thresholds = torch.as_tensor(table.thresholds, dtype=torch.float32)
+    if measured.layer_losses is None or measured.layer_losses.shape[1] != num_layers:
+        found = None if measured.layer_losses is None else measured.layer_losses.shape
+        raise ValueError(
+            f"layer_losses is {found}; the loss without each single layer, (n, {num_layers}), is needed; measure with "
+            "single_layers=True (--per_layer_tables True)."
+        )
+    increases = (measured.layer_losses - measured.losses[:, :1]).clip(*TARGET_RANGE)  # (n, L)
+    firing = prepared.prior.firing_strengths(prepared.scaled)  # (n, R)
+    edges = order_edges(prepared.prior.shape, prepared.prior.signs)
+    tables = [
+        fit_consequents(
+            firing,
+            column,
+            np.full(firing.shape[1], column.mean()),
+            prior_strength=PRIOR_STRENGTHS["expert"],
+            edges=edges,
+            lower=float(column.min()) - 1.0,
+            upper=float(column.max()) + 1.0,
+        )
+        for column in increases.T
+    ]
+    return np.stack(tables, axis=1), increases, effective_examples(firing)
 
 
 def feature_range(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,10 +197,3 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(spearmanr(first, second).statistic)
-
-
-def _scores(router: FuzzyRouter, raw_features: np.ndarray) -> np.ndarray:
-    """Scores by the router's own torch tables, so that percentiles refer to exactly what inference computes."""
-    with torch.no_grad():
-        features = router.scale(torch.as_tensor(raw_features, dtype=torch.float32))
-        return router.rules(features).double().numpy()

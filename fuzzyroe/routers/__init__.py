@@ -1,28 +1,24 @@
-"""Routers: what decides which layers an example skips."""
+"""Routers: they decide which layers an example skips."""
 
 from __future__ import annotations
 
 from fuzzyroe.routers.base import Router
-from fuzzyroe.routers.fuzzy import FuzzyRouter
-from fuzzyroe.routers.fuzzy_per_layer import PerLayerFuzzyRouter
-from fuzzyroe.routers.linear_score import LinearScoreRouter
-from fuzzyroe.routers.none import KeepAllRouter
+from fuzzyroe.routers.baselines import KeepAllRouter, LinearScoreRouter, RandomRouter, StaticRouter
+from fuzzyroe.routers.fuzzy import FuzzyRouter, PerLayerFuzzyRouter
 from fuzzyroe.routers.oracle import OracleRouter
-from fuzzyroe.routers.random import RandomRouter
 from fuzzyroe.routers.roe.router import LinearRouter
-from fuzzyroe.routers.static import StaticRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "fuzzy": FuzzyRouter,
     "fuzzy_per_layer": PerLayerFuzzyRouter,
     "linear_score": LinearScoreRouter,
-    "random": RandomRouter,
     "static": StaticRouter,
+    "random": RandomRouter,
     "oracle": OracleRouter,
     "none": KeepAllRouter,
     "linear": LinearRouter,
 }
-"""Routers by name."""
+"""Routers by name: the only list of them."""
 
 
 def get_router_class(name: str) -> type[Router]:
@@ -48,6 +44,11 @@ def get_router_name(router: Router) -> str:
     raise KeyError(f"{type(router).__name__} is none of the routers {', '.join(ROUTERS)}; add it to ROUTERS.")
 
 
+def plan_router_names() -> tuple[str, ...]:
+    """Names of the routers that ``--router`` can attach, the default first."""
+    return tuple(name for name, router in ROUTERS.items() if router.is_plan_router)
+
+
 __all__ = [
     "ROUTERS",
     "FuzzyRouter",
@@ -61,4 +62,5 @@ __all__ = [
     "StaticRouter",
     "get_router_class",
     "get_router_name",
+    "plan_router_names",
 ]

@@ -15,16 +15,13 @@ from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from fuzzyroe.routers import plan_router_names
 from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routers.roe.schedule import start_bias
 from fuzzyroe.routers.roe.tokens import SOURCES
 from llava.data.workers import preload_fork_server
 from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage
 
-PLAN_ROUTERS = ("fuzzy", "linear_score", "static", "random")
-"""Routers that the stages router, adapter and finetune can attach."""
-
-DEFAULT_PLAN_ROUTER = "fuzzy"
 DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
 """What routing is attached with where flags say nothing."""
 
@@ -118,7 +115,7 @@ class RoutedArguments(StageArguments):
 class PlanArguments(RoutedArguments):
     """FuzzyRoE's stages, and those of the routers it is compared with: router, adapter, finetune."""
 
-    router: str | None = _flag(None, f"What plans; default {DEFAULT_PLAN_ROUTER}.", choices=PLAN_ROUTERS)
+    router: str | None = _flag(None, f"What plans: {', '.join(plan_router_names())}; default the first.")
     rule_base: str | None = _flag(None, f"Shipped rule base by name, or a YAML file; default {DEFAULT_RULE_BASE}.")
     skip_pattern: Literal["plan", "random"] = _flag("plan", "Skip as the router plans, or at random.")
     dense_ratio: float = _flag(0.0, "Share of samples that skip nothing, in [0, 1].")
@@ -136,6 +133,9 @@ class PlanArguments(RoutedArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # not argparse's choices, which would miss a router that is added to ROUTERS later
+        known = plan_router_names()
+        _require(self.router in (None, *known), "router", self.router, f"is unknown; use one of {', '.join(known)}.")
         _check_range(self, 0, 1, "anneal_softness", "dense_ratio")
         _check_range(self, 1, math.inf, "calibration_samples", "order_samples", "score_samples")
         self.source_targets()  # a pair that cannot be read fails now, not when the first batch is drawn

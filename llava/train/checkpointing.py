@@ -222,11 +222,10 @@ def _save_routing(model: Any, parameters: dict[str, Tensor], stage: Stage, base:
     names = routing_names(model)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
     save_routing(routing_state_dict(model, {**parameters, **buffers}), folder / ROUTING_FILE)
-    decoder.router.save_files(folder)
     config = FuzzyRoEConfig(
         adapter_width=next(t.shape[0] for name, t in parameters.items() if name.endswith("adapter.down.weight")),
         router=get_router_name(decoder.router),
-        router_options=decoder.router.settings(),
+        router_options=decoder.router.save_options(folder),
         skip_unit=decoder.layers[0].skip_unit,
         base_model=base,
         stage=stage.name,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzzyroe.features import FEATURES
-from fuzzyroe.routers import FuzzyRouter, get_router_class
+from fuzzyroe.routers import get_router_class, plan_router_names
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.check import check_data
@@ -25,7 +25,6 @@ from llava.model.checkpoints.files import LANGUAGE_MODELS, is_language_model, re
 from llava.model.checkpoints.reading import read_config_and_tokenizer
 from llava.model.families import count_image_tokens, get_image_token_id
 from llava.train.arguments import (
-    DEFAULT_PLAN_ROUTER,
     DEFAULT_RULE_BASE,
     FULL_BITS,
     DataArguments,
@@ -51,7 +50,7 @@ ATTACH_FLAGS = ("router", "rule_base", "adapter_hidden_dim", "routing_summary", 
 MIN_FREE_BYTES = 64 * 2**20
 
 MIN_CALIBRATION_SAMPLES = 8
-"""One for each bin of scores that ``fuzzyroe.calibrate.calibrate_router`` makes."""
+"""One for each bin of scores that ``FuzzyRouter.calibrate`` makes."""
 
 
 def check_inputs(
@@ -176,11 +175,10 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
             f"Stage {stage.name} goes on with adapters that are trained, but {path} is dense; run roe_adapter first."
         )
     if isinstance(stage_args, PlanArguments):
-        router = (block or {}).get("router") or stage_args.router or DEFAULT_PLAN_ROUTER
+        router = (block or {}).get("router") or stage_args.router or plan_router_names()[0]
         # static and random routers rank nothing, so rules, tables and softness have nothing to act on
-        has_score = issubclass(get_router_class(router), FuzzyRouter)
         for name in ("rule_base", "per_layer_tables", "anneal_softness"):
-            if getattr(stage_args, name) and not has_score:
+            if getattr(stage_args, name) and not get_router_class(router).is_scored:
                 raise StageInputError(
                     f"--{name} {getattr(stage_args, name)} was given, but a {router} router has no score; leave it "
                     "out, or use --router fuzzy."
@@ -190,8 +188,8 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
 def _check_attached(block: dict[str, Any], stage: Stage, path: str, stage_args: RoutedArguments) -> None:
     """A router that is there is gone on with, so it must be of the stage's method and is not chosen again."""
     router, is_planned = block.get("router", "fuzzy"), stage.routing == "plan"
-    # linear routers are RoE's; all others are planned
-    if is_planned == (router == "linear"):
+    # layer-wise routers are RoE's; all others are planned
+    if is_planned == get_router_class(router).decides_layer_wise:
         family = [name for name, other in STAGES.items() if other.routing == ("relaxed" if is_planned else "plan")]
         raise StageInputError(
             f"{path} is routed by a {router} router, which stage {stage.name} does not train; use one of the stages "

@@ -49,7 +49,7 @@ from llava.train.parameters import (
     prepare_quantized,
     quantization_options,
 )
-from llava.train.refit import attach_new_router, refit
+from llava.train.router_fitting import attach_new_router, fit_router
 from llava.train.routing_policies import make_policy
 from llava.train.stages import Stage
 from llava.train.trainer import LlavaTrainer
@@ -104,7 +104,7 @@ def run_stage(
         }
     if stage.calibrates and isinstance(stage_args, PlanArguments | RoEArguments):
         progress = say if is_main else lambda line: None
-        summary["calibration"] = refit(trainer, stage_args, checkpoint, progress)
+        summary["calibration"] = fit_router(trainer, stage_args, checkpoint, progress)
     summary |= describe_engine(trainer)
     summary["seconds"] = time.time() - started
     save_stage(trainer, checkpoint, stage, output, summary)

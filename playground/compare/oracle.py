@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import DataLoader, Subset
 
 from fuzzyroe.attach import set_router
-from fuzzyroe.plan_search import LabelledBatch, search_plans
 from fuzzyroe.routers import OracleRouter
+from fuzzyroe.routers.oracle import LabelledBatch, search_plans
 from fuzzyroe.routing_state import RoutingState
 from llava.data.dataset import SFTCollator, SFTDataset
 from llava.model.builder import Checkpoint

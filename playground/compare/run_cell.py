@@ -132,7 +132,7 @@ def _run_stage(training: Training, cell: Cell, data: Path, model: str, output: P
         "fitting_passes": calibration.get("passes", 0),
         "fitting_cpu_seconds": round(calibration.get("cpu_seconds", 0.0), 2),
         "cpu_seconds": round(time.process_time() - started, 2),
-        "budgets": calibration.get("budgets"),
+        "budgets": calibration.get("bias_table"),
         "layer_order": calibration.get("layer_order"),
         "score_correlation": calibration.get("score_correlation"),
     }

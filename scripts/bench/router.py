@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fuzzyroe.calibrate import Measurements, calibrate_router
+from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
@@ -91,7 +91,7 @@ def median_seconds(repeats: int, block: int, **calls: Callable[[], Any]) -> dict
 
 def calibrated_router() -> FuzzyRouter:
     """A router with a full table of budgets, set to skip 0.3."""
-    return calibrate_router(load_rule_base("default"), planted_measurements(), NUM_LAYERS, 0.3)[0].eval()
+    return FuzzyRouter(load_rule_base("default"), NUM_LAYERS).calibrate(planted_measurements(), 0.3)[0].eval()
 
 
 PublishedRules = list[tuple[tuple[int, ...], float]]
@@ -211,7 +211,7 @@ def planted_measurements() -> Measurements:
 def time_fit() -> list[Line]:
     """The whole fit of a router to measured examples: knots, 27 consequents, quantiles, L thresholds per budget."""
     base, measured = load_rule_base("default"), planted_measurements()
-    seconds = median_seconds(3, 1, fit=lambda: calibrate_router(base, measured, NUM_LAYERS, 0.3))["fit"]
+    seconds = median_seconds(3, 1, fit=lambda: FuzzyRouter(base, NUM_LAYERS).calibrate(measured, 0.3))["fit"]
     return [Line(f"fit of 27 consequents and {NUM_LAYERS} layers to 500 examples", seconds, 1.0, " s")]
 
 

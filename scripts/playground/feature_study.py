@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""How well each feature predicts how much a question suffers from skipped layers, alone and in triples.
+"""How well each feature predicts how much loss skipped layers add to a question, alone and in triples.
 
     python scripts/playground/feature_study.py --model outputs/quickstart/finetune    about 5 minutes on one CPU core
     python scripts/playground/feature_study.py --measured measured.npz                the tables again, without a model
 
 Forward passes measure every turn's loss with the first k layers of a searched order skipped, and all raw features
-before the first layer (``llava.train.calibrate``). A triple is judged as the router stage would use it: rules, knots,
-consequents and thresholds are fitted on one half of the samples and scored on the other, both ways. Writes
+before the first layer (``llava.train.router_fitting``). A triple is judged as the router stage would use it: rules,
+knots, consequents and thresholds are fitted on one half of the samples and scored on the other, both ways. Writes
 docs/feature_study.md and docs/feature_study.json.
 """
 
@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from fuzzyroe.calibrate import Measurements, calibrate_router, rank_correlation, suffering
+from fuzzyroe.calibrate import Measurements, rank_correlation, skip_loss_increase
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import FuzzyRuleBase, load_rule_base
 
 if TYPE_CHECKING:
-    from llava.train.calibrate import Measurer
+    from llava.train.router_fitting import Measurer
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_LINEAR = "all features, linear"
@@ -45,7 +45,7 @@ class TripleResult:
 
     Attributes:
         names: The features.
-        fitted: Rank correlation of score and suffering on the half that was fitted to, mean of both ways.
+        fitted: Rank correlation of score and loss increase on the half that was fitted to, mean of both ways.
         held_out: The same on the other half: the number to judge by.
         saving: Loss that the scores save on the held-out half against the same numbers of skips dealt out at random, as
             a share of what that random plan adds to the dense loss.
@@ -67,14 +67,14 @@ def make_measurer(
         records: JSON of the questions.
         images: Folder of their images.
         samples, order_samples, score_samples: How much to measure, see ``CalibrationSize``.
-        **options: ``max_skip_ratio``, ``single_layers`` of ``CalibrationSize``; ``seed``.
+        **options: ``max_skip_ratio`` of ``CalibrationSize``; ``seed``.
     """
     from llava.data.dataset import SFTCollator, SFTDataset
     from llava.model.builder import load_checkpoint
     from llava.model.families import count_image_tokens, get_image_token_id
     from llava.model.routing import attach_routing
     from llava.model.zero3_text_batches import make_text_batches_safe
-    from llava.train.calibrate import CalibrationSize, Measurer
+    from llava.train.router_fitting import CalibrationSize, Measurer
 
     seed = options.pop("seed", 0)
     checkpoint = load_checkpoint(model)
@@ -155,7 +155,7 @@ def halves(measured: Measurements) -> list[tuple[Measurements, Measurements]]:
 
 def rules_over(names: tuple[str, ...], fit: Measurements) -> FuzzyRuleBase:
     """The default rules over other features, the one that correlates most first: it counts double in them."""
-    targets, index = suffering(fit.losses), fit.feature_names.index
+    targets, index = skip_loss_increase(fit.losses), fit.feature_names.index
     ordered = sorted(names, key=lambda name: -abs(rank_correlation(fit.features[:, index(name)], targets)))
     base = load_rule_base("default")
     variables = [replace(variable, name=name) for variable, name in zip(base.antecedents, ordered, strict=True)]
@@ -166,7 +166,7 @@ def judge(
     rule_base: FuzzyRuleBase, fit: Measurements, held: Measurements, num_layers: int, rate: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank correlations on the fitted and the held-out half, the saving on the latter, (3,), and its scores, (n,)."""
-    router, report = calibrate_router(rule_base, fit, num_layers, rate)
+    router, report = FuzzyRouter(rule_base, num_layers).calibrate(fit, rate)
     with torch.no_grad():
         raw = torch.as_tensor(held.columns(router.antecedents)[0], dtype=torch.float32)
         scores = router.rules(router.scale(raw))
@@ -175,7 +175,7 @@ def judge(
     routed = held.losses[np.arange(len(skips)), skips].mean()
     at_random = held.losses.mean(axis=0)[skips].mean()
     saving = (at_random - routed) / (at_random - dense)
-    numbers = report["score_correlation"], rank_correlation(scores.numpy(), suffering(held.losses)), saving
+    numbers = report["score_correlation"], rank_correlation(scores.numpy(), skip_loss_increase(held.losses)), saving
     return np.array(numbers), scores.double().numpy()
 
 
@@ -206,7 +206,7 @@ def compare_with_default(
     """
     rng, differences = np.random.default_rng(0), np.zeros(draws)
     for fit, held in halves(measured):
-        targets = suffering(held.losses)
+        targets = skip_loss_increase(held.losses)
         pair = [
             judge(base, fit, held, num_layers, rate)[1] for base in (rules_over(names, fit), load_rule_base("default"))
         ]
@@ -223,16 +223,18 @@ def judge_linear(measured: Measurements) -> tuple[float, float]:
     results = []
     for fit, held in halves(measured):
         centre, spread = fit.features.mean(axis=0), fit.features.std(axis=0) + 1e-9
-        design, targets = (fit.features - centre) / spread, suffering(fit.losses)
+        design, targets = (fit.features - centre) / spread, skip_loss_increase(fit.losses)
         weights = np.linalg.solve(design.T @ design + np.eye(design.shape[1]), design.T @ (targets - targets.mean()))
         found = (held.features - centre) / spread @ weights
-        results.append((rank_correlation(design @ weights, targets), rank_correlation(found, suffering(held.losses))))
+        results.append(
+            (rank_correlation(design @ weights, targets), rank_correlation(found, skip_loss_increase(held.losses)))
+        )
     return tuple(np.mean(results, axis=0).tolist())
 
 
 def study(measured: Measurements, num_layers: int, rate: float) -> dict[str, Any]:
     """All numbers, as plain data."""
-    targets = suffering(measured.losses)
+    targets = skip_loss_increase(measured.losses)
     alone = {
         name: {
             "correlation": rank_correlation(column, targets),
@@ -261,12 +263,12 @@ def to_markdown(numbers: dict[str, Any], conditions: dict[str, Any], num_triples
     """The page for the docs."""
     losses = numbers["mean_loss_by_skips"]
     lines = [
-        "# Which features predict suffering",
+        "# Which features predict the loss of skipping",
         "",
         "Written by `scripts/playground/feature_study.py`; all numbers: [feature_study.json](feature_study.json).",
         "",
         f"{numbers['turns']} turns of the digits playground, checkpoint `{conditions['model']}`, "
-        f"{numbers['layers']} layers. A turn suffers by the mean loss increase over the upper half of the skip counts. "
+        f"{numbers['layers']} layers. A turn counts by its mean loss increase over the upper half of the skip counts. "
         f"The mean loss goes from {losses[0]:.3f} nats (dense) to {losses[len(losses) // 2]:.3f} with "
         f"{len(losses) // 2} layers skipped and {losses[-1]:.3f} with {len(losses) - 1}. Correlations are Spearman's, "
         f"their standard error without any effect is about {numbers['standard_error']:.3f} ("

@@ -3,7 +3,7 @@
 
     python scripts/playground/router_study.py --model outputs/quickstart/finetune    about 15 minutes on one CPU core
 
-Fits both fuzzy routers (``fuzzyroe.calibrate``, ``fuzzyroe.calibrate_layers``) to the same training questions, then
+Fits both fuzzy routers (``FuzzyRouter``, ``PerLayerFuzzyRouter``) to the same training questions, then
 runs the test questions with the layers they keep. The static plan skips the first layers of the same order for all.
 With --quick a few questions only, under a minute; --check fails if the fuzzy score loses no less than the static plan.
 """
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from fuzzyroe.attach import find_decoder
-from fuzzyroe.calibrate import calibrate_router
-from fuzzyroe.calibrate_layers import calibrate_layers
-from fuzzyroe.routers import Router, StaticRouter
+from fuzzyroe.losses import answered_turns, turn_losses
+from fuzzyroe.routers import FuzzyRouter, PerLayerFuzzyRouter, Router, StaticRouter
 from fuzzyroe.rules import load_rule_base
-from llava.train.calibrate import Measurer, answered_turns, turn_losses
+from llava.train.router_fitting import Measurer
 from scripts.playground.feature_study import make_measurer
 
 
@@ -36,11 +35,11 @@ def run(measurer: Measurer, router: Router, batches: list[dict[str, Tensor]], ra
     router.set_skip_rate(rate)
     losses, kept = [], []
     for batch in batches:
-        state = measurer._describe(batch)
-        router.plan(measurer._decoder_input(batch, measurer._describe(batch)), state)
+        state = measurer.describe(batch)
+        router.plan(measurer.decoder_input(batch, state), state)
         labels = batch["labels"]
         kept.append(state.result.keep_weights[answered_turns(labels, state.turn_ids, state.num_turns)])
-        logits = measurer._forward(batch, state).logits
+        logits = measurer.run_model(batch, state).logits
         losses.append(turn_losses(logits, labels, state.turn_ids, state.num_turns))
     return {"requested": rate, "met": float(1 - torch.cat(kept).mean()), "loss": float(torch.cat(losses).mean())}
 
@@ -62,13 +61,13 @@ def main() -> None:
     torch.set_num_threads(1)
     images, samples = arguments.data / "images", arguments.samples
     sizes = (samples, samples // 4, samples * (1 if arguments.quick else 4))
-    measurer = make_measurer(arguments.model, arguments.data / "digits_train.json", images, *sizes, single_layers=True)
-    measured, num_layers = measurer.measure(), measurer.num_layers
+    measurer = make_measurer(arguments.model, arguments.data / "digits_train.json", images, *sizes)
+    measured, num_layers = measurer.measure(single_layers=True), measurer.num_layers
     base, rate = load_rule_base("default"), arguments.rates[0]
     routers: dict[str, Router] = {
         "static plan": StaticRouter(num_layers, measured.layer_order, criterion="calibration loss"),
-        "fuzzy score, nested plans": calibrate_router(base, measured, num_layers, rate)[0],
-        "fuzzy table per layer": calibrate_layers(base, measured, num_layers, rate)[0],
+        "fuzzy score, nested plans": FuzzyRouter(base, num_layers).calibrate(measured, rate)[0],
+        "fuzzy table per layer": PerLayerFuzzyRouter(base, num_layers).calibrate(measured, rate)[0],
     }
     test = make_measurer(arguments.model, arguments.data / "digits_test.json", images, 1, 1, arguments.questions)
     test.samples, batches = test.samples[: arguments.questions], []

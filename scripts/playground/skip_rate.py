@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from fuzzyroe.attach import find_decoder
+from fuzzyroe.features import FEATURES
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from scripts.playground.feature_study import make_measurer
 
@@ -57,7 +58,8 @@ def main() -> None:
     questions = arguments.questions or arguments.data / "stages.router.json"
     measurer = make_measurer(arguments.model, questions, arguments.data / "images", 1, 1, num_samples)
     router = find_decoder(measurer.engine).router
-    raw = measurer.raw_features(num_samples)[:, [measurer.feature_names.index(name) for name in router.antecedents]]
+    columns = [list(FEATURES).index(name) for name in router.antecedents]
+    raw = measurer.raw_features(measurer.batches(num_samples))[:, columns]
     trained_on = router.rule_base.provenance["knots"]["examples"]
     rows = met_rates(router, raw)
     worst = max(abs(met - rate) for rate, met in rows)

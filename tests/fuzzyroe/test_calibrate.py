@@ -1,4 +1,4 @@
-"""Promises of fitting a fuzzy router, on synthetic examples whose suffering is planted."""
+"""Promises of fitting a fuzzy router, on synthetic examples whose loss increase is planted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from fuzzyroe.calibrate import (
     TARGET_RANGE,
     Measurements,
-    calibrate_router,
     feature_range,
     rank_correlation,
     scale,
-    suffering,
+    skip_loss_increase,
 )
 from fuzzyroe.features import FEATURES
 from fuzzyroe.routers import FuzzyRouter
@@ -56,13 +55,13 @@ def rule_base() -> FuzzyRuleBase:
 
 @pytest.fixture(scope="module")
 def calibrated(rule_base: FuzzyRuleBase) -> tuple[FuzzyRouter, dict]:
-    return calibrate_router(rule_base, measure(dict.fromkeys(USED, 1.0)), NUM_LAYERS, 0.3)
+    return FuzzyRouter(rule_base, NUM_LAYERS).calibrate(measure(dict.fromkeys(USED, 1.0)), 0.3)
 
 
-def test_the_score_follows_planted_suffering_on_held_out_examples(calibrated: tuple[FuzzyRouter, dict]) -> None:
+def test_the_score_follows_planted_loss_increases_on_held_out_examples(calibrated: tuple[FuzzyRouter, dict]) -> None:
     router, report = calibrated
     held_out = draw_features(2000, 2)
-    planted = suffering(plant(held_out, dict.fromkeys(USED, 1.0), noise=0.0))
+    planted = skip_loss_increase(plant(held_out, dict.fromkeys(USED, 1.0), noise=0.0))
     assert rank_correlation(scores_of(router, held_out).numpy(), planted) > 0.95
     assert report["score_correlation"] > max(report["feature_correlation"].values()) > 0.3
 
@@ -89,7 +88,7 @@ def test_hard_examples_keep_more_layers_and_lose_less_than_a_shuffled_plan(
 
 def test_a_decreasing_feature_is_flipped(rule_base: FuzzyRuleBase) -> None:
     signs = {"image_dispersion": 1.0, "text_dispersion": -1.0, "question_length": 1.0}
-    router, report = calibrate_router(rule_base, measure(signs), NUM_LAYERS, 0.3)
+    router, report = FuzzyRouter(rule_base, NUM_LAYERS).calibrate(measure(signs), 0.3)
     assert report["flipped_features"] == ["text_dispersion"]
     assert router.rule_base.signs.tolist() == [1, -1, 1]
     low, high = np.full((1, len(NAMES)), 0.5), np.full((1, len(NAMES)), 0.5)
@@ -100,8 +99,8 @@ def test_a_decreasing_feature_is_flipped(rule_base: FuzzyRuleBase) -> None:
 
 def test_calibrating_again_flips_nothing_back(rule_base: FuzzyRuleBase) -> None:
     measured = measure({"image_dispersion": 1.0, "text_dispersion": -1.0, "question_length": 1.0})
-    first, _ = calibrate_router(rule_base, measured, NUM_LAYERS, 0.3)
-    second, _ = calibrate_router(first.rule_base, measured, NUM_LAYERS, 0.3)
+    first, _ = FuzzyRouter(rule_base, NUM_LAYERS).calibrate(measured, 0.3)
+    second, _ = FuzzyRouter(first.rule_base, NUM_LAYERS).calibrate(measured, 0.3)
     assert second.rule_base.signs.tolist() == [1, -1, 1]
     np.testing.assert_allclose(second.rule_base.table, first.rule_base.table, atol=1e-9)
     for name, tensor in first.state_dict().items():
@@ -113,7 +112,7 @@ def test_a_feature_that_says_nothing_is_not_flipped(rule_base: FuzzyRuleBase) ->
     measured = measure({"image_dispersion": 1.0, "text_dispersion": 1.0})
     for array in (measured.features, measured.score_features):
         array[:, NAMES.index("question_length")] = 0.5
-    router, report = calibrate_router(turned, measured, NUM_LAYERS, 0.3)
+    router, report = FuzzyRouter(turned, NUM_LAYERS).calibrate(measured, 0.3)
     assert report["feature_correlation"]["question_length"] == 0
     assert report["flipped_features"] == [] and router.rule_base.signs.tolist() == [1, 1, -1]
 
@@ -125,8 +124,8 @@ def test_a_feature_of_undeclared_direction_keeps_its_rules(rule_base: FuzzyRuleB
     )
     undeclared = replace(rule_base.interpolate(), antecedents=variables)
     measured = measure({"image_dispersion": 1.0, "text_dispersion": -1.0, "question_length": 1.0})
-    first, report = calibrate_router(undeclared, measured, NUM_LAYERS, 0.3)
-    second, _ = calibrate_router(first.rule_base, measured, NUM_LAYERS, 0.3)
+    first, report = FuzzyRouter(undeclared, NUM_LAYERS).calibrate(measured, 0.3)
+    second, _ = FuzzyRouter(first.rule_base, NUM_LAYERS).calibrate(measured, 0.3)
     assert report["flipped_features"] == []
     np.testing.assert_array_equal(second.rule_base.prior_table, first.rule_base.prior_table)
 
@@ -134,7 +133,7 @@ def test_a_feature_of_undeclared_direction_keeps_its_rules(rule_base: FuzzyRuleB
 def test_calibration_gives_the_same_router_each_time(
     calibrated: tuple[FuzzyRouter, dict], rule_base: FuzzyRuleBase
 ) -> None:
-    again, report = calibrate_router(rule_base, measure(dict.fromkeys(USED, 1.0)), NUM_LAYERS, 0.3)
+    again, report = FuzzyRouter(rule_base, NUM_LAYERS).calibrate(measure(dict.fromkeys(USED, 1.0)), 0.3)
     assert report == calibrated[1]
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in calibrated[0].state_dict().items())
 
@@ -146,29 +145,32 @@ def test_layers_outside_the_order_are_never_skipped(calibrated: tuple[FuzzyRoute
 
 def test_the_report_is_plain_and_complete(calibrated: tuple[FuzzyRouter, dict]) -> None:
     router, report = calibrated
-    assert (report["examples"], report["score_examples"], report["skip_rate"]) == (400, 4096, 0.3)
+    assert (report["examples"], report["score_examples"], report["target_skip_ratio"]) == (400, 4096, 0.3)
     assert set(report["feature_correlation"]) == set(USED)
     assert report["layer_order"] == ORDER and len(report["mean_loss_by_skips"]) == len(ORDER) + 1
     assert np.mean(report["thresholds"]) == pytest.approx(0.3, abs=1e-6)
     assert len(report["rules"]) == router.rule_base.num_rules == 27
 
 
-@pytest.mark.parametrize(("options", "message"), [({"skip_rate": 0.6}, "range"), ({"num_bins": 401}, "Score bin")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"target_skip_ratio": 0.6}, "range"), ({"num_bins": 401}, "Score bin")]
+)
 def test_what_cannot_be_met_is_refused(rule_base: FuzzyRuleBase, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        calibrate_router(rule_base, measure({"image_dispersion": 1.0}), NUM_LAYERS, **({"skip_rate": 0.3} | options))
+        router = FuzzyRouter(rule_base, NUM_LAYERS)
+        router.calibrate(measure({"image_dispersion": 1.0}), **({"target_skip_ratio": 0.3} | options))
 
 
 def test_non_finite_measurements_are_refused(rule_base: FuzzyRuleBase) -> None:
     measured = measure({"image_dispersion": 1.0})
     measured.losses[3, 4] = np.nan
     with pytest.raises(ValueError, match="non-finite"):
-        calibrate_router(rule_base, measured, NUM_LAYERS, 0.3)
+        FuzzyRouter(rule_base, NUM_LAYERS).calibrate(measured, 0.3)
 
 
-def test_suffering_is_the_mean_increase_of_the_upper_half_cut_to_its_range() -> None:
+def test_the_loss_increase_is_the_mean_increase_of_the_upper_half_cut_to_its_range() -> None:
     losses = np.array([[1.0, 5.0, 1.1, 1.3], [1.0, 1.0, 90.0, 90.0], [9.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(suffering(losses), [0.2, *TARGET_RANGE[::-1]])
+    np.testing.assert_allclose(skip_loss_increase(losses), [0.2, *TARGET_RANGE[::-1]])
 
 
 def test_the_range_of_a_feature_spans_98_percent_and_never_nothing() -> None:

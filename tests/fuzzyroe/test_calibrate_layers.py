@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fuzzyroe.calibrate import Measurements
-from fuzzyroe.calibrate_layers import calibrate_layers
 from fuzzyroe.features import FEATURES
 from fuzzyroe.routers import PerLayerFuzzyRouter
 from fuzzyroe.rules import load_rule_base
@@ -34,7 +33,7 @@ def measure(features: np.ndarray, score_features: np.ndarray) -> Measurements:
 def calibrated() -> tuple[PerLayerFuzzyRouter, dict]:
     rng = np.random.default_rng(0)
     measured = measure(rng.random((4000, len(NAMES))), rng.random((4096, len(NAMES))))
-    return calibrate_layers(load_rule_base("default"), measured, NUM_LAYERS, 0.3)
+    return PerLayerFuzzyRouter(load_rule_base("default"), NUM_LAYERS).calibrate(measured, 0.3)
 
 
 def keeps(router: PerLayerFuzzyRouter, raw: np.ndarray, skip_rate: float | None = None) -> torch.Tensor:
@@ -68,8 +67,8 @@ def test_without_evidence_every_example_ranks_the_layers_as_their_means_do() -> 
     rng = np.random.default_rng(0)
     measured = measure(rng.random((400, len(NAMES))), rng.random((500, len(NAMES))))
     layers = np.broadcast_to(measured.layer_losses.mean(axis=0), measured.layer_losses.shape)
-    router, report = calibrate_layers(
-        load_rule_base("default"), replace(measured, layer_losses=layers), NUM_LAYERS, 0.4
+    router, report = PerLayerFuzzyRouter(load_rule_base("default"), NUM_LAYERS).calibrate(
+        replace(measured, layer_losses=layers), 0.4
     )
     tables = router.rules.consequents.numpy()
     np.testing.assert_allclose(tables, np.broadcast_to(report["mean_increase_by_layer"], tables.shape), atol=1e-6)
@@ -87,8 +86,8 @@ def test_tables_follow_the_declared_directions(calibrated) -> None:
 def test_single_layers_must_have_been_measured_and_the_rate_be_possible() -> None:
     rng = np.random.default_rng(0)
     measured = measure(rng.random((50, len(NAMES))), rng.random((50, len(NAMES))))
-    base = load_rule_base("default")
+    router = PerLayerFuzzyRouter(load_rule_base("default"), NUM_LAYERS)
     with pytest.raises(ValueError, match="single_layers=True"):
-        calibrate_layers(base, replace(measured, layer_losses=None), NUM_LAYERS, 0.3)
+        router.calibrate(replace(measured, layer_losses=None), 0.3)
     with pytest.raises(ValueError, match=r"range \[0, 0.833\]"):
-        calibrate_layers(base, measured, NUM_LAYERS, 0.9)
+        router.calibrate(measured, 0.9)

@@ -18,7 +18,7 @@ def study(load_script):
 
 @pytest.fixture(scope="module")
 def measured() -> Measurements:
-    """400 turns that suffer with edge density and shortness of the question."""
+    """400 turns whose loss increases with edge density and shortness of the question."""
     rng = np.random.default_rng(0)
     features = rng.random((600, len(NAMES)))
     features[:, [NAMES.index(name) for name in CONSTANT]] = 0.5

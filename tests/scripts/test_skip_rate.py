@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fuzzyroe.budget import allocate
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 
@@ -17,7 +16,7 @@ def test_met_rates_are_those_of_the_router_also_where_it_misses(load_script) -> 
     router = FuzzyRouter(load_rule_base("default"), 8)
     losses = np.random.default_rng(0).exponential(size=(80, 4)).cumsum(axis=1)
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
-    set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [5, 2, 7], 8))
+    router.set_budget_table(allocate(losses, (np.arange(80) + 0.5) / 80, [5, 2, 7], 8))
     raw = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
     router.score_quantiles.copy_(router.rules(raw).quantile(torch.linspace(0, 1, len(router.score_quantiles))))
     rows = script.met_rates(router, raw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fuzzyroe.plan_search import LabelledBatch
+from fuzzyroe.routers.oracle import LabelledBatch
 from fuzzyroe.routing_state import RoutingState
 
 

@@ -10,7 +10,6 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe import set_skip_rate
 from fuzzyroe.budget import allocate
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
@@ -24,7 +23,7 @@ def route(model: LlavaForConditionalGeneration, skip_unit: str = "layer") -> Lla
     router.feature_high.copy_(torch.tensor([0.9, 0.9, 0.6]))
     losses = np.random.default_rng(0).exponential(size=(80, 4)).cumsum(axis=1)
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
-    set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
+    router.set_budget_table(allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
     attach_routing(model, router, adapter_width=4, adapter_init="xavier", skip_unit=skip_unit)
     set_skip_rate(model, 0.4)
     return model

@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fuzzyroe.routers.base import Router
+from fuzzyroe.routers.base import Measurer, Router
 from fuzzyroe.routers.roe.compat import OURS, RoECompat
-from fuzzyroe.routers.roe.tokens import SOURCES
+from fuzzyroe.routers.roe.schedule import Relaxation
+from fuzzyroe.routers.roe.tokens import SOURCES, RoEPass
 from fuzzyroe.routing_state import RoutingState
 
 LOWEST_RATE = 0.01
 """A rate at or below this counts as the lower end of a table of skip-logit biases."""
 
 MAX_DOUBLINGS = 12
+
+
+HARD_TEMPERATURE = 1e-6
+"""Temperature at which soft decisions are 0 or 1."""
 
 
 class LinearRouter(Router):
@@ -35,7 +40,7 @@ class LinearRouter(Router):
         num_layers: Layers of the decoder, L.
         hidden_size: Width of the decoder, D.
         summary: What is looked at, a name in ``SOURCES``: "tokens" (RoE's routing tokens) or "pooled".
-        compat: Differences to the published code.
+        compat: Differences to the published code, or these as JSON knows them.
         bias_table: Mean skip rates, increasing, each with its bias; empty if only the trained point is known.
         target_skip_ratio: Rate planned for by default; None or nan for the trained operating point.
 
@@ -53,22 +58,24 @@ class LinearRouter(Router):
     """
 
     decides_layer_wise = True
+    option_names = ("summary", "compat", "bias_table", "target_skip_ratio")
 
     def __init__(
         self,
         num_layers: int,
         hidden_size: int,
         summary: str = "tokens",
-        compat: RoECompat = OURS,
+        compat: RoECompat | dict[str, Any] = OURS,
         bias_table: Sequence[tuple[float, float]] = (),
         target_skip_ratio: float | None = None,
     ) -> None:
         super().__init__()
         if summary not in SOURCES:
             raise KeyError(f"Summary source '{summary}' is unknown; use one of {', '.join(SOURCES)}.")
-        self.summary, self.compat = summary, compat
+        self.summary = summary
+        self.compat = compat if isinstance(compat, RoECompat) else RoECompat.from_dict(compat)
         self.layers = nn.ModuleList(nn.Linear(2 * hidden_size, 2, bias=False) for _ in range(num_layers))
-        self.source = SOURCES[summary](hidden_size, compat)
+        self.source = SOURCES[summary](hidden_size, self.compat)
         self.reset_target()
         self.set_bias_table(bias_table)
         if target_skip_ratio is not None:
@@ -164,21 +171,18 @@ class LinearRouter(Router):
                 )
         self.bias_table = [(float(rate), float(bias)) for rate, bias in bias_table]
 
-    def settings(self) -> dict[str, Any]:
-        """The summary source, the switches, the table and the default target."""
-        return {
-            "summary": self.summary,
-            "compat": self.compat.to_dict(),
-            "bias_table": self.bias_table,
-            "target_skip_ratio": None if math.isnan(self.target_skip_ratio) else self.target_skip_ratio,
-        }
+    def fit(self, measurer: Measurer, arguments: Any) -> tuple[Router, dict[str, Any]]:
+        """Measure a table of skip-logit biases; the operating point it was trained for stays the default."""
+        batches = list(measurer.batches(arguments.budget_samples))
 
-    @classmethod
-    def from_checkpoint(
-        cls, options: dict[str, Any], num_layers: int, hidden_size: int, folder_file: Callable[[str], str]
-    ) -> LinearRouter:
-        """Rebuild the router."""
-        return cls(num_layers, hidden_size, **{**options, "compat": RoECompat.from_dict(options.get("compat", {}))})
+        def rate_at(bias: float) -> float:
+            # so cold that decisions are 0 or 1, while all ranks compute both branches of every layer
+            asked = RoEPass(Relaxation(temperature=HARD_TEMPERATURE, bias=-bias))
+            return measurer.skip_rate(batches, lambda state: setattr(state, "roe", asked))
+
+        table = search_skip_logit_biases(rate_at, arguments.max_skip_ratio)
+        self.set_bias_table(table)
+        return self, {"bias_table": table}
 
     def _biases(self, skip_rates: Tensor) -> Tensor:
         """Skip-logit biases that meet mean skip rates, by interpolation in the table; both (B,)."""

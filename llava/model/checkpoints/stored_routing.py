@@ -37,7 +37,7 @@ class StoredRouting:
         Args:
             text_config: Configuration of the decoder.
         """
-        return get_router_class(self.config.router).from_checkpoint(
+        return get_router_class(self.config.router).build(
             self.config.router_options,
             text_config.num_hidden_layers,
             text_config.hidden_size,
@@ -55,7 +55,7 @@ class StoredRouting:
             The ``fuzzyroe`` block for this folder.
         """
         save_routing(self.tensors, folder / ROUTING_FILE)
-        self.build_router(text_config).save_files(folder)
+        self.build_router(text_config).save_options(folder)
         return replace(self.config, base_model=None).to_dict()
 
 

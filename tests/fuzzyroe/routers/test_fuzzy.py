@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fuzzyroe.budget import allocate
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routers.fuzzy import NUM_QUANTILES
 from fuzzyroe.routing_state import RoutingState
@@ -32,7 +31,7 @@ def router(rule_base: FuzzyRuleBase) -> FuzzyRouter:
     router.feature_low.fill_(0.1)
     router.feature_high.fill_(0.8)
     losses = np.random.default_rng(0).exponential(size=(400, len(ORDER) + 1)).cumsum(axis=1)
-    set_budget_table(router, allocate(losses, (np.arange(400) + 0.5) / 400, ORDER, NUM_LAYERS))
+    router.set_budget_table(allocate(losses, (np.arange(400) + 0.5) / 400, ORDER, NUM_LAYERS))
     return router
 
 
@@ -107,17 +106,6 @@ def test_non_finite_states_keep_every_layer_and_spare_the_neighbours(
     assert not expected.result.keep_weights.all()
 
 
-def test_turns_with_a_non_finite_feature_are_counted_and_not_saved(router: FuzzyRouter) -> None:
-    states, routing = make_batch()
-    router.plan(states, routing)
-    assert int(router.non_finite_turns) == 0
-    states[0] = torch.nan
-    for _ in range(2):
-        router.plan(states, make_batch()[1])
-    assert int(router.non_finite_turns) == 2 * routing.result.keep_weights.shape[1]
-    assert "non_finite_turns" not in router.state_dict()
-
-
 def test_percentiles_count_the_calibration_scores_below(router: FuzzyRouter) -> None:
     shares = torch.linspace(0, 1, 77)
     torch.testing.assert_close(router.percentiles(shares**2), shares, atol=2e-3, rtol=0)
@@ -151,9 +139,9 @@ def test_a_higher_score_keeps_a_superset_and_a_larger_budget_a_subset(router: Fu
 
 
 def test_thresholds_equal_those_of_the_budget_table(router: FuzzyRouter) -> None:
-    table = router.budget_table()
     rates = np.linspace(0, 0.5, 41)
-    expected = np.stack([table.thresholds_for(rate) for rate in rates])
+    ratios, thresholds = router.budget_ratios.double().numpy(), router.budget_thresholds.double().numpy()
+    expected = np.stack([np.interp(rates, ratios, column) for column in thresholds.T], axis=1)
     found = router.thresholds(torch.as_tensor(rates, dtype=torch.float32))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
     assert router.thresholds(0.2).shape == (NUM_LAYERS,)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fuzzyroe.calibrate import Measurements, calibrate_router
+from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES
 from fuzzyroe.routers import FuzzyRouter, LinearScoreRouter
 from fuzzyroe.rules import load_rule_base, save_rule_base
@@ -57,8 +57,8 @@ def test_calibration_fits_either_score_with_the_same_budgets_and_can_fit_again()
     losses = 0.1 + hardness[:, None] * np.array([0.0, 0.1, 0.4, 1.5])
     measured = Measurements(tuple(FEATURES), features, losses, [2, 1, 3], features)
     for kind in (FuzzyRouter, LinearScoreRouter):
-        router, report = calibrate_router(PRIOR, measured, 4, 0.4, router_class=kind)
-        again, _ = calibrate_router(router.rule_base, measured, 4, 0.4, router_class=kind)
+        router, report = kind(PRIOR, 4).calibrate(measured, 0.4)
+        again, _ = router.calibrate(measured, 0.4)
         assert type(router) is type(again) is kind
         assert report["score_correlation"] > 0.7
         assert float(router.thresholds().mean()) == pytest.approx(0.4, abs=1e-6)

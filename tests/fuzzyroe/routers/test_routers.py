@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from fuzzyroe.attach import attach, find_decoder, is_attached, set_router
-from fuzzyroe.budget import allocate
+from fuzzyroe.budget import BudgetTable, allocate
 from fuzzyroe.cache import kept_layers
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.prompt_hash import prompt_hashes
 from fuzzyroe.routers import (
     ROUTERS,
@@ -61,7 +60,7 @@ def make_fuzzy(states: torch.Tensor, routing: RoutingState, kind: type[FuzzyRout
     )
     losses = np.random.default_rng(0).exponential(size=(80, NUM_LAYERS)).cumsum(axis=1)
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
-    set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], NUM_LAYERS))
+    router.set_budget_table(allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], NUM_LAYERS))
     return router
 
 
@@ -69,8 +68,8 @@ def make_per_layer(states: torch.Tensor, routing: RoutingState) -> PerLayerFuzzy
     router = PerLayerFuzzyRouter(load_rule_base("default").interpolate(), NUM_LAYERS)
     table = torch.rand(router.rules.consequents.shape, generator=torch.Generator().manual_seed(2))
     router.rules.consequents.copy_(table)
-    router.budget_rates.fill_((NUM_LAYERS - 1) / NUM_LAYERS)
-    router.budget_thresholds[:, 1:] = 1.0
+    may_skip = np.arange(NUM_LAYERS) > 0
+    router.set_budget_table(BudgetTable(np.array([0, may_skip.mean()]), np.stack([0 * may_skip, may_skip])))
     router.plan(states, routing)
     raw = routing.result.features[:, 0]
     router.feature_low.copy_(raw.amin(dim=0))
@@ -209,15 +208,13 @@ def test_a_saved_router_is_rebuilt_with_its_plans(name, make, prompts, tiny_llam
     router.set_skip_rate(0.5 * router.max_skip_ratio)
     attach(tiny_llama, 4, "xavier", router)
     assert get_router_name(router) == name
-    options, tensors = json.loads(json.dumps(router.settings())), routing_state_dict(tiny_llama)
-    router.save_files(tmp_path)
-    rebuilt = get_router_class(name).from_checkpoint(options, NUM_LAYERS, HIDDEN, lambda file: str(tmp_path / file))
+    options, tensors = json.loads(json.dumps(router.save_options(tmp_path))), routing_state_dict(tiny_llama)
+    rebuilt = get_router_class(name).build(options, NUM_LAYERS, HIDDEN, lambda file: str(tmp_path / file))
     set_router(tiny_llama, rebuilt)
     load_routing_state_dict(tiny_llama, tensors)
     assert torch.equal(plan(rebuilt, prompts), plan(router, prompts))
-    assert (
-        float(rebuilt.target_skip_ratio) == float(router.target_skip_ratio) and rebuilt.settings() == router.settings()
-    )
+    assert float(rebuilt.target_skip_ratio) == float(router.target_skip_ratio)
+    assert rebuilt.save_options(tmp_path) == options
 
 
 @planners

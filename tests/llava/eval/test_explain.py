@@ -19,7 +19,7 @@ QUESTION = "w1 w2 w3 ?"
 def fuzzy(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint whose fuzzy router skips layer 1 always, layer 2 never and nothing at budget 0."""
     router = FuzzyRouter(load_rule_base("default").interpolate(), num_layers=4, num_budgets=2)
-    router.budget_rates.copy_(torch.tensor([0.0, 0.5]))
+    router.budget_ratios.copy_(torch.tensor([0.0, 0.5]))
     router.budget_thresholds[1] = torch.tensor([1.0, 1.0, 0.0, 0.0])
     router.set_skip_rate(0.5)
     attach_routing(checkpoint.model, router, adapter_width=4)

@@ -18,7 +18,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder, is_attached
 from fuzzyroe.budget import allocate
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.model import builder
@@ -56,7 +55,7 @@ def routed(dense: Checkpoint) -> Checkpoint:
     router.feature_high.copy_(torch.tensor([0.9, 0.9, 0.6]))
     losses = np.random.default_rng(0).exponential(size=(80, 4)).cumsum(axis=1)
     losses *= np.linspace(1, 6, 80)[:, None]  # a higher score, a larger loss
-    set_budget_table(router, allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
+    router.set_budget_table(allocate(losses, (np.arange(80) + 0.5) / 80, [2, 1, 3], 4))
     router.set_skip_rate(0.4)
     attach_routing(dense.model, router, 4, "xavier")
     return dense

@@ -9,7 +9,6 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.budget import BudgetTable
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
 from fuzzyroe.routers.roe.schedule import relax
 from fuzzyroe.routers.roe.tokens import RoEPass
@@ -33,7 +32,7 @@ def calibrated() -> FuzzyRouter:
     router = FuzzyRouter(load_rule_base("default"), 4)
     router.feature_high.fill_(0.9)
     rates = torch.linspace(0, 0.75, 4).double().numpy()
-    set_budget_table(router, BudgetTable(rates, rates[:, None] * [0, 4 / 3, 4 / 3, 4 / 3]))
+    router.set_budget_table(BudgetTable(rates, rates[:, None] * [0, 4 / 3, 4 / 3, 4 / 3]))
     return router
 
 

@@ -45,7 +45,7 @@ def test_a_router_is_fitted_kept_by_training_and_read_again(
     )
     assert "calibration" not in summary and summary["moved"]
     kept = find_decoder(load_checkpoint(tmp_path / "adapter").model).router
-    assert kept.settings() == router.settings()
+    assert kept.save_options(tmp_path) == router.save_options(tmp_path)
     for key, tensor in router.state_dict().items():
         assert torch.equal(kept.state_dict()[key], tensor)
     skipped = json.loads((tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()[0])["routing/skip_rate"]
@@ -55,7 +55,7 @@ def test_a_router_is_fitted_kept_by_training_and_read_again(
 def test_roe_is_given_budgets_and_keeps_its_trained_point(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny, "roe_adapter", tiny.base, tmp_path / "a", skip_loss_weight=0.0)
     summary = run(tiny, "roe_router", tmp_path / "a", tmp_path / "r", budget_samples=16, max_skip_ratio=0.5)
-    table = summary["calibration"]["budgets"]
+    table = summary["calibration"]["bias_table"]
     assert summary["calibration"]["samples"] == 16 and summary["calibration"]["passes"] == 16 * 14
     model = load_checkpoint(tmp_path / "r").model
     router = find_decoder(model).router
@@ -91,7 +91,7 @@ def test_without_the_hinge_the_loss_is_that_of_the_task(tiny: Tiny, tmp_path: Pa
         (
             "router",
             {"router": "lucky"},
-            r"--router: invalid choice: 'lucky' \(choose from '?fuzzy'?, '?linear_score'?, '?static'?, '?random'?\)",
+            "--router lucky is unknown; use one of fuzzy, linear_score, static, random",
         ),
         ("router", {"router": "static", "rule_base": "default"}, "--rule_base default .* a static router has no score"),
         ("router", {"router": "random", "per_layer_tables": True}, "--per_layer_tables True .* no score"),

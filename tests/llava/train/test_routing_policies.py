@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fuzzyroe.budget import BudgetTable
-from fuzzyroe.calibrate import set_budget_table
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
@@ -29,7 +28,7 @@ def router() -> FuzzyRouter:
     router = FuzzyRouter(load_rule_base("default"), 4)
     router.feature_high.fill_(0.9)
     rates = torch.linspace(0, 0.75, 4).double().numpy()
-    set_budget_table(router, BudgetTable(rates, rates[:, None] * [0, 4 / 3, 4 / 3, 4 / 3]))
+    router.set_budget_table(BudgetTable(rates, rates[:, None] * [0, 4 / 3, 4 / 3, 4 / 3]))
     return router
 
 

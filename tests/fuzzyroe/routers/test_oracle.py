@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from fuzzyroe.attach import attach, find_decoder, set_router
-from fuzzyroe.plan_search import allocate_skips, answer_losses, losses_under, search_plans, search_rows
+from fuzzyroe.budget import allocate_skips
 from fuzzyroe.routers import OracleRouter
+from fuzzyroe.routers.oracle import answer_losses, losses_under, search_plans, search_rows
 from fuzzyroe.routing_state import RoutingState
 from labelled_batches import labelled
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach, find_decoder_layers
-from fuzzyroe.calibrate import calibrate_router
-from fuzzyroe.calibrate_layers import calibrate_layers
 from fuzzyroe.features import FEATURES
+from fuzzyroe.losses import answered_turns, turn_losses
+from fuzzyroe.routers import FuzzyRouter, PerLayerFuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.dataset import SFTCollator
 from llava.model.zero3_text_batches import make_text_batches_safe
-from llava.train.calibrate import CalibrationSize, Measurer, answered_turns, turn_losses
+from llava.train.router_fitting import CalibrationSize, Measurer
 
 NUM_TURNS = 9  # of all records together
-SIZE = CalibrationSize(order_samples=4, loss_samples=6, score_samples=6, batch_size=4, max_skip_ratio=0.5)
+SIZE = CalibrationSize(4, 6, 6, 4, 0.5)
 
 
 @pytest.fixture
@@ -110,9 +108,9 @@ def test_the_order_of_layers_is_the_greedy_one(routed, sft_dataset) -> None:
     measured = measurer.measure()
     batches = list(measurer.batches(4))
     with torch.no_grad():
-        first = {layer: float(measurer._losses(batches, [layer]).mean()) for layer in (1, 2, 3)}
+        first = {layer: float(measurer.losses(batches, [layer]).mean()) for layer in (1, 2, 3)}
         best = min(first, key=first.get)
-        second = {layer: float(measurer._losses(batches, [best, layer]).mean()) for layer in {1, 2, 3} - {best}}
+        second = {layer: float(measurer.losses(batches, [best, layer]).mean()) for layer in {1, 2, 3} - {best}}
     assert measured.layer_order == [best, min(second, key=second.get)]
 
 
@@ -151,21 +149,21 @@ def test_enough_layers_are_ordered_for_the_largest_ratio(routed, sft_dataset, ra
 
 def test_measurements_calibrate_a_router(routed, sft_dataset) -> None:
     measured = make_measurer(routed, sft_dataset).measure()
-    router, report = calibrate_router(load_rule_base("default"), measured, 4, 0.3)
+    router, report = FuzzyRouter(load_rule_base("default"), 4).calibrate(measured, 0.3)
     assert report["examples"] == NUM_TURNS and router.target_skip_ratio == pytest.approx(0.3)
 
 
 def test_single_layers_are_measured_on_request_and_calibrate_tables_of_their_own(routed, sft_dataset) -> None:
     plain = make_measurer(routed, sft_dataset)
     assert plain.measure().layer_losses is None
-    measurer = make_measurer(routed, sft_dataset, replace(SIZE, single_layers=True))
-    measured = measurer.measure()
+    measurer = make_measurer(routed, sft_dataset)
+    measured = measurer.measure(single_layers=True)
     assert measurer.cost.passes == plain.cost.passes + 3 * 6
     batches = list(measurer.batches(6))
     with torch.no_grad():
-        expected = [measurer._losses(batches, skipped) for skipped in ([], [1], [2], [3])]
+        expected = [measurer.losses(batches, skipped) for skipped in ([], [1], [2], [3])]
     np.testing.assert_allclose(measured.layer_losses, torch.stack(expected, dim=1).numpy(), atol=1e-6)
-    router, _ = calibrate_layers(load_rule_base("default"), measured, 4, 0.3)
+    router, _ = PerLayerFuzzyRouter(load_rule_base("default"), 4).calibrate(measured, 0.3)
     assert router.target_skip_ratio == pytest.approx(0.3)
 
 
