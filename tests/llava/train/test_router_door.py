@@ -22,7 +22,7 @@ from tiny_training import NUM_LAYERS, Tiny
 
 
 class OneLayerRouter(Router):
-    """Skips one layer, for the share of questions that are shortest; fitting finds the layer that hurts least."""
+    """Skips a share of one layer; fitting finds the layer whose absence hurts least."""
 
     is_plan_router = True
     option_names = ("layer", "target_skip_ratio")
@@ -37,12 +37,9 @@ class OneLayerRouter(Router):
         return 1 / self.num_layers
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
-        turns = routing.planned_turns()
-        ratios = self.requested_ratios(routing, hidden_states.device).clamp(max=self.max_skip_ratio)
-        longest = 40 * ratios * self.num_layers  # (B, 1), in tokens
-        lengths = routing.question_mask.sum(dim=1, keepdim=True)
-        keep = hidden_states.new_ones(len(hidden_states), turns, self.num_layers, dtype=torch.float32)
-        keep[..., self.layer] = (lengths >= longest).float()
+        ratios = self.requested_ratios(routing, hidden_states.device)  # (B, 1) or (1, 1)
+        keep = torch.ones(len(hidden_states), routing.planned_turns(), self.num_layers)
+        keep[..., self.layer] = 1 - (ratios * self.num_layers).clamp(max=1)
         routing.result.keep_weights = keep
 
     def fit(self, measurer: Measurer, arguments: Any) -> tuple[Router, dict[str, Any]]:
