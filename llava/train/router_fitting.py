@@ -27,6 +27,7 @@ from fuzzyroe.routers import get_router_class, plan_router_names
 from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routing_state import RoutingState
 from llava.model.builder import Checkpoint
+from llava.model.families import get_image_token_id
 from llava.model.routing import attach_routing
 from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
@@ -114,7 +115,7 @@ def fit_router(
         prepare_for_forward(trainer),
         trainer.train_dataset,
         trainer.data_collator,
-        config.image_token_id,
+        get_image_token_id(config),
         config.text_config.num_hidden_layers,
         CalibrationSize.from_flags(arguments),
         trainer.args.device,
