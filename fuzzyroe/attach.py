@@ -57,7 +57,8 @@ def attach(
         device, dtype = _placement(layer)
         layer.adapter = adapter.to(device=device, dtype=dtype).train(layer.training)
         layer.route_index, layer.skip_unit = index, skip_unit
-        _swap_class(layer, routed_class(type(layer)))
+        dense_class: Any = type(layer)
+        _swap_class(layer, routed_class(dense_class))
     # else a device map would match the old name and cut routed layers in two
     _rename_no_split(model, {layer.base_class.__name__: type(layer).__name__ for layer in layers})
     decoder.routing_hook = decoder.register_forward_pre_hook(ask_router, with_kwargs=True)
@@ -152,7 +153,7 @@ def refuse_skip_rate_if_dense(model: nn.Module, skip_rate: Any) -> None:
         raise ValueError(f"Skip rate {skip_rate} was asked of a dense checkpoint; load one that a stage has routed.")
 
 
-def find_decoder(model: nn.Module) -> Any:
+def find_decoder(model: Any) -> Any:
     """Give the module that holds the decoder layers, in stock models ``model.get_decoder()``."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model
 
@@ -162,7 +163,7 @@ def find_router(model: nn.Module) -> Any:
     return getattr(find_decoder(model), "router", None)
 
 
-def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+def find_decoder_layers(model: nn.Module) -> Any:
     """Give the decoder layers of a model, in order.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -20,6 +22,9 @@ class RoutedCacheLayer(DynamicLayer):
         holds_all_rows: Whether the skipped rows have keys and values too, as where only the MLP is skipped; the layer
             then carries the decision, but stores what a stock one does.
     """
+
+    keys: Any
+    values: Any
 
     def __init__(self, split: RowSplit, holds_all_rows: bool = False) -> None:
         super().__init__()
@@ -136,7 +141,7 @@ def rows_to_run(
     """
     if past_key_values is None:
         return None if routing is None else routing.split(layer)
-    cached = past_key_values.layers[layer] if layer < len(past_key_values.layers) else None
+    cached: Any = past_key_values.layers[layer] if layer < len(past_key_values.layers) else None
     is_routed = isinstance(cached, RoutedCacheLayer)
     if is_routed and cached.seen > 0:
         if cached.split.num_rows != num_rows:
@@ -165,7 +170,7 @@ def rows_to_run(
     return split
 
 
-def advance(past_key_values: Cache | None, layer: int, num_positions: int) -> None:
+def advance(past_key_values: Any, layer: int, num_positions: int) -> None:
     """Count positions at a layer that every row skips; without a cache there is nothing to count."""
     if past_key_values is not None:
         past_key_values.layers[layer].advance(num_positions)
@@ -205,13 +210,13 @@ def refuse_unsupported(past_key_values: Cache | None) -> None:
         )
 
 
-def remember_prompt(past_key_values: Cache | None, attention_mask: Tensor | None) -> None:
+def remember_prompt(past_key_values: Any, attention_mask: Tensor | None) -> None:
     """Note on the cache which mask its decisions were taken under, for ``refuse_chunked_prefill``."""
     if past_key_values is not None:
         past_key_values.routing_prompt_mask = attention_mask
 
 
-def refuse_chunked_prefill(past_key_values: Cache, attention_mask: Tensor | None, num_positions: int) -> None:
+def refuse_chunked_prefill(past_key_values: Any, attention_mask: Tensor | None, num_positions: int) -> None:
     """Raise ValueError if a router decided on a first chunk of the prompt and another chunk follows.
 
     ``generate(prefill_chunk_size=...)`` feeds growing slices of one mask; speculation or a next turn come with a mask

@@ -178,7 +178,7 @@ def mix(
 
 
 @functools.cache
-def routed_class(base: type[nn.Module]) -> type[nn.Module]:
+def routed_class(base: Any) -> Any:
     """Give the routed subclass of a decoder layer class, the same one each time."""
     return type(f"Routed{base.__name__}", (RoutedLayer, base), {"base_class": base, "__module__": base.__module__})
 

@@ -34,7 +34,10 @@ _NOT_GIVEN: Any = object()
 """Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
 
 
-class LlavaLlamaForCausalLM(HostModel):
+_AnyHostModel: Any = HostModel  # transformers types the ``self`` of generate as a protocol that no model meets
+
+
+class LlavaLlamaForCausalLM(_AnyHostModel):
     """``LlavaForConditionalGeneration`` with LLaVA's calling convention; ``adopt`` makes one of a loaded model.
 
     ``forward`` does not name ``mm_encoder_outputs``, so that ``generate`` hands pixel values down to the decoder's
@@ -42,7 +45,7 @@ class LlavaLlamaForCausalLM(HostModel):
     """
 
     @classmethod
-    def adopt(cls, model: HostModel, image_processor: Any = None) -> LlavaLlamaForCausalLM:
+    def adopt(cls, model: Any, image_processor: Any = None) -> LlavaLlamaForCausalLM:
         """Give a loaded model this class, in place; weights and their names stay.
 
         Args:
@@ -74,7 +77,7 @@ class LlavaLlamaForCausalLM(HostModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and as a model of transformers' class, which any tool can load."""
         # transformers writes the name of the class into config.json
-        self.__class__ = HostModel
+        self.__class__ = _AnyHostModel
         try:
             self.save_pretrained(*args, **kwargs)
         finally:
@@ -255,7 +258,7 @@ class LlavaLlamaForCausalLM(HostModel):
         labels: Tensor | None = None,
         padding_id: int | None = None,
         is_padded_left: bool | None = None,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Any]:
         """Bring a call in LLaVA's convention into transformers'."""
         if input_ids is None:
             raise ValueError("Images came without a prompt; pass token ids as the first argument.")
@@ -287,7 +290,7 @@ class LlavaLlamaForCausalLM(HostModel):
         pixel_values = None if views is None else self._place(views)
         return {**vars(prompts), "pixel_values": pixel_values}
 
-    def _place(self, images: Tensor) -> Tensor:
+    def _place(self, images: Any) -> Tensor:
         tower = self.model.vision_tower
         return images.to(tower.device, tower.dtype)
 
@@ -341,7 +344,7 @@ def _refuse_mixture(**arguments: Tensor | None) -> None:
         )
 
 
-def _default_settings(model: HostModel) -> dict[str, Any]:
+def _default_settings(model: Any) -> dict[str, Any]:
     """What LLaVA's code reads from a configuration, and a checkpoint in transformers' layout may not have."""
     return {
         "mm_use_im_start_end": False,

@@ -66,7 +66,7 @@ def plan_prompts(model: HostModel, inputs: dict[str, Tensor]) -> list[PlannedPro
     return [PlannedPrompt(states[row][is_token[row]].clone(), keep[row]) for row in range(len(input_ids))]
 
 
-def generate_planned(model: HostModel, prompts: Sequence[PlannedPrompt], **options: Any) -> Any:
+def generate_planned(model: Any, prompts: Sequence[PlannedPrompt], **options: Any) -> Any:
     """Continue planned prompts, in a batch of any of them.
 
     Args:

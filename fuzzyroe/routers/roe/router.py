@@ -120,7 +120,8 @@ class LinearRouter(Router):
             hidden_states: Input of that layer, (B, S, D).
             routing: State that ``prepare`` made.
         """
-        linear, summary = self.layers[layer], routing.roe.summary
+        linear: Any = self.layers[layer]
+        summary = routing.roe.summary
         states = summary.norms[layer](summary.read(hidden_states).to(linear.weight.device))  # (B, 1 + T, D)
         image, turns = states[:, :1], states[:, 1:]
         pairs = torch.cat([image.expand_as(turns), turns], dim=-1)  # (B, T, 2D)
