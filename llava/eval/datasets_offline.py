@@ -1,10 +1,10 @@
-"""Which data sets of a list of lmms-eval tasks are not on this machine, asked before a model is loaded.
+"""Data sets of lmms-eval tasks that are absent from this machine, listed before a model is loaded.
 
     python -m llava.eval.datasets_offline --tasks gqa,mme
 
 Exit status 2: some are absent, and without the network their tasks would fail; they are listed with the command that
-fetches them. A data set counts as there if the Hugging Face hub cache or the datasets cache has it; whether it is
-complete only loading it can tell.
+fetches them. A data set counts as present if the Hugging Face hub cache or the datasets cache has it; only loading it
+shows whether it is complete.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ def find_absent(configs: dict[str, dict[str, Any]], hub_cache: Path, datasets_ca
         datasets_cache: Cache of prepared data sets, ``HF_DATASETS_CACHE``.
 
     Returns:
-        Task -> the data set's hub id or the local file that is not there.
+        Task -> the data set's hub id, or the local file that is missing.
     """
     absent = {}
     for task, config in configs.items():
         path = config.get("dataset_path")
-        if path is None:
-            continue
         if path in LOCAL_BUILDERS:
             files = _flatten((config.get("dataset_kwargs") or {}).get("data_files"))
-            gone = next((file for file in files if "://" not in file and not Path(file).exists()), None)
+            missing = [file for file in files if "://" not in file and not Path(file).exists()]
+        elif path is None or Path(path).exists() or _is_cached(path, hub_cache, datasets_cache):
+            missing = []
         else:
-            gone = None if Path(path).exists() or _is_cached(path, hub_cache, datasets_cache) else path
-        if gone is not None:
-            absent[task] = gone
+            missing = [path]
+        if missing:
+            absent[task] = missing[0]
     return absent
 
 
 def _is_cached(dataset: str, hub_cache: Path, datasets_cache: Path) -> bool:
     snapshots = hub_cache / f"datasets--{dataset.replace('/', '--')}" / "snapshots"
+    # a snapshot may hold a README alone, from a look at the data set's page
+    if any(file.suffix in DATA_SUFFIXES for file in snapshots.rglob("*")):
+        return True
     prepared = dataset.replace("/", "___")
-    folders = [datasets_cache / prepared, datasets_cache / prepared.lower()]
-    return any(file.suffix in DATA_SUFFIXES for file in snapshots.rglob("*")) or any(
-        file for folder in folders for file in folder.rglob("*.arrow")
-    )
+    return any(any((datasets_cache / name).rglob("*.arrow")) for name in (prepared, prepared.lower()))
 
 
 def _flatten(data_files: Any) -> list[str]:
@@ -97,8 +97,9 @@ def read_task_configs(tasks: list[str], include_path: str | None = None) -> dict
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and report; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.datasets_offline", description=__doc__.splitlines()[0])
+    """Parse the command line and report; give the exit status."""
+    description = "List the data sets of lmms-eval tasks that are absent from this machine."
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.datasets_offline", description=description)
     parser.add_argument("--tasks", required=True, help="names separated by commas, as for lmms-eval")
     parser.add_argument("--include-path", help="folder of local tasks")
     options = parser.parse_args(arguments)

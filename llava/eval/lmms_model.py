@@ -103,8 +103,8 @@ class FuzzyRoE(lmms):
             remove_routing_log(self._routing_log)
         placement: dict[str, Any] = {} if self._device.type == "cpu" else {"device_map": {"": str(self._device)}}
         checkpoint = load_checkpoint(pretrained, _parse_dtype(dtype, self._device), attn_implementation, **placement)
-        self.model: Any = checkpoint.model
-        self.model.to(self._device).eval()
+        model: Any = checkpoint.model
+        self.model = model.to(self._device).eval()
         if skip_rate is not None:
             set_skip_rate(self.model, rate)
         router = find_router(self.model)

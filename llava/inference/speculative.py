@@ -13,7 +13,6 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +164,7 @@ class _Answer:
     def __init__(
         self,
         tokens: Tensor,
-        logits_processor: Callable[..., Tensor],
+        logits_processor: Any,
         stopping_criteria: StoppingCriteriaList,
         streamer: Any,
     ) -> None:
@@ -186,6 +185,7 @@ class _Answer:
         """
         scores = logits[0].to(dtype=torch.float32, copy=True)  # some processors write in place
         first = tokens.shape[1] - len(scores) + 1
+        # one by one, because a processor may look at all tokens before the one it scores
         for index in range(len(scores)) if self.logits_processor else ():
             scores[index] = self.logits_processor(tokens[:, : first + index], scores[index : index + 1])[0]
         return scores
@@ -272,6 +272,7 @@ class _DraftAndVerify:
 
     def _run(self, tokens: Tensor, cache: Cache) -> Tensor:
         start, stop = cache.get_seq_length(), cache.get_seq_length() + tokens.shape[1]
+        # routing needs no state here: without one every layer runs, and forked layers know that they are skipped
         positions = torch.arange(start, stop, device=tokens.device).unsqueeze(0) - self.padding
         mask = self.prompt_mask
         if mask is not None:

@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-
-
-class AnswerCriterion(StoppingCriteria):
-    """A stopping criterion that sees the answers alone.
-
-    Args:
-        criterion: Called with ids of answers, (B, answer), and scores.
-        prompt_length: Positions of the prompts.
-    """
-
-    def __init__(self, criterion: Any, prompt_length: int) -> None:
-        self.criterion, self.prompt_length = criterion, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        """Ask the criterion about the answers."""
-        return self.criterion(input_ids[:, self.prompt_length :], scores, **kwargs)
-
-
-class AnswerProcessor(LogitsProcessor):
-    """A logits processor that sees the answers alone.
-
-    Args:
-        processor: Called with ids of answers, (B, answer), and scores, (B, vocabulary).
-        prompt_length: Positions of the prompts.
-    """
-
-    def __init__(self, processor: Any, prompt_length: int) -> None:
-        self.processor, self.prompt_length = processor, prompt_length
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Give the scores as the processor changes them."""
-        return self.processor(input_ids[:, self.prompt_length :], scores)
 
 
 class AnswerStreamer(BaseStreamer):
@@ -58,21 +27,23 @@ class AnswerStreamer(BaseStreamer):
         self.num_hidden = 0
 
     def end(self) -> None:
-        """Say that the answer is complete."""
+        """Pass on that the answer is complete."""
         self.streamer.end()
 
 
 def show_answers_only(options: dict[str, Any], prompt_length: int) -> dict[str, Any]:
     """Wrap the stopping criteria, logits processors and streamer of ``generate`` so that they see answers only."""
+
+    def hide_prompts(inner: Callable) -> Any:
+        # a function, because transformers looks for further arguments in the signature of a processor's ``__call__``
+        return lambda input_ids, scores, **kwargs: inner(input_ids[:, prompt_length:], scores, **kwargs)
+
     wrapped = dict(options)
     if wrapped.get("streamer") is not None:
         wrapped["streamer"] = AnswerStreamer(wrapped["streamer"], prompt_length)
-    if wrapped.get("stopping_criteria") is not None:
-        criteria = [AnswerCriterion(item, prompt_length) for item in wrapped["stopping_criteria"]]
-        wrapped["stopping_criteria"] = StoppingCriteriaList(criteria)
-    if wrapped.get("logits_processor") is not None:
-        processors = [AnswerProcessor(item, prompt_length) for item in wrapped["logits_processor"]]
-        wrapped["logits_processor"] = LogitsProcessorList(processors)
+    for name, kind in (("stopping_criteria", StoppingCriteriaList), ("logits_processor", LogitsProcessorList)):
+        if wrapped.get(name) is not None:
+            wrapped[name] = kind(map(hide_prompts, wrapped[name]))
     return wrapped
 
 
