@@ -16,9 +16,10 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules.explain import Explanation, explain_features
 from llava.conversation import get_template
 from llava.data.images import open_rgb
-from llava.inference.generator import Generator, make_message
+from llava.inference.generator import GenerationOptions, Generator, make_message
 from llava.model.builder import Checkpoint
 from llava.model.families import get_image_token_id
+from llava.model.token_pruning import embed_prompts
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,26 @@ def explain_question(
     model: Any = checkpoint.model.eval()
     router = _find_router(checkpoint)
     set_skip_rate(model, float(router.target_skip_ratio) if skip_rate is None else skip_rate)
-    images = [] if image is None else [open_rgb(image)]
-    inputs = Generator(checkpoint, get_template(template)).encode([make_message(question, images)])
-    # one pass for the router's decisions; the answer is generated apart, and routed the same way
+    message = make_message(question, [] if image is None else [open_rgb(image)])
+    generator = Generator(checkpoint, get_template(template))
+    # the router alone, before the first layer, shows how the score comes about; the answer is routed the same way
+    inputs = generator.encode([message])
     routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
-    model(**inputs, routing=routing, use_cache=False, logits_to_keep=1)
-    raw_features = compute_features(routing.result.summary, router.antecedents)[0, 0].tolist()
+    router.plan(embed_prompts(model.model, inputs["input_ids"], inputs.get("pixel_values"), routing), routing)
+    found: Any = routing.result
+    raw_features = compute_features(found.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()
-    keeps = routing.kept_layers()[0].tolist()
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    answer = checkpoint.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    batch = generator.generate([message], GenerationOptions(max_new_tokens=max_new_tokens))
+    keeps = batch.kept_layers[0].tolist()
     return QuestionExplanation(
-        rules=explain_features(rule_base, routing.result.features[0, 0].tolist(), max_rules),
+        rules=explain_features(rule_base, found.features[0, 0].tolist(), max_rules),
         raw_features=dict(zip(router.antecedents, raw_features, strict=True)),
-        percentile=float(router.percentiles(routing.result.scores)[0, 0]),
+        percentile=float(router.percentiles(found.scores)[0, 0]),
         target_skip_ratio=float(router.target_skip_ratio),
         thresholds=tuple(router.thresholds().tolist()),
         kept=tuple(layer for layer, keep in enumerate(keeps) if keep),
         skipped=tuple(layer for layer, keep in enumerate(keeps) if not keep),
-        answer=answer.strip(),
+        answer=batch.texts[0],
     )
 
 
