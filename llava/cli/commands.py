@@ -39,6 +39,7 @@ def convert(
     ] = None,
 ) -> None:
     """Merge LoRA weights, import RoE's routing, turn .bin into safetensors; verify what was written."""
+    # the function of the same name does the work, this one reads flags and prints
     from llava.model.checkpoints.convert import ConvertOptions, convert
 
     options = ConvertOptions(to, dtype, max_shard_size, vision_tower)
@@ -71,7 +72,7 @@ def explain(
     from llava.eval.explain import explain_question
     from llava.model.builder import load_checkpoint
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # loading would print over the tables
     explanation = explain_question(
         load_checkpoint(model), question, image, version, skip_rate, max_rules=rules, max_new_tokens=max_new_tokens
     )

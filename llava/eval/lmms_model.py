@@ -105,12 +105,13 @@ class FuzzyRoE(lmms):
         checkpoint = load_checkpoint(pretrained, _parse_dtype(dtype, self._device), attn_implementation, **placement)
         model: Any = checkpoint.model
         self.model = model.to(self._device).eval()
-        if skip_rate is not None:
+        if skip_rate is not None:  # "off" switches routing off, nothing leaves the checkpoint's own rate
             set_skip_rate(self.model, rate)
         router = find_router(self.model)
         self._rate = float(router.target_skip_ratio) if router is not None and router.enabled else None
         self._check_task_rates()
         self._pretrained = str(pretrained)
+        # one number prunes every prompt as it is encoded; of several, the score picks one in the generator
         if len(numbers) == 1:
             set_token_pruning(self.model, numbers[0])
         self._generator = Generator(checkpoint, template, numbers if len(numbers) > 1 else ())
@@ -169,7 +170,7 @@ class FuzzyRoE(lmms):
                 "task_skip_rates was given, but the other tasks would run at what the checkpoint's linear router was "
                 "trained for, which is no rate that one can come back to; give skip_rate as well."
             )
-        for rate in self._task_rates.values():
+        for rate in self._task_rates.values():  # the router refuses what it was not calibrated for
             set_skip_rate(self.model, rate)
 
     def _rate_of(self, request: Instance) -> float | None:
@@ -180,6 +181,7 @@ class FuzzyRoE(lmms):
         """Indices of requests of one rate and the same options, longest texts first, so that similar prompts meet."""
         texts = [request.args[0] for request in requests]
         lengths = [len(self._generator.tokenizer(text).input_ids) for text in texts]
+        # the longest first, so that a batch that does not fit in memory fails at once
         groups: dict[str, list[int]] = {}
         for index in sorted(range(len(requests)), key=lambda index: (-lengths[index], texts[index])):
             shared = [requests[index].args[1], self._rate_of(requests[index])]

@@ -224,7 +224,7 @@ class Generator:
     def generate(self, messages: Sequence[Message], options: GenerationOptions) -> GeneratedBatch:
         """Answer a batch of messages; the times leave out encoding."""
         inputs = self.encode(messages)
-        clock = _Clock(self.model.device)
+        clock = _Clock(self.model.device)  # before the shortening, in which vision tower and router run
         inputs = self._shorten_images(inputs)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         generate = functools.partial(self.model.generate, **inputs)
@@ -292,6 +292,7 @@ class Generator:
         ends = [index for index, token in enumerate(row) if token in self.end_tokens]
         if ends:
             return row[: ends[0] + 1]
+        # no end token: the answer was cut off, and padding follows a stop string in a shorter row
         length = len(row)
         while length and row[length - 1] == self.padding:
             length -= 1

@@ -69,6 +69,7 @@ def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
     rate = parse_skip_rate(options.skip_rate, "--skip-rate")
     image = None if options.image_file is None else open_image(options.image_file)
 
+    # imported here, so that a wrong flag is refused before seconds of imports
     from transformers.utils import logging
 
     from fuzzyroe import set_skip_rate
@@ -112,6 +113,7 @@ def talk(chat: Chat, is_verbose: bool = False) -> None:
     # chat templates wrap their roles in <|...|>
     user, assistant = (re.sub(r"<\|.*?\|>|\s", "", role) for role in chat.conversation.roles)
     while True:
+        # the end of the input and Ctrl-C end the chat as an empty line does
         try:
             question = input(f"{user or 'USER'}: ").strip()
         except (EOFError, KeyboardInterrupt):
@@ -125,7 +127,7 @@ def talk(chat: Chat, is_verbose: bool = False) -> None:
         print(f"{assistant or 'ASSISTANT'}: ", end="", flush=True)
         try:
             answer = chat.ask(question, TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
-        except ValueError as error:
+        except ValueError as error:  # the question is too long; the conversation goes on without it
             print(f"\n[{error}]")
             continue
         if answer.skipped is not None:
