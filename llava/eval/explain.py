@@ -81,15 +81,15 @@ def explain_question(
     inputs = generator.encode([message])
     routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
     router.plan(embed_prompts(model.model, inputs["input_ids"], inputs.get("pixel_values"), routing), routing)
-    found: Any = routing.result
-    raw_features = compute_features(found.summary, router.antecedents)[0, 0].tolist()
+    result: Any = routing.result
+    raw_features = compute_features(result.summary, router.antecedents)[0, 0].tolist()
     rule_base = router.rule_base if router.rule_base.is_complete else router.rule_base.interpolate()
     batch = generator.generate([message], GenerationOptions(max_new_tokens=max_new_tokens))
     keeps = batch.kept_layers[0].tolist()
     return QuestionExplanation(
-        rules=explain_features(rule_base, found.features[0, 0].tolist(), max_rules),
+        rules=explain_features(rule_base, result.features[0, 0].tolist(), max_rules),
         raw_features=dict(zip(router.antecedents, raw_features, strict=True)),
-        percentile=float(router.percentiles(found.scores)[0, 0]),
+        percentile=float(router.percentiles(result.scores)[0, 0]),
         target_skip_ratio=float(router.target_skip_ratio),
         thresholds=tuple(router.thresholds().tolist()),
         kept=tuple(layer for layer, keep in enumerate(keeps) if keep),
