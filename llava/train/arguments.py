@@ -20,6 +20,7 @@ from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routers.roe.schedule import start_bias
 from fuzzyroe.routers.roe.tokens import SOURCES
 from llava.data.workers import preload_fork_server
+from llava.train.objectives import OBJECTIVES, make_objective
 from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage
 
 DEFAULT_RULE_BASE, DEFAULT_ADAPTER_WIDTH, DEFAULT_SUMMARY, DEFAULT_COMPAT = "default", 1024, "tokens", "ours"
@@ -84,7 +85,14 @@ class StageArguments:
     """Flags of every stage; subclasses are the families."""
 
     stage: str | None = _flag(None, f"One of {', '.join(STAGES)}; default dense, pretrain with tune_mm_mlp_adapter.")
+    objective: str | None = _flag(
+        None, f"What is minimised: {', '.join(OBJECTIVES)}; default language_model, in RoE's stages roe."
+    )
     backbone_lr: float | None = _flag(None, "Rate of all but adapters and routers; default --learning_rate.")
+
+    def __post_init__(self) -> None:
+        is_known = self.objective is None or self.objective in OBJECTIVES
+        _require(is_known, "objective", self.objective, f"is unknown; use one of {', '.join(OBJECTIVES)}.")
 
 
 @dataclass
@@ -104,6 +112,7 @@ class RoutedArguments(StageArguments):
     calibration_batch_size: int = _flag(32, "Samples per device in the passes that fit a router.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_range(self, 0.01, 0.99, "max_skip_ratio")
         is_allowed = 0 <= self.target_skip_ratio <= self.max_skip_ratio
         remedy = f"lies outside [0, --max_skip_ratio {self.max_skip_ratio}]; lower it."
@@ -120,9 +129,6 @@ class PlanArguments(RoutedArguments):
     skip_pattern: Literal["plan", "random"] = _flag("plan", "Skip as the router plans, or at random.")
     dense_ratio: float = _flag(0.0, "Share of samples that skip nothing, in [0, 1].")
     source_skip_ratios: str | None = _flag(None, "Mean targets of single sources, such as ocr_vqa=0.2,gqa=0.4.")
-    adapter_objective: Literal["answers", "forecast"] = _flag(
-        "answers", "forecast: adapters learn what their layers give."
-    )
     anneal_softness: float = _flag(0.0, "Softness that plans start with, 0 after 80 % of the steps; 0.1 is soft.")
     train_hard_skip: bool = _flag(False, "Leave skipped layers out in training, whole rows by their last turn.")
     refit_router: bool = _flag(True, "Fit the router again once the stage has trained.")
@@ -140,15 +146,15 @@ class PlanArguments(RoutedArguments):
         _check_range(self, 1, math.inf, "calibration_samples", "order_samples", "score_samples")
         self.source_targets()  # a pair that cannot be read fails now, not when the first batch is drawn
         _require(
-            self.adapter_objective == "answers" or self.skip_pattern == "plan" and not self.train_hard_skip,
-            "adapter_objective",
-            self.adapter_objective,
+            not self.skips_nothing or self.skip_pattern == "plan" and not self.train_hard_skip,
+            "objective",
+            self.objective,
             "skips nothing while it trains; leave out --train_hard_skip and --skip_pattern.",
         )
         # these flags change plans, so the stage must follow some; soft plans leave no layer out
         acts = dict.fromkeys(("dense_ratio", "source_skip_ratios", "anneal_softness"), self.follows_plans)
         acts["anneal_softness"] &= not self.train_hard_skip
-        remedy = "leave it out, or leave out --skip_pattern, --adapter_objective and --train_hard_skip."
+        remedy = "leave it out, or leave out --skip_pattern, --objective and --train_hard_skip."
         for flag, holds in acts.items():
             value = getattr(self, flag)
             _require(
@@ -156,9 +162,14 @@ class PlanArguments(RoutedArguments):
             )
 
     @property
+    def skips_nothing(self) -> bool:
+        """Whether every layer runs while the stage trains: a regression on what layers give needs them all."""
+        return self.objective == "layer_regression"
+
+    @property
     def follows_plans(self) -> bool:
         """Whether training, if there is any, skips what the router plans."""
-        return self.skip_pattern == "plan" and self.adapter_objective == "answers"
+        return self.skip_pattern == "plan" and not self.skips_nothing
 
     def source_targets(self) -> dict[str, float]:
         """Target skip ratio of each source that ``--source_skip_ratios`` names, in [0, ``max_skip_ratio``].
@@ -299,7 +310,7 @@ class FixedFlags:
 FITTING = "fitting"
 
 NEEDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("skip_pattern", "dense_ratio", "source_skip_ratios", "adapter_objective"), PARTS),
+    **dict.fromkeys(("skip_pattern", "dense_ratio", "source_skip_ratios", "objective"), PARTS),
     **dict.fromkeys(("anneal_softness", "train_hard_skip"), PARTS),
     "roe_lr": ("adapter", "router"),
     "router_lr": ("router",),
@@ -377,10 +388,11 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
             value = getattr(arguments, item.name)
             if value != item.default and not takes(stage, item.name):
                 raise StageInputError(_refusal(item.name, value, stage))
-    # forecasts need the states of the dense model, so nothing else may move
-    if getattr(stage_args, "adapter_objective", None) == "forecast" and stage.trains != ("adapter",):
+    make_objective(stage_args.objective or stage.objective, stage_args)  # which refuses flags that the family lacks
+    # the regression is on the states of the dense model, so nothing else may move
+    if stage_args.objective == "layer_regression" and stage.trains != ("adapter",):
         raise StageInputError(
-            f"--adapter_objective forecast was given, but it trains adapters alone, not stage {stage}; leave it out, "
+            f"--objective layer_regression was given, but it trains adapters alone, not stage {stage}; leave it out, "
             "or use the stage adapter."
         )
     return model_args, data_args, stage_args, training_args

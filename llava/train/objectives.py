@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fuzzyroe.attach import find_decoder, find_decoder_layers
 from fuzzyroe.routers.roe.objective import routing_objective
 from fuzzyroe.routing_state import RoutingState
+from llava.train.stages import StageInputError
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 """A scalar; or a scalar with values of each sample, (B,), whose means are logged under their names."""
@@ -114,12 +115,19 @@ def make_objective(name: str, flags: Any) -> Objective:
 
     Raises:
         KeyError: If there is none of this name; the message lists the known ones.
+        StageInputError: If the stage has not the flags that the objective reads.
     """
     if name not in OBJECTIVES:
         raise KeyError(f"Objective '{name}' is unknown; use one of {', '.join(OBJECTIVES)}.")
     function = OBJECTIVES[name]
-    parameters = inspect.signature(function).parameters.values()
-    options = {p.name: getattr(flags, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    missing = [option for option in names if not hasattr(flags, option)]
+    if missing:
+        raise StageInputError(
+            f"--objective {name} was given, but it reads --{missing[0]}, which this stage does not have; leave it out, "
+            "or use a stage of another family."
+        )
+    options = {option: getattr(flags, option) for option in names}
     return functools.partial(function, **options) if options else function
 
 

@@ -195,8 +195,8 @@ def make_policy(
     if isinstance(stage_args, RoEArguments) and stage.span is not None:
         router: Any = find_decoder(model).router
         return RelaxedRouting(image_token_id, num_layers, stage.span, stage_args.target_skip_ratio, router.compat)
-    if not isinstance(stage_args, PlanArguments) or stage_args.adapter_objective == "forecast":
-        return None  # a regression on what layers give runs them all
+    if not isinstance(stage_args, PlanArguments) or stage_args.skips_nothing:
+        return None
     mode: Mode = "hard" if stage_args.train_hard_skip else "soft"
     largest, budgets = stage_args.max_skip_ratio, None
     if stage_args.skip_pattern == "random":

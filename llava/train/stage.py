@@ -178,7 +178,7 @@ def build_trainer(
     return LlavaTrainer(
         learning_rates=learning_rates(stage_args, training_args),
         routing_policy=make_policy(stage, model, stage_args, source_of),
-        objective=make_objective(_objective_of(stage, stage_args), stage_args),
+        objective=make_objective(stage_args.objective or stage.objective, stage_args),
         write_model=lambda folder: write_model(checkpoint, stage, folder, folder, args.should_save),
         model=model,
         args=args,
@@ -199,14 +199,6 @@ def from_rank_0(function: Any, is_main: bool) -> Any:
 def say(line: str) -> None:
     """Print one line of progress; this is a command-line program."""
     print(line, flush=True)
-
-
-def _objective_of(stage: Stage, stage_args: StageArguments) -> str:
-    """Name in ``OBJECTIVES`` of what a stage minimises."""
-    if stage.routing == "relaxed":
-        return "roe"
-    is_forecast = isinstance(stage_args, PlanArguments) and stage_args.adapter_objective == "forecast"
-    return "layer_regression" if is_forecast else "language_model"
 
 
 def _leaves_out_layers(stage_args: StageArguments) -> bool:

@@ -38,6 +38,11 @@ class Stage:
     purpose: str
     span: tuple[float, float] | None = None
 
+    @property
+    def objective(self) -> str:
+        """What is minimised unless ``--objective`` says otherwise, a key of ``OBJECTIVES``."""
+        return "roe" if self.routing == "relaxed" else "language_model"
+
     def __str__(self) -> str:
         trains = ", ".join(self.trains) or "nothing"
         return f"{self.name} (trains {trains}; routing {self.routing})"

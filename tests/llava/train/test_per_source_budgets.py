@@ -92,7 +92,7 @@ def test_a_stage_skips_where_its_targets_say(tiny: Tiny, tmp_path: Path) -> None
         check_inputs(*parse_arguments(unknown))
 
 
-@pytest.mark.parametrize("flags", [{"skip_pattern": "random"}, {"adapter_objective": "forecast"}])
+@pytest.mark.parametrize("flags", [{"skip_pattern": "random"}, {"objective": "layer_regression"}])
 def test_targets_are_refused_where_no_budget_is_drawn(tiny: Tiny, tmp_path: Path, flags: dict) -> None:
     flags = {"source_skip_ratios": "text=0.2", "skip_data_check": True, **flags}
     with pytest.raises(StageInputError, match="source_skip_ratios text=0.2 was given, but nothing follows a plan"):

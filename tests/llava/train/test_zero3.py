@@ -24,7 +24,7 @@ from llava.train.stages import PARTS
 from tiny_training import Tiny
 
 ZERO3 = ROOT / "scripts" / "zero3.json"
-STAGES = ("router", "adapter", "finetune", "forced", "hard", "hard_frozen", "forecast")
+STAGES = ("router", "adapter", "finetune", "forced", "hard", "hard_frozen", "layer_regression")
 
 GRADIENT = {"optim": "sgd", "roe_lr": 1.0, "backbone_lr": 1.0, "max_steps": 1, "max_grad_norm": 0}
 """Flags under which a run's only step subtracts the gradient from the weights."""
@@ -75,9 +75,9 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         more = {"deepspeed": ZERO3, "train_hard_skip": True, **GRADIENT, **more}
         flags = tiny.flags(stage, folder / "adapter", folder / name, **more)
         cases.append({"name": name, "flags": flags, "forced_plans": True, "in_order": True})
-    more = {"deepspeed": ZERO3, "adapter_objective": "forecast", **GRADIENT}
-    flags = tiny.flags("adapter", folder / "router", folder / "forecast", per_device_train_batch_size=2, **more)
-    cases.append({"name": "forecast", "flags": flags})
+    more = {"deepspeed": ZERO3, "objective": "layer_regression", **GRADIENT}
+    flags = tiny.flags("adapter", folder / "router", folder / "layer_regression", per_device_train_batch_size=2, **more)
+    cases.append({"name": "layer_regression", "flags": flags})
     (folder / "plan.json").write_text(json.dumps(cases))
     code, output = launch_two_ranks(ROOT / "tests" / "support" / "zero3_cases.py", folder / "plan.json").finish(900)
     assert code == 0, output[-6000:]
@@ -224,17 +224,17 @@ def test_ranks_that_leave_out_different_layers_find_the_gradients_of_one_process
     assert changed and (stage == "finetune" or all(".adapter." in key for key in changed))
 
 
-def test_forecasts_train_adapters_alone(trained: Path) -> None:
-    before, after = (load_file(trained / f"{name}.gathered.safetensors") for name in ("router", "forecast"))
+def test_layer_regression_trains_adapters_alone(trained: Path) -> None:
+    before, after = (load_file(trained / f"{name}.gathered.safetensors") for name in ("router", "layer_regression"))
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {f"model.language_model.layers.{layer}.adapter.up.weight" for layer in range(4)}
-    assert read_losses(trained / "forecast") == [pytest.approx(1.0)]
+    assert read_losses(trained / "layer_regression") == [pytest.approx(1.0)]
 
 
 @pytest.mark.parametrize(("name", "rates"), [
     ("adapter", {"adapter": 1e-2}),
     ("finetune", {"projector": 1e-3, "decoder": 1e-3, "adapter": 1e-2}),
-    ("forecast", {"adapter": 1.0}),
+    ("layer_regression", {"adapter": 1.0}),
 ])  # fmt: skip
 def test_both_ranks_step_the_same_optimizer_groups_with_each_trained_parameter_in_one(
     trained: Path, name: str, rates: dict[str, float]
