@@ -41,7 +41,9 @@ def test_an_objective_is_a_function_and_a_line(tiny: Tiny, tmp_path: Path, monke
 
 
 def test_an_objective_that_is_unknown_or_reads_flags_of_other_stages_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--objective none is unknown; use one of language_model, roe, layer_regression"):
+    with pytest.raises(
+        ValueError, match="--objective none is unknown; use one of language_model, roe, layer_regression"
+    ):
         parse_arguments(tiny.flags("dense", tiny.base, tmp_path / "output", objective="none"))
     with pytest.raises(ValueError, match="--objective roe was given, but it reads --skip_loss_weight"):
         parse_arguments(tiny.flags("adapter", tiny.base, tmp_path / "output", objective="roe"))
