@@ -150,8 +150,6 @@ def test_a_resumed_run_takes_the_steps_of_a_whole_one(
 ) -> None:
     more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, **options}
     stage, step = more.pop("stage"), more.pop("resume_at", 3)
-    if stage == "dense":
-        more["adapter_hidden_dim"] = 8
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_until("whole", tiny.flags(stage, tiny.base, whole, **more), None, monkeypatch)
     run_until("resumed", tiny.flags(stage, tiny.base, resumed, **more), step, monkeypatch)

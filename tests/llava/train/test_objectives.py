@@ -22,14 +22,15 @@ from tiny_training import NUM_LAYERS, Tiny
 def mean_square_of_logits(model: Any, batch: dict[str, Any], routing: RoutingState | None, *, roe_lr: float) -> Any:
     """A toy objective that reads a flag, ignores the answers and logs the skip rate of each sample."""
     logits = run_model(model, {name: value for name, value in batch.items() if name != "labels"}, routing).logits
-    skipped = 1 - routing.result.keep_weights.mean(dim=(1, 2))
-    return roe_lr * logits.square().mean(), {"toy/skipped": skipped}
+    turns = routing.turn_mask()  # (B, T)
+    skipped = (1 - routing.result.keep_weights.mean(dim=2)) * turns
+    return roe_lr * logits.square().mean(), {"toy/skipped": skipped.sum(dim=1) / turns.sum(dim=1)}
 
 
 def test_an_objective_is_a_function_and_a_line(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OBJECTIVES, "toy", mean_square_of_logits)
     more = {"objective": "toy", "skip_pattern": "random", "max_steps": 2, "per_device_train_batch_size": 4}
-    flags = tiny.flags("adapter", tiny.base, tmp_path / "adapter", refit_router=False, **more)
+    flags = tiny.flags("adapter", tiny.base, tmp_path / "adapter", **more)
     check_inputs(*parse_arguments(flags))
     zero3_cases.run_case("adapter", flags)
     zero3_cases.reset()
