@@ -21,7 +21,7 @@ from llava.data.check import check_data
 from llava.data.preprocess import LengthMeter
 from llava.data.records import RecordFile
 from llava.model.checkpoints.contents import read_projector
-from llava.model.checkpoints.files import LANGUAGE_MODELS, is_language_model, read_config_dict
+from llava.model.checkpoints.files import is_language_model, read_config_dict
 from llava.model.checkpoints.reading import read_config_and_tokenizer
 from llava.model.families import count_image_tokens, get_image_token_id
 from llava.train.arguments import (
@@ -40,9 +40,6 @@ from llava.train.load_model import check_agreement, vision_settings
 from llava.train.stages import STAGES, Stage, StageInputError
 
 logger = logging.getLogger(__name__)
-
-LLAVA_TYPES = ("llava", "llava_llama")
-"""Model types of LLaVA checkpoints; the second is LLaVA's own since its version 1.6."""
 
 ATTACH_FLAGS = ("router", "rule_base", "adapter_hidden_dim", "routing_summary", "roe_compat")
 """Flags that act when routing is first attached; a routed checkpoint has its own."""
@@ -97,14 +94,9 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
                 "and dense first, or name a LLaVA checkpoint."
             )
         text_side = read_config_and_tokenizer(path, vision_settings(model_args))[0]
-    elif config.get("model_type") in LLAVA_TYPES:
-        check_agreement(config, model_args)
-        text_side = read_config_and_tokenizer(path)[0]
     else:
-        raise StageInputError(
-            f"{path} is a model of type {config.get('model_type')}; {', '.join((*LLAVA_TYPES, *LANGUAGE_MODELS))} can "
-            "be trained. Name another."
-        )
+        text_side = read_config_and_tokenizer(path)[0]  # refuses, by name, what belongs to no family
+        check_agreement(config, model_args)
     if model_args.pretrain_mm_mlp_adapter is not None:
         read_projector(model_args.pretrain_mm_mlp_adapter, text_side)  # refuses one that does not fit
     if not folder.exists():
