@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fuzzyroe.losses import IGNORED_LABEL
+
 Mode = Literal["soft", "hard", "observe"]
 MODES = ("soft", "hard", "observe")
-IGNORED_LABEL = -100
 
 
 class RowSplit:

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-IGNORE_INDEX = -100
-"""Label of a token that is not learned, as everywhere in PyTorch."""
+from fuzzyroe.losses import IGNORED_LABEL, sample_losses
 
 DAMPING = 5.0
 
@@ -40,21 +38,6 @@ class Objective:
     task: Tensor
     hinge: Tensor
     skip_rate: Tensor
-
-
-def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token loss of each sample, (B,); 0 for a sample without labels.
-
-    Args:
-        logits: (B, N, V).
-        labels: Token ids, ``IGNORE_INDEX`` where nothing is learned, (B, N).
-    """
-    shifted = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    count = (shifted != IGNORE_INDEX).sum(dim=1)
-    return losses.view(shifted.shape).sum(dim=1) / count.clamp(min=1)
 
 
 def sample_skip_rates(keep_weights: Tensor, turn_mask: Tensor) -> Tensor:
@@ -83,7 +66,7 @@ def routing_objective(
 
     Args:
         logits: (B, N, V).
-        labels: Token ids, ``IGNORE_INDEX`` where nothing is learned, (B, N).
+        labels: Token ids, ``IGNORED_LABEL`` where nothing is learned, (B, N).
         keep_weights: Keep weights in [0, 1], (B, T, L).
         turn_mask: Which turns each sample has, (B, T) bool.
         skip_ratio: Target rho.
@@ -95,6 +78,6 @@ def routing_objective(
     # detached: the factor weighs the hinge, and must not teach the model to answer badly
     damped = weight * torch.exp(-damping * task.detach()) * hinge
     # a sample without labels has loss 0, which would count as answered perfectly
-    has_labels = (labels[:, 1:] != IGNORE_INDEX).any(dim=1)
+    has_labels = (labels[:, 1:] != IGNORED_LABEL).any(dim=1)
     loss = ((task + damped.to(task.device)) * has_labels).sum() / has_labels.sum().clamp(min=1)
     return Objective(loss, task.detach(), hinge.detach(), skip_rate.detach())

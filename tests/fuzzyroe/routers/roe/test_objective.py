@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fuzzyroe.routers.roe.objective import routing_objective, sample_losses, sample_skip_rates
+from fuzzyroe.losses import sample_losses
+from fuzzyroe.routers.roe.objective import routing_objective, sample_skip_rates
 
 M = -100
 
