@@ -40,7 +40,7 @@ def planned_features(model: LlavaForConditionalGeneration, inputs: dict[str, Ten
         model(**inputs, **options)
     finally:
         hook.remove()
-    return seen[0].features
+    return seen[0].result.features
 
 
 def test_prompts_and_training_batches_see_the_same_pixels(model, image_prompts: dict[str, Tensor]) -> None:
