@@ -81,6 +81,7 @@ def allocate(
         )
     mean_losses = np.stack([losses[bins == index].mean(axis=0) for index in range(num_bins)])  # (bins, K + 1)
     overall = mean_losses.mean(axis=0)
+    # few examples to a bin: what their means differ by chance must not buy one bin deep skips
     mean_losses = overall + shrinkage(losses, bins) * (mean_losses - overall)
     skips = np.zeros(num_bins, dtype=int)
     rows = [np.zeros(num_layers)]
@@ -149,6 +150,7 @@ def allocate_skips(losses: np.ndarray, mean_skips: float) -> np.ndarray:
             start = stop
     counts = np.zeros(len(losses), dtype=np.int64)
     remaining = round(mean_skips * len(losses))
+    # pieces of one example have rising slopes, so sorting all of them keeps each example's own order
     for _, example, start, stop in sorted(pieces):
         taken = min(stop - start, remaining)
         counts[example] += taken

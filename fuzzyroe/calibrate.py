@@ -60,6 +60,7 @@ def skip_loss_increase(losses: np.ndarray) -> np.ndarray:
         Mean loss increase over the upper half of the skip counts, cut to ``TARGET_RANGE``, (n,).
     """
     increase = losses[:, 1:] - losses[:, :1]
+    # a shallow plan hurts nobody, so the few first skips would add noise alone
     return increase[:, increase.shape[1] // 2 :].mean(axis=1).clip(*TARGET_RANGE)
 
 
@@ -125,6 +126,7 @@ def prepare(rule_base: FuzzyRuleBase, measured: Measurements) -> Prepared:
     increase = skip_loss_increase(measured.losses)
     low, high = feature_range(unlabelled)
     correlations = [rank_correlation(column, increase) for column in scale(labelled, low, high).T]
+    # the expert's own table is the prior: fitting a fitted one again would count the data twice
     prior = rule_base.unfitted()
     prior = prior if prior.is_complete else prior.interpolate()
     # A constant feature contradicts nothing, and a direction that the rules leave open cannot be contradicted.
@@ -164,6 +166,7 @@ def fit_layer_tables(
     increases = (measured.layer_losses - measured.losses[:, :1]).clip(*TARGET_RANGE)  # (n, L)
     firing = prepared.prior.firing_strengths(prepared.scaled)  # (n, R)
     edges = order_edges(prepared.prior.shape, prepared.prior.signs)
+    # one layer at a time: the tables share the firing strengths and nothing else
     tables = [
         fit_consequents(
             firing,

@@ -199,6 +199,7 @@ class Router(nn.Module):
             hidden_size: Width of the decoder, D.
             find_file: Gives the local path of a file of the checkpoint.
         """
+        # a constructor names the sizes that it needs
         sizes = {"num_layers": num_layers, "hidden_size": hidden_size}
         wanted = inspect.signature(cls).parameters
         given: dict[str, Any] = {name: size for name, size in sizes.items() if name in wanted}
@@ -210,6 +211,7 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move with the model, in its data type or, if the router asks for it, in its own."""
 
+        # `fn` casts and moves at once: let it, then take over the device alone
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

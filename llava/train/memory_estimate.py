@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fuzzyroe.attach import attach, find_decoder_layers
-from fuzzyroe.routers import LinearRouter
+from fuzzyroe.routers import get_router_class
 from llava.model.families import HostModel
 from llava.train.parameters import parameters_by_part
 from llava.train.stages import choose_stage, get_stage
@@ -111,7 +111,8 @@ def count_parameters(
         linear = [module for module in find_decoder_layers(model).modules() if isinstance(module, nn.Linear)]
         if adapter_width is not None:
             text = config.text_config
-            router = LinearRouter(text.num_hidden_layers, text.hidden_size) if has_linear_router else None
+            kind = get_router_class("linear")
+            router = kind.build({}, text.num_hidden_layers, text.hidden_size) if has_linear_router else None
             attach(model, adapter_width, router=router)
     parts = {part: sum(p.numel() for p in named.values()) for part, named in parameters_by_part(model).items()}
     return parts | {"lora": lora_rank * sum(module.in_features + module.out_features for module in linear)}

@@ -184,6 +184,7 @@ class Measurer:
         self.progress(f"loss by skipped layers: {[round(float(column.mean()), 3) for column in columns]}")
         layer_losses = None
         if single_layers:
+            # the first layer is never skipped; its column holds the dense loss
             singles = [self.losses(batches, [layer]) for layer in range(1, self.num_layers)]
             layer_losses = torch.stack([columns[0], *singles], dim=1).double().numpy()
         return Measurements(
@@ -243,7 +244,7 @@ class Measurer:
         """This rank's batches of the first samples, short ones together; all ranks get equally many of equal size."""
         usable = min(num_samples, len(self.samples))
         self.cost.samples = max(self.cost.samples, usable)
-        usable -= usable % self.world_size
+        usable -= usable % self.world_size  # a rank with one batch more would wait forever under ZeRO-3
         mine = sorted(
             self.samples[self.rank : usable : self.world_size],
             key=lambda sample: abs(self.dataset.modality_length(sample)),
