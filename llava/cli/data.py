@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,23 +22,15 @@ _SHOWN_CHARACTERS = 400
 _BAR_WIDTH = 40
 
 
-class OnMissing(str, Enum):
-    """What to do about images that are not there."""
-
-    error = "error"
-    drop = "drop"
-    resolve = "resolve"
-
-
 def check_data_command(
     data: Annotated[Path, typer.Argument(help="JSON or JSON Lines file of records.")],
     image_folder: Annotated[Path, typer.Option(help="Folder that image names are relative to.")],
     version: Annotated[str | None, typer.Option(help="Conversation template of the training.")] = None,
     decode: Annotated[bool, typer.Option(help="Decode every image too; minutes to hours.")] = False,
     on_missing: Annotated[
-        OnMissing,
+        Literal["error", "drop", "resolve"],
         typer.Option(help="error: report; drop: write a file without bad records; resolve: mend file extensions."),
-    ] = OnMissing.error,
+    ] = "error",
     output: Annotated[Path | None, typer.Option(help="File that drop and resolve write.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace other content there.")] = False,
     model: Annotated[
@@ -65,7 +56,7 @@ def check_data_command(
             image_folder,
             conv_template=version,
             decode=decode,
-            on_missing=on_missing.value,
+            on_missing=on_missing,
             output=output,
             overwrite=overwrite,
             command=shlex.join(["fuzzyroe", *sys.argv[1:]]),

@@ -142,7 +142,7 @@ class SFTCollator:
     """Pads samples of ``SFTDataset`` on the right to the longest of a batch.
 
     Attributes:
-        pad_token_id: Token id of padding.
+        pad_token_id: Token id of padding; None, where a tokenizer has none, pads with 0, as the mask hides it.
 
     Returns (from a call):
         ``input_ids``, ``labels``, ``turn_ids``, ``attention_mask`` (B, N) and, if any sample has an image,
@@ -155,10 +155,10 @@ class SFTCollator:
     [[0, 9, 9], [0, 1, 2]]
     """
 
-    pad_token_id: int
+    pad_token_id: int | None
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "turn_ids": PADDING_TURN}
+        padding = {"input_ids": self.pad_token_id or 0, "labels": IGNORE_INDEX, "turn_ids": PADDING_TURN}
         batch = {
             key: pad_sequence([sample[key] for sample in samples], batch_first=True, padding_value=value)
             for key, value in padding.items()

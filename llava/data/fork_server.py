@@ -1,4 +1,4 @@
-"""What Python's fork server imports before workers that read samples are forked from it; see ``llava.data.workers``.
+"""Modules that Python's fork server imports before data-loader workers are forked from it; see ``llava.data.workers``.
 
 Not to be imported elsewhere: objects made so far are hidden from the garbage collector, whose marks would otherwise
 give every worker a copy of each page it walks over.

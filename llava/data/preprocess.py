@@ -1,4 +1,4 @@
-"""From a conversation to token ids, labels and turn ids, marked by character offsets.
+"""Encoding of a conversation: token ids, labels and turn ids, marked by character offsets.
 
 The conversation is rendered once and tokenized once, exactly as evaluation tokenizes a prompt; each token then looks
 up, by the characters it covers, whether it is learned and which turn it belongs to. Nothing is tokenized twice and

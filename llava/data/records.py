@@ -368,7 +368,7 @@ def _recognise(path: Path) -> tuple[int, bool, int]:
 
 
 def _line_spans(path: Path, begin: int) -> np.ndarray:
-    """First byte and one past the last byte of every non-blank line, int64, (records, 2)."""
+    """First byte and one past the last byte of every line with text, int64, (records, 2)."""
     spans, first = array("q"), b""
     with open(path, "rb") as handle:
         handle.seek(begin)

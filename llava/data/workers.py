@@ -1,4 +1,4 @@
-"""How the processes that read training samples are started without each of them importing everything anew."""
+"""Data-loader workers that start with everything imported: the preloading of Python's fork server."""
 
 from __future__ import annotations
 

@@ -161,6 +161,11 @@ def test_samples_of_the_dataset_make_a_batch(sft_dataset) -> None:
         assert batch["attention_mask"][row].sum() == length
 
 
+def test_a_tokenizer_without_padding_token_pads_under_the_mask() -> None:
+    batch = SFTCollator(None)([sample([5, 5], [-100, 5], [0, 1]), sample([5], [5], [1])])
+    assert batch["input_ids"].tolist() == [[5, 5], [5, 0]] and batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
 @pytest.mark.parametrize("pad_token_id", [0, 2, 9])
 def test_the_mask_is_not_misled_by_padding_ids_in_the_text(pad_token_id: int) -> None:
     batch = SFTCollator(pad_token_id)([sample([pad_token_id] * 3, [-100, 5, 5], [0, 1, 1]), sample([1], [1], [1])])
