@@ -69,3 +69,11 @@ def test_python_examples_import_what_exists(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("fuzzyroe", "llava"):
                 module = importlib.import_module(node.module)
                 assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], code
+
+
+def test_the_reading_list_of_the_readme_has_true_line_counts() -> None:
+    rows = re.findall(r"^\| \[`([^`]+)`\]\([^)]+\) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 8
+    for path, told in rows:
+        counted = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        assert abs(int(told) - counted) <= 0.1 * counted, f"{path} has {counted} lines, README says {told}"
