@@ -89,6 +89,7 @@ class MetricsFile(TrainerCallback):
         """Keep the lines of the steps that are not taken again."""
         if not state.is_world_process_zero or not self.path.exists():
             return
+        # a kill may have cut the last line short, too
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
         unfinished = self.path.with_name(f".{self.path.name}.tmp")
         unfinished.write_text("".join(line + "\n" for line in kept))
@@ -163,6 +164,7 @@ class RoutingMeter(BatchCallback):
         if routing.mode == "hard":
             keep = routing.kept_layers().float().to(keep.device).unsqueeze(1).expand_as(keep)
         self._kept.append(_mean_over_turns(keep, turns))
+        # xlogy, as 0 log 0 counts as 0: hard decisions have no entropy
         entropy = -(torch.xlogy(keep, keep) + torch.xlogy(1 - keep, 1 - keep)).mean(dim=2, keepdim=True)
         self._entropies.append(_mean_over_turns(entropy, turns)[:, 0])
         if self.rules is not None and routing.result.features is not None:

@@ -154,11 +154,13 @@ def write_model(checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Put a complete folder into its final place; what stood there is removed only afterwards."""
+    # steps belong to the run, not to its result
     for leftover in list_checkpoints(partial):
         remove_checkpoint(leftover)
     old = final.with_name(final.name + ".old")
     if old.exists():
         shutil.rmtree(old)
+    # a kill between the two renames leaves the old one as OUTPUT.old, from where the scripts put it back
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
@@ -407,6 +409,7 @@ def find_resume(asked: str, partial: Path, run: dict[str, Any]) -> Path | None:
             )
         _refuse_other_run(folder, run)
         return folder
+    # newest first; one that was being written when its run was killed is passed over
     for folder in reversed(list_checkpoints(partial)):
         fault = find_fault(folder)
         if fault is None:

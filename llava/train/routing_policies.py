@@ -109,6 +109,7 @@ class BudgetedRouting:
         high: Tensor | float = self.max_skip_ratio
         if self.budgets is not None:
             low, high = self.budgets.intervals_of(batch["sample_index"])
+        # torch's default generator on the CPU: its state is saved with every step, and no device has to wait
         drawn: Tensor = low + torch.rand(num_samples) * (high - low)
         drawn[torch.rand(num_samples) < self.dense_ratio] = 0.0
         state.target_skip_ratio = drawn.to(state.turn_ids.device)
@@ -138,6 +139,7 @@ class RandomRouting:
         num_samples, num_turns = len(state.turn_ids), state.planned_turns()
         rates = torch.rand(num_samples, 1, 1) * self.max_skip_ratio
         keep = (torch.rand(num_samples, num_turns, self.num_layers) >= rates).float()
+        # routers never skip the first layer either: its input has seen no context
         keep[:, :, 0] = 1.0
         return state.forced(keep.to(state.turn_ids.device))
 
@@ -167,6 +169,7 @@ class RelaxedRouting:
             num_steps: Optimizer steps of the stage, at least 1.
         """
         begin, end = self.span
+        # the run is longer than the stage by the share that the stage is of it
         whole = num_steps / (end - begin)
         progress = run_progress(begin * whole + step, whole, self.compat)
         return min(max(progress, begin), end - 1e-6)  # a stage keeps to its phase, also where units are whole

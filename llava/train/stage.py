@@ -76,12 +76,14 @@ def run_stage(
     if training_args.deepspeed:
         init_communication()
     run = describe_run(model_args, data_args, stage_args, training_args)
+    # one answer for all ranks: a shared disk may show them different folders for a moment
     resumed = from_rank_0(lambda: begin_folder(partial, training_args.resume_from_checkpoint, run), is_main)
     if is_main:
         (partial / "fingerprint").write_text(training_args.fingerprint + "\n")
         if resumed is not None:
             say(f"going on from step {step_of(resumed)}, saved in {resumed}")
     checkpoint = prepare_checkpoint(stage, model_args, stage_args, training_args)
+    # before the engine exists: it takes over the parameters that require a gradient, and no others
     trained = freeze_all_but(checkpoint.model, stage)
     facts = read_manifest(resumed)["facts"] if resumed else {}
     check = TrainableCheck(checkpoint.model, stage, facts.get("moved"))
@@ -91,6 +93,7 @@ def run_stage(
     if stage.trains:
         if is_main:
             (partial / "trainable_params.json").write_text(json.dumps(trained, indent=2) + "\n")
+        # a run should fail before its first step and not at its last
         dry_run_save(trainer, checkpoint, partial)
         result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         summary |= {
@@ -162,6 +165,7 @@ def build_trainer(
         training_args.model_max_length,
         data_args.image_aspect_ratio,
     )
+    # a copy: the flags are described in manifests and checked again, so they stay what the user gave
     args = copy.copy(training_args)
     args.output_dir = str(partial_folder(Path(str(training_args.output_dir))))
     args.save_total_limit = None  # StepCheckpoints removes the oldest, once the newest is whole
