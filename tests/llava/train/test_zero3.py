@@ -20,7 +20,8 @@ from launching import ROOT, Launch
 from llava.conversation import get_template
 from llava.inference.generator import GenerationOptions, Generator, make_message
 from llava.model.builder import load_checkpoint
-from llava.train.stages import PARTS
+from llava.train.arguments import takes
+from llava.train.stages import PARTS, get_stage
 from tiny_training import Tiny
 
 ZERO3 = ROOT / "scripts" / "zero3.json"
@@ -35,6 +36,11 @@ HARD = {
 }
 """Case -> stage and flags of training that leaves layers out; the second has a frozen backbone and, in the order of the
 file, a text-only sample on one rank beside an image on the other."""
+
+
+def gradient_flags(stage: str) -> dict[str, object]:
+    """Those of ``GRADIENT`` that act in a stage."""
+    return {flag: value for flag, value in GRADIENT.items() if takes(get_stage(stage), flag)}
 
 
 def launch_two_ranks(program: Path, *arguments: object) -> Launch:
@@ -72,10 +78,10 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     ]
     for name, (stage, more) in HARD.items():
-        more = {"deepspeed": ZERO3, "train_hard_skip": True, **GRADIENT, **more}
+        more = {"deepspeed": ZERO3, "train_hard_skip": True, **gradient_flags(stage), **more}
         flags = tiny.flags(stage, folder / "adapter", folder / name, **more)
         cases.append({"name": name, "flags": flags, "forced_plans": True, "in_order": True})
-    more = {"deepspeed": ZERO3, "objective": "layer_regression", **GRADIENT}
+    more = {"deepspeed": ZERO3, "objective": "layer_regression", **gradient_flags("adapter")}
     flags = tiny.flags("adapter", folder / "router", folder / "layer_regression", per_device_train_batch_size=2, **more)
     cases.append({"name": "layer_regression", "flags": flags})
     (folder / "plan.json").write_text(json.dumps(cases))
@@ -211,7 +217,7 @@ def test_ranks_that_leave_out_different_layers_find_the_gradients_of_one_process
     assert all(min(rows) < num_rows for rank in rows_run for rows in rank), "rows were left out"
     if name == "hard_frozen":
         assert read_seen(trained, name, "has_images") == [[False], [True]]
-    more = {**more, **GRADIENT, "train_hard_skip": True, "per_device_train_batch_size": 2 * num_rows}
+    more = {**more, **gradient_flags(stage), "train_hard_skip": True, "per_device_train_batch_size": 2 * num_rows}
     flags = tiny.flags(stage, trained / "adapter", tmp_path / name, **more)
     zero3_cases.run_case(name, flags, forced_plans=True, in_order=True)
     zero3_cases.reset()
