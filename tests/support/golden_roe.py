@@ -22,7 +22,7 @@ NUM_LAYERS, HIDDEN, ADAPTER_WIDTH, NUM_IMAGE_TOKENS = 4, 32, 16, 6
 NUM_TOKENS = 4
 """Routing tokens in front of the golden training batch: one of the image, three of turns."""
 IMAGE, IGNORE = -200, -100
-BOUND = 2e-5
+BOUND = 3e-5  # float32 sums in another order: up to 2.2e-5 between processors, below 2e-5 on one
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def golden(key: str) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor, what: str = "") -> None:
-    """Assert that numbers agree within 2e-5."""
+    """Assert that numbers agree within ``BOUND``."""
     torch.testing.assert_close(found.float(), expected.float(), atol=BOUND, rtol=0, msg=lambda m: f"{what}: {m}")
 
 
