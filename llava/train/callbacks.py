@@ -358,6 +358,10 @@ class HangDetection(BatchCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop watching."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop watching; also called when training ends by an error, which no callback is told of."""
         self._stop.set()
         for handle in self._handles:
             handle.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +107,10 @@ def test_a_run_whose_loss_is_nan_is_ended(tiny: Tiny, tmp_path: Path, monkeypatc
     finally:
         zero3_cases.reset()
     assert not (tmp_path / "nan").exists()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and any(t.name == "hang-detection" for t in threading.enumerate()):
+        time.sleep(0.1)
+    assert not [t for t in threading.enumerate() if t.name == "hang-detection"], "it would end the process later"
 
 
 def test_a_rank_that_stands_still_names_layer_and_batch(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
