@@ -201,6 +201,10 @@ def find_missed(name: str, result: dict[str, Any]) -> list[str]:
         f"losses differ by {result['loss_difference']:.2g}, bar {BAR}": not result["loss_difference"] <= BAR,
         f"weights differ by {result['weight_difference']:.2g}, bar {BAR}": not result["weight_difference"] <= BAR,
         f"a kill left faulty checkpoints: {faults}": bool(faults),
+        # one kill may come before the first save; of several, one waits for it
+        "no kill left a step to go on from": len(result["kills"]) > 1
+        and bool(steps)
+        and not any(kill["steps"] for kill in result["kills"]),
         "it wrote other files": not result["same_files"],
         f"it left {result['left_over']}": bool(result["left_over"]),
     }

@@ -22,7 +22,7 @@ from llava.train.stages import choose_stage
 from parity import our_logits
 from routed_llava import route
 
-BOUND = 1e-4
+BOUND = 2e-4  # logits of merged weights; the order of float32 sums differs between processors (1.2e-4 on one)
 """A merged update is rounded otherwise than one that is added to each output."""
 
 
