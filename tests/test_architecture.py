@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from import_graph import Import, build_graph, find_cycle, find_modules, is_insid
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fuzzyroe", "llava")
 MAX_LINES = 600
+MAX_IMPORTS = 15
 
 MODULES = find_modules(ROOT, PACKAGES)
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
@@ -183,6 +186,41 @@ def test_no_file_is_too_long() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths if path.is_file()}
     too_long = [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lengths.items() if count > MAX_LINES]
     assert not too_long, f"split by concept:{listed(too_long)}"
+
+
+def test_no_module_imports_too_many_others() -> None:
+    graph = build_graph([replace(item, type_checking=False) for item in IMPORTS], set(MODULES))
+    too_many = {
+        module: len(set(targets) - {module}) for module, targets in graph.items() if len(set(targets)) > MAX_IMPORTS
+    }
+    assert not too_many, f"at most {MAX_IMPORTS} modules of the project: {too_many}"
+
+
+def test_training_stays_within_sixteen_files() -> None:
+    files = sorted(path.name for path in (ROOT / "llava" / "train").glob("*.py"))
+    assert len(files) <= 16, f"llava/train has {len(files)} files, 16 are allowed: {files}"
+
+
+def count_comments(source: str) -> tuple[int, int]:
+    """Comments of a module and its lines of code, docstrings not counted."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    comments, code = 0, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments += not token.string.startswith(("# type:", "# noqa", "# fmt", "# ruff"))
+        elif token.string.strip():
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return comments, len(code - docstrings)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_comments_stand_at_the_turning_points(package: str) -> None:
+    counts = [count_comments(path.read_text(encoding="utf-8")) for path in (ROOT / package).rglob("*.py")]
+    comments, code = (sum(column) for column in zip(*counts, strict=True))
+    assert 100 * comments / code >= 4, f"{comments} comments in {code} lines of {package}; at least 4 per 100 say why"
 
 
 def find_undocumented(module: str, tree: ast.Module) -> list[str]:
