@@ -218,7 +218,7 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if images is _NOT_GIVEN and not has_markers(input_ids):
             sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
-            return super().generate(inputs, **sizes, **_with_prompt_length(kwargs, input_ids))
+            return super().generate(inputs, **sizes, **_with_prompt_length(kwargs, input_ids, self.generation_config))
         kwargs.pop("input_ids", None)
         _refuse_mixture(**{name: kwargs.pop(name, None) for name in ("pixel_values", "inputs_embeds", "position_ids")})
         padding_id = kwargs.get("pad_token_id")
@@ -327,9 +327,10 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
         return repeated, options
 
 
-def _with_prompt_length(options: dict[str, Any], input_ids: Tensor | None) -> dict[str, Any]:
+def _with_prompt_length(options: dict[str, Any], input_ids: Tensor | None, default: Any) -> dict[str, Any]:
     """Options of ``generate`` that tell drafts by prompt lookup from the prompt, which are first read together."""
-    if input_ids is None or not options.get("prompt_lookup_num_tokens"):
+    config = options.get("generation_config") or default
+    if input_ids is None or not options.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens):
         return options
     return {**options, "prompt_length": input_ids.shape[1]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from fuzzyroe import detach, set_skip_rate
 from fuzzyroe.attach import find_decoder, find_decoder_layers
@@ -163,8 +163,16 @@ def test_prompt_lookup_gives_the_tokens_of_plain_decoding(routed, bpe_tokenizer)
     inputs = encode_questions(bpe_tokenizer, ["<image>\nRead every row, every row, every row of every row."])
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 3, "suppress_tokens": [4], "use_cache": True}
     plain = routed.generate(**inputs, **options)
-    lookup = routed.generate(**inputs, **options, prompt_lookup_num_tokens=3)
-    assert torch.equal(plain, lookup)
+    drafted: list[int] = []
+    hook = routed.register_forward_pre_hook(
+        lambda module, args, kwargs: drafted.append(kwargs.get("num_drafted", 0)), with_kwargs=True
+    )
+    assert torch.equal(routed.generate(**inputs, **options, prompt_lookup_num_tokens=3), plain)
+    by_flag, drafted = drafted[0], []
+    config = GenerationConfig(**options, prompt_lookup_num_tokens=3)
+    assert torch.equal(routed.generate(**inputs, generation_config=config), plain)
+    hook.remove()
+    assert by_flag == drafted[0] > 0, "the router is told which positions are no question"
 
 
 def test_a_question_without_image_in_a_batch_of_texts_is_routed(routed, bpe_tokenizer) -> None:
