@@ -232,7 +232,7 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
         )
         # from here on it is a call in transformers' convention, whose ids begin with the prompt
         prompt_length = expanded["input_ids"].shape[1]
-        kwargs = _with_prompt_length(kwargs, expanded["input_ids"])
+        kwargs = _with_prompt_length(kwargs, expanded["input_ids"], self.generation_config)
         given = {name: value for name, value in expanded.items() if value is not None}
         return drop_prompts(super().generate(**given, **show_answers_only(kwargs, prompt_length)), prompt_length)
 
