@@ -9,10 +9,10 @@ help:      ## list these commands
 setup:     ## make or repair .venv from requirements.lock
 	bash scripts/env.sh
 
-test:      ## lint, types, unit tests (at most 9 minutes)
+test:      ## lint, types, unit tests
 	bash scripts/test.sh
 
-test-all:  ## everything that continuous integration runs (at most 45 minutes)
+test-all:  ## everything that continuous integration runs
 	bash scripts/test.sh --all
 
 lint:      ## ruff: rules and format

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs the tests on the CPU, offline. Makes or repairs the environment first (scripts/env.sh).
 #
-#   bash scripts/test.sh                    ruff, mypy, doctests, every test not marked slow   (at most 9 min on 2 cores)
+#   bash scripts/test.sh                    ruff, mypy, doctests, every test not marked slow
 #   bash scripts/test.sh --all              then the slow tests, then what touches transformers
-#                                           once more with the oldest supported version        (at most 45 min)
+#                                           once more with the oldest supported version
 #   bash scripts/test.sh [--all] -- ARGS    ARGS go to pytest, e.g. -- -k attach -x
 #
-# A skipped test fails the run unless it is marked gpu. FUZZYROE_PYTHON=python tests in an environment of your own.
+# It ends with the seconds that each part took. A skipped test fails the run unless it is marked gpu.
+# FUZZYROE_PYTHON=python tests in an environment of your own.
 # FUZZYROE_TEST_WORKERS=N sets the number of processes that share the unit tests (default 2; 0 for none).
 set -euo pipefail
 

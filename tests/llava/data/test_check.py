@@ -7,8 +7,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from PIL import Image
 
+from image_files import make_images
 from llava.conversation import get_template
 from llava.data.check import DataError, check_data
 from llava.data.dataset import SFTDataset
@@ -23,25 +23,9 @@ def _record(identifier: str, image: str | list | None, answer: str = "Yes.") -> 
     return {"id": identifier, **({} if image is None else {"image": image}), "conversations": talk}
 
 
-def _save(path, kind: str, color=(255, 0, 0)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("RGB", (4, 4), color)
-    more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), (0, 0, 255))]} if kind == "GIF" else {}
-    image.save(path, format=kind, **more)
-
-
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "images"
-    _save(folder / "coco/good.jpg", "JPEG")
-    _save(folder / "ocr_vqa/gif.gif", "GIF")
-    _save(folder / "ocr_vqa/png.PNG", "PNG")
-    _save(folder / "ocr_vqa/mislabelled.jpg", "GIF")
-    (folder / "vg").mkdir()
-    (folder / "vg/empty.jpg").write_bytes(b"")
-    (folder / "vg/page.jpg").write_bytes(b"<html>gone</html>")
-    (folder / "vg/cut.jpg").write_bytes((folder / "coco/good.jpg").read_bytes()[:300])
-    return folder
+    return make_images(tmp_path / "images")
 
 
 RECORDS = [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from image_files import make_images, save_image
 from llava.data.images import (
     ImageFileError,
     ImageState,
@@ -21,25 +22,9 @@ from llava.data.images import (
 )
 
 
-def _save(path, kind: str, color=(255, 0, 0)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("RGB", (4, 4), color)
-    more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), (0, 0, 255))]} if kind == "GIF" else {}
-    image.save(path, format=kind, **more)
-
-
 @pytest.fixture
 def images(tmp_path):
-    folder = tmp_path / "images"
-    _save(folder / "coco/good.jpg", "JPEG")
-    _save(folder / "ocr_vqa/gif.gif", "GIF")
-    _save(folder / "ocr_vqa/png.PNG", "PNG")
-    _save(folder / "ocr_vqa/mislabelled.jpg", "GIF")
-    (folder / "vg").mkdir()
-    (folder / "vg/empty.jpg").write_bytes(b"")
-    (folder / "vg/page.jpg").write_bytes(b"<html>gone</html>")
-    (folder / "vg/cut.jpg").write_bytes((folder / "coco/good.jpg").read_bytes()[:300])
-    return folder
+    return make_images(tmp_path / "images")
 
 
 def test_image_inside_the_folder_is_found(tmp_path):
@@ -78,7 +63,7 @@ def test_other_image_names_are_refused(tmp_path, name, message):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
 def test_whole_images_are_not_decoded_and_those_with_more_behind_their_end_are_good(tmp_path, kind):
-    _save(tmp_path / "image", kind)
+    save_image(tmp_path / "image", kind)
     assert looks_whole(tmp_path / "image")
     with open(tmp_path / "image", "ab") as handle:
         handle.write(b"\0\0 written by a camera")
@@ -119,7 +104,7 @@ def test_unreadable_image_says_why(images):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
 def test_format_is_known_from_the_first_bytes(tmp_path, kind):
-    _save(tmp_path / "image.bin", kind)
+    save_image(tmp_path / "image.bin", kind)
     assert sniff_format(tmp_path / "image.bin") == kind
 
 
