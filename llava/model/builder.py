@@ -16,8 +16,7 @@ from fuzzyroe.state_dict import load_routing_state_dict
 from llava.model.checkpoints.contents import CheckpointContents
 from llava.model.checkpoints.reading import read_checkpoint
 from llava.model.families import HostModel
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
 from llava.model.token_pruning import resume_token_pruning, set_token_pruning
 
 WHOLE_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]

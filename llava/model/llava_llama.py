@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from fuzzyroe.attach import find_router, refuse_skip_rate_if_dense
+from fuzzyroe.attach import attach, find_router, refuse_skip_rate_if_dense
 from fuzzyroe.cache import has_started
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.families import HostInnerModel, HostModel, count_image_tokens, get_image_token_id
-from llava.model.generation_compat import drop_prompts, show_answers_only
-from llava.model.llava_inputs import (
+from llava.model.llava_convention import (
+    VisionTowerFacade,
+    drop_prompts,
     expand_markers,
     has_markers,
     images_per_row,
     infer_attention_mask,
     match_images,
+    show_answers_only,
     stack_images,
 )
-from llava.model.vision_tower_facade import VisionTowerFacade
 
 _NOT_GIVEN: Any = object()
 """Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
@@ -57,7 +58,13 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
             model.forward.__wrapped__ = model._old_forward  # its signature is what generate goes by
         model.__class__ = cls
         model.image_processor = image_processor
-        for name, value in _default_settings(model).items():
+        # what LLaVA's code reads from a configuration, and a checkpoint in transformers' layout may lack
+        defaults = {
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "tokenizer_model_max_length": model.config.text_config.max_position_embeddings,
+        }
+        for name, value in defaults.items():
             if not hasattr(model.config, name):
                 setattr(model.config, name, value)
         return model
@@ -276,7 +283,12 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
         # LLaVA's collator gives text samples a black image, which has no marker and is dropped here
         num_markers = ((input_ids == IMAGE_TOKEN_INDEX) & attention_mask).sum(dim=1).tolist()
         views, num_views = match_images(num_markers, views, num_views)
-        self._refuse_unmergeable(num_views)
+        merge = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge != "flat" and any(count > 1 for count in num_views):
+            raise ValueError(
+                f"mm_patch_merge_type is {merge!r}, which arranges tiles by a weight that LLaVA-1.5 does not have; "
+                "tiles can be read one after the other, 'flat'. Set that, or image_aspect_ratio 'pad'."
+            )
         num_positions = count_image_tokens(self.config)
         prompts = expand_markers(
             input_ids,
@@ -297,20 +309,10 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
     def _find_padding(self, padding_id: int | None) -> tuple[int, bool]:
         """Token id of padding, and whether padding can be told from text by it."""
         settings, ends = self.generation_config, self.generation_config.eos_token_id
-        if padding_id is None:
-            padding_id = settings.pad_token_id
-        if padding_id is None:
-            padding_id = self.config.text_config.pad_token_id
+        candidates = (padding_id, settings.pad_token_id, self.config.text_config.pad_token_id)
+        padding_id = next((candidate for candidate in candidates if candidate is not None), None)
         ends = ends if isinstance(ends, list) else [ends]
         return (0, False) if padding_id is None else (padding_id, padding_id not in ends)
-
-    def _refuse_unmergeable(self, num_views: list[int]) -> None:
-        merge = getattr(self.config, "mm_patch_merge_type", "flat")
-        if merge != "flat" and any(count > 1 for count in num_views):
-            raise ValueError(
-                f"mm_patch_merge_type is {merge!r}, which arranges tiles by a weight that LLaVA-1.5 does not have; "
-                "tiles can be read one after the other, 'flat'. Set that, or image_aspect_ratio 'pad'."
-            )
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
@@ -345,10 +347,51 @@ def _refuse_mixture(**arguments: Tensor | None) -> None:
         )
 
 
-def _default_settings(model: Any) -> dict[str, Any]:
-    """What LLaVA's code reads from a configuration, and a checkpoint in transformers' layout may not have."""
-    return {
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "tokenizer_model_max_length": model.config.text_config.max_position_embeddings,
-    }
+def attach_routing(
+    model: Any, router: Any, adapter_width: int, adapter_init: str = "zero", skip_unit: str = "layer"
+) -> LlavaLlamaForCausalLM:
+    """Make the decoder layers of a LLaVA model skippable, in place; ``fuzzyroe.detach`` undoes it.
+
+    A model of transformers' own class becomes a ``LlavaLlamaForCausalLM``, whose forward tells the router where images
+    and questions are; only token ids know.
+
+    Args:
+        model: Loaded model.
+        router, adapter_width, adapter_init, skip_unit: As for ``fuzzyroe.attach``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError, TypeError, KeyError: As ``fuzzyroe.attach``.
+    """
+    if not isinstance(model, LlavaLlamaForCausalLM):
+        model = LlavaLlamaForCausalLM.adopt(model)
+    attach(model, adapter_width, adapter_init, router, skip_unit)
+    return model
+
+
+class TextBatchSafeModel(HostInnerModel):
+    """``HostInnerModel`` whose soft-routed and training forward always passes through vision tower and projector.
+
+    Under ZeRO-3 a rank with text alone would hang beside one with images. A batch without images gets one blank image
+    whose features are multiplied by zero and added to the embeddings: the result is the same, every rank gathers the
+    same weights in the same order, and every parameter has a gradient. All else is ``HostInnerModel`` unchanged.
+    """
+
+    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
+        """As ``HostInnerModel.forward``; shapes (B, N) and (images, 3, H, W)."""
+        is_trained_on = self.training or getattr(kwargs.get("routing"), "mode", None) == "soft"
+        if not is_trained_on or pixel_values is not None or input_ids is None:
+            return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
+        embeddings = self.get_input_embeddings()(input_ids)
+        vision: Any = self.config.vision_config
+        blank = embeddings.new_zeros(1, 3, vision.image_size, vision.image_size)
+        features = torch.cat(list(self.get_image_features(blank, return_dict=True).pooler_output))
+        # zero before the sum: features summed first overflow float16, and 0 * inf is nan
+        return super().forward(**{**kwargs, "inputs_embeds": embeddings + (0 * features).sum()})
+
+
+def make_text_batches_safe(model: HostModel) -> None:
+    """Let text-only batches stand beside image batches on other ranks; names and weights stay."""
+    model.model.__class__ = TextBatchSafeModel

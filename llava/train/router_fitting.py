@@ -28,7 +28,7 @@ from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routing_state import RoutingState
 from llava.model.builder import Checkpoint
 from llava.model.families import get_image_token_id
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 from llava.train.arguments import (
     DEFAULT_ADAPTER_WIDTH,
     DEFAULT_COMPAT,

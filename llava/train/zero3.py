@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.deepspeed import deepspeed_init
 
 from fuzzyroe.attach import find_decoder_layers
-from llava.model.zero3_text_batches import make_text_batches_safe
+from llava.model.llava_llama import make_text_batches_safe
 
 Result = TypeVar("Result")
 

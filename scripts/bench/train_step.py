@@ -178,7 +178,7 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     from fuzzyroe.rules import load_rule_base
     from llava.model.builder import load_checkpoint
     from llava.model.families import get_image_token_id
-    from llava.model.routing import attach_routing
+    from llava.model.llava_llama import attach_routing
     from llava.train.parameters import freeze_all_but
     from llava.train.stages import PARTS, STAGES
     from llava.train.trainer import LlavaTrainer

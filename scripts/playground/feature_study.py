@@ -72,8 +72,7 @@ def make_measurer(
     from llava.data.dataset import SFTCollator, SFTDataset
     from llava.model.builder import load_checkpoint
     from llava.model.families import count_image_tokens, get_image_token_id
-    from llava.model.routing import attach_routing
-    from llava.model.zero3_text_batches import make_text_batches_safe
+    from llava.model.llava_llama import attach_routing, make_text_batches_safe
     from llava.train.router_fitting import CalibrationSize, Measurer
 
     seed = options.pop("seed", 0)

@@ -15,7 +15,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 
 NAMES = ("edge_density", "coding_cost", "question_length")
 

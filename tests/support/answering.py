@@ -13,8 +13,7 @@ from fuzzyroe.routing_state import RoutingState
 from llava.conversation import get_template
 from llava.inference.generator import Generator
 from llava.model.builder import Checkpoint
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = SPECIAL + ["USER", "ASSISTANT", ":", "?"] + [f"w{number}" for number in range(95 - len(SPECIAL) - 4)]

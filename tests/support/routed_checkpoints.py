@@ -12,7 +12,7 @@ from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from fuzzyroe.state_dict import routing_state_dict, save_routing
 from llava.model.checkpoints.stored_routing import ROUTING_FILE
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 
 
 def write_routing(model: LlavaForConditionalGeneration, folder: Path, base_model: str | None = None) -> None:

@@ -14,7 +14,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.conversation import get_template
 from llava.data.preprocess import encode_prompt
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 
 
 def route(model: LlavaForConditionalGeneration, skip_unit: str = "layer") -> LlavaForConditionalGeneration:

@@ -9,8 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
 from llava.model.token_pruning import prune_inputs, set_token_pruning
 from scripts.bench.speed.lines import Line
 from scripts.bench.speed.plans import Replayed, nested_plans, spread_skips

@@ -10,7 +10,7 @@ from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.rules.yaml_io import load_rule_base
 from llava.eval.explain import explain_question
 from llava.model.builder import Checkpoint
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 
 QUESTION = "w1 w2 w3 ?"
 

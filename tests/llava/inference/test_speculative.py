@@ -10,7 +10,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder, find_decoder_layers
 from llava.inference.speculative import LosslessReport, generate_lossless
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 
 PLANS = {
     "the first layer is skipped": [0, 1, 1, 1],

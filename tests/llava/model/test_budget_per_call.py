@@ -11,7 +11,7 @@ from fuzzyroe.attach import find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routers import KeepAllRouter, RandomRouter
 from fuzzyroe.routing_state import RoutingState
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 from routed_llava import encode_questions, route
 
 

@@ -17,7 +17,7 @@ from llava.conversation import get_template
 from llava.data.dataset import SFTCollator
 from llava.data.preprocess import encode_conversation, encode_prompt
 from llava.data.records import Turn
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 from routed_llava import encode_questions, route
 
 

@@ -17,11 +17,9 @@ from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.inference.speculative import generate_lossless
 from llava.model.families import count_image_features, count_image_tokens
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing, make_text_batches_safe
 from llava.model.token_pruning import PRUNERS, plan_visual_tokens, prune_inputs, set_token_pruning
 from llava.model.visual_tokens import encode_images
-from llava.model.zero3_text_batches import make_text_batches_safe
 
 IMAGE_TOKEN = 95
 PRUNER_NAMES = list(PRUNERS)

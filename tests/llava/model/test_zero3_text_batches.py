@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from fuzzyroe.attach import attach
 from fuzzyroe.routing_state import RoutingState
-from llava.model.zero3_text_batches import make_text_batches_safe
+from llava.model.llava_llama import make_text_batches_safe
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 9, 8, 7, 2, 0]])
 LABELS = torch.tensor([[-100, -100, 6, 7, 8, 2], [-100, -100, 8, 7, 2, -100]])

@@ -16,7 +16,7 @@ from fuzzyroe.routing_state import RoutingResult, RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import SFTCollator
-from llava.model.routing import attach_routing
+from llava.model.llava_llama import attach_routing
 
 IMAGE, OTHER = 4, 97
 

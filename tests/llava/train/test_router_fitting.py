@@ -14,7 +14,7 @@ from fuzzyroe.routers import FuzzyRouter, PerLayerFuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX as M
 from llava.data.dataset import SFTCollator
-from llava.model.zero3_text_batches import make_text_batches_safe
+from llava.model.llava_llama import make_text_batches_safe
 from llava.train.router_fitting import CalibrationSize, Measurer
 
 NUM_TURNS = 9  # of all records together

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.llava_inputs import (
+from llava.model.llava_convention import (
     expand_markers,
     has_markers,
     images_per_row,
