@@ -1,4 +1,4 @@
-"""Modules that Python's fork server imports before data-loader workers are forked from it; see ``llava.data.workers``.
+"""The fork server's imports: data-loader workers forked from it share them, start at once and hold what they read.
 
 Not to be imported elsewhere: objects made so far are hidden from the garbage collector, whose marks would otherwise
 give every worker a copy of each page it walks over.

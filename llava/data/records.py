@@ -19,8 +19,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 
 QUESTION_ROLE, ANSWER_ROLE = "human", "gpt"
 TEXT_SOURCE = "text"
-CHUNK_BYTES = 1 << 22
 _WHITESPACE = " \t\r\n"
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 _ROLE_HINTS = {"user": QUESTION_ROLE, "assistant": ANSWER_ROLE, "model": ANSWER_ROLE, "Human": QUESTION_ROLE}
 _MEDIA_HINTS = dict.fromkeys(("images", "image_path", "Image"), "Rename '{}' to 'image'") | dict.fromkeys(
     ("video", "videos", "audio"), "Drop the record; '{}' is not read"
@@ -42,13 +42,6 @@ class DataError(ValueError):
 
 class RecordError(DataError):
     """Says which record cannot be trained on, and why."""
-
-
-class _Problem(DataError):
-    """What is wrong with a record, before the record is named."""
-
-    def __init__(self, found: str, allowed: str, remedy: str) -> None:
-        super().__init__(f"{found}; {allowed}. {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -92,11 +85,18 @@ def parse_record(obj: Any, index: int, path: str | Path) -> Record:
     ('coco', (Turn(question='<image>\\nWhich colour?', answer='Red.'),))
     """
     try:
-        identifier, images, turns = _identifier(obj, index), image_names(obj), _turns(obj)
+        if not isinstance(obj, Mapping):
+            raise _problem(f"it is {_kind(obj)}", "an object {...} is needed", "Wrap it as {'conversations': [...]}")
+        identifier = obj.get("id")
+        if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
+            raise _problem(
+                f"'id' is {_kind(identifier)}", "text or a whole number is allowed", "Leave it out or mend it"
+            )
+        images, turns = image_names(obj), _turns(obj)
         _check_media(images, turns, obj)
-    except _Problem as problem:
+    except DataError as problem:
         raise name_record(path, index, obj.get("id") if isinstance(obj, Mapping) else None, problem) from None
-    return Record(index, identifier, images, turns, source_of(images), obj)
+    return Record(index, str(index if identifier is None else identifier), images, turns, source_of(images), obj)
 
 
 def name_record(path: str | Path, index: int, identifier: Any, problem: object) -> RecordError:
@@ -105,20 +105,16 @@ def name_record(path: str | Path, index: int, identifier: Any, problem: object) 
 
 
 def image_names(obj: Mapping[str, Any]) -> tuple[str, ...]:
-    """Give the image files that a record names, relative to the image folder.
-
-    Raises:
-        DataError: If ``image`` is neither a relative path nor a list of them.
-    """
+    """Give the image files that a record names. Raises DataError unless ``image`` is a relative path or a list."""
     value = obj.get("image")
     if value is None:
         return ()
     names = value if isinstance(value, list) else [value]
     if not names:
-        raise _Problem("'image' is an empty list", "a name or a list of names is allowed", "Leave 'image' out instead")
+        raise _problem("'image' is an empty list", "a name or a list of names is allowed", "Leave 'image' out instead")
     for name in names:
         if not isinstance(name, str):
-            raise _Problem(f"'image' holds {_kind(name)}", "a name or a list of names is allowed", "Write a file name")
+            raise _problem(f"'image' holds {_kind(name)}", "a name or a list of names is allowed", "Write a file name")
         check_image_name(name)
     return tuple(names)
 
@@ -156,102 +152,89 @@ def check_image_name(name: str) -> None:
     for is_wrong, found, remedy in _NAME_CHECKS:
         if is_wrong(name):
             allowed = "a path inside the image folder with forward slashes is allowed"
-            raise _Problem(found.format(name=name), allowed, remedy)
+            raise _problem(found.format(name=name), allowed, remedy)
+
+
+def _problem(found: str, allowed: str, remedy: str) -> DataError:
+    """What is wrong with a record, before the record is named."""
+    return DataError(f"{found}; {allowed}. {remedy}.")
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "a null")
-
-
-def _identifier(obj: Any, index: int) -> str:
-    if not isinstance(obj, Mapping):
-        raise _Problem(f"it is {_kind(obj)}", "an object {...} is needed", "Wrap it as {'conversations': [...]}")
-    identifier = obj.get("id")
-    if identifier is None:
-        return str(index)
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise _Problem(f"'id' is {_kind(identifier)}", "text or a whole number is allowed", "Leave it out or mend it")
-    return str(identifier)
+    return _KINDS.get(type(value), "a null")
 
 
 def _turns(obj: Mapping[str, Any]) -> tuple[Turn, ...]:
     shape = "a list of {'from', 'value'} is needed"
-    if "conversations" not in obj:
+    messages = obj.get("conversations", ...)
+    if messages is ...:
         near = next((key for key in ("conversation", "messages", "dialog", "text") if key in obj), None)
-        hint = f" (there is '{near}')" if near else ""
-        remedy = f"Rename '{near}'" if near else "Add it or drop the record"
-        raise _Problem(f"'conversations' is missing{hint}", shape, remedy)
-    messages = obj["conversations"]
+        hint, remedy = (f" (there is '{near}')", f"Rename '{near}'") if near else ("", "Add it or drop the record")
+        raise _problem(f"'conversations' is missing{hint}", shape, remedy)
     if not isinstance(messages, list):
-        raise _Problem(f"'conversations' is {_kind(messages)}", shape, "Put the messages into a list")
+        raise _problem(f"'conversations' is {_kind(messages)}", shape, "Put the messages into a list")
     if not messages:
-        raise _Problem("'conversations' is empty", "at least one question and answer is needed", "Drop the record")
+        raise _problem("'conversations' is empty", "at least one question and answer is needed", "Drop the record")
     # An answer to nothing, as ShareGPT has in front, is left out as in LLaVA.
     first = int(isinstance(messages[0], Mapping) and messages[0].get("from") == ANSWER_ROLE)
-    texts = [_text(messages[n], n, (n - first) % 2 == 1) for n in range(first, len(messages))]
+    texts = [_text(messages[n], f"conversations[{n}]", (n - first) % 2 == 1) for n in range(first, len(messages))]
     if not texts:
-        raise _Problem("'conversations' holds an answer and no question", "a question is needed", "Drop the record")
+        raise _problem("'conversations' holds an answer and no question", "a question is needed", "Drop the record")
     if len(texts) % 2:
         where = f"conversations[{len(messages) - 1}]"
-        raise _Problem(f"{where} is a question without an answer", "each needs one", "Cut it off or drop the record")
+        raise _problem(f"{where} is a question without an answer", "each needs one", "Cut it off or drop the record")
     return tuple(map(Turn, texts[::2], texts[1::2]))
 
 
-def _text(message: Any, number: int, is_answer: bool) -> str:
+def _text(message: Any, where: str, is_answer: bool) -> str:
     """Give the text of one message after checking kind, role, place and content."""
-    where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
-        raise _Problem(f"{where} is {_kind(message)}", "an object {'from', 'value'} is needed", "Wrap it as one")
+        raise _problem(f"{where} is {_kind(message)}", "an object {'from', 'value'} is needed", "Wrap it as one")
+    role, value = message.get("from"), message.get("value")
     if "from" not in message:
         near = "it has 'role', " if "role" in message else ""
-        raise _Problem(f"{where} has no 'from'", f"{near}'human' or 'gpt' is needed", "Add who speaks under 'from'")
-    role = message["from"]
+        raise _problem(f"{where} has no 'from'", f"{near}'human' or 'gpt' is needed", "Add who speaks under 'from'")
     if role not in (QUESTION_ROLE, ANSWER_ROLE):
         known = _ROLE_HINTS.get(role) if isinstance(role, str) else None
         hint = f"Write '{known}' instead" if known else "Move its text into a question or drop the record"
-        raise _Problem(f"{where} is from {role!r}", "only 'human' and 'gpt' are allowed", hint)
+        raise _problem(f"{where} is from {role!r}", "only 'human' and 'gpt' are allowed", hint)
     if role != (ANSWER_ROLE if is_answer else QUESTION_ROLE):
-        raise _Problem(f"{where} is a second '{role}' in a row", "'human' and 'gpt' must alternate", "Join the two")
+        raise _problem(f"{where} is a second '{role}' in a row", "'human' and 'gpt' must alternate", "Join the two")
     if "value" not in message:
-        raise _Problem(f"{where} has no 'value'", "a string is needed", "Add the text under 'value'")
-    value = message["value"]
+        raise _problem(f"{where} has no 'value'", "a string is needed", "Add the text under 'value'")
     if not isinstance(value, str):
-        raise _Problem(f"the value of {where} is {_kind(value)}", "a string is needed", "Write it in quotes")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            problem = f"the value of {where} holds half a surrogate pair at character {error.start}"
-            raise _Problem(problem, "whole Unicode characters are needed", "Remove that character") from None
+        raise _problem(f"the value of {where} is {_kind(value)}", "a string is needed", "Write it in quotes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        problem = f"the value of {where} holds half a surrogate pair at character {error.start}"
+        raise _problem(problem, "whole Unicode characters are needed", "Remove that character") from None
     if not value.strip():
         what, needed = ("answer", "text to train on") if is_answer else ("question", "text or an image tag")
-        raise _Problem(f"the {what} {where} is empty", f"{needed} is needed", f"Write the {what} or drop the record")
+        raise _problem(f"the {what} {where} is empty", f"{needed} is needed", f"Write the {what} or drop the record")
     if is_answer and DEFAULT_IMAGE_TOKEN in value:
         remedy = "Move it to the question, or spell it differently if it is meant as text"
-        raise _Problem(f"the answer {where} contains '{DEFAULT_IMAGE_TOKEN}'", "only questions may hold it", remedy)
+        raise _problem(f"the answer {where} contains '{DEFAULT_IMAGE_TOKEN}'", "only questions may hold it", remedy)
     return value
 
 
 def _check_media(images: tuple[str, ...], turns: tuple[Turn, ...], obj: Mapping[str, Any]) -> None:
     """Refuse images and tags that differ in number, and media that training would not see."""
-    if not images:
-        key = next((key for key in _MEDIA_HINTS if obj.get(key)), None)
-        if key is not None:
-            remedy = _MEDIA_HINTS[key].format(key)
-            raise _Problem(f"there is '{key}' but no 'image'", "images are read from 'image' alone", remedy)
-    tags = sum(turn.question.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if tags == len(images):
+    key = next((key for key in _MEDIA_HINTS if obj.get(key)), None)
+    if key and not images:
+        remedy = _MEDIA_HINTS[key].format(key)
+        raise _problem(f"there is '{key}' but no 'image'", "images are read from 'image' alone", remedy)
+    tags, count = sum(turn.question.count(DEFAULT_IMAGE_TOKEN) for turn in turns), len(images)
+    if tags == count:
         return
-    allowed = "there must be as many tags as images"
-    if not images:
+    problem, remedy = f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions for {count} image(s)", "Make the two equal"
+    if not count:
+        problem = f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions but no 'image'"
         remedy = "Name the image, or spell the tag otherwise if it is text"
-        raise _Problem(f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions but no 'image'", allowed, remedy)
-    if not tags:
+    elif not tags:
+        problem = f"{count} image(s) but no '{DEFAULT_IMAGE_TOKEN}' in the questions"
         remedy = f"Start the first question with '{DEFAULT_IMAGE_TOKEN}\\n'"
-        raise _Problem(f"{len(images)} image(s) but no '{DEFAULT_IMAGE_TOKEN}' in the questions", allowed, remedy)
-    problem = f"{tags} '{DEFAULT_IMAGE_TOKEN}' in the questions for {len(images)} image(s)"
-    raise _Problem(problem, allowed, "Make the two equal")
+    raise _problem(problem, "there must be as many tags as images", remedy)
 
 
 # ---- a file of records ----------------------------------------------------------------------------------------------
@@ -260,8 +243,9 @@ def _check_media(images: tuple[str, ...], turns: tuple[Turn, ...], obj: Mapping[
 class RecordFile:
     """The records of one JSON array or JSON Lines file, parsed one at a time.
 
-    Only byte offsets stay in memory, 16 bytes per record. The file is opened by each process when first needed, so a
-    ``RecordFile`` can be handed to data-loader workers, however they are started.
+    Only byte offsets stay in memory, 16 bytes per record; while it locates the records of an array, its text does as
+    well. The file is opened by each process when first needed, so a ``RecordFile`` can be handed to data-loader
+    workers, however they are started.
 
     Args:
         path: UTF-8 file, with or without a byte order mark.
@@ -285,7 +269,9 @@ class RecordFile:
         self.path = Path(path)
         self._descriptor: int | None = None
         self._size, self.is_lines, begin = _recognise(self.path)
-        self._spans = _line_spans(self.path, begin) if self.is_lines else _ArrayScan(self.path, begin).spans()
+        spans = _line_spans(self.path, begin) if self.is_lines else _array_spans(self.path, begin)
+        # First byte and one past the last byte of every record.
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -301,16 +287,10 @@ class RecordFile:
     def raw(self, index: int) -> dict:
         """Give one JSON object without looking at what it says. Raises RecordError if it is not a JSON object."""
         index = self._position(index)
-        data, start, name = self.raw_bytes(index), int(self._spans[index, 0]), f"record {index}"
-        try:
-            text = data.decode("utf-8")
-            obj = json.loads(text)
-        except UnicodeDecodeError as error:
-            raise RecordError(_not_utf8(self.path, name, start + error.start, data[error.start])) from None
-        except (ValueError, RecursionError) as error:
-            raise RecordError(_not_json(self.path, name, start, text, error)) from None
+        obj = _parse_json(self.path, index, int(self._spans[index, 0]), self.raw_bytes(index))
         if not isinstance(obj, dict):
-            raise RecordError(f"{self.path}: {name} is {_kind(obj)}; an object {{...}} is needed. Write one per line.")
+            what = f"record {index} is {_kind(obj)}; an object {{...}} is needed"
+            raise RecordError(f"{self.path}: {what}. Write one per line.")
         return obj
 
     def raw_bytes(self, index: int) -> bytes:
@@ -341,17 +321,14 @@ class RecordFile:
 
 def _recognise(path: Path) -> tuple[int, bool, int]:
     """Size of a file, whether it is JSON Lines, and the byte where its text begins."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; a JSON or JSON Lines file is needed. Name the file inside it.")
-    if not path.exists():
-        raise DataError(f"{path} does not exist; a JSON or JSON Lines file is needed. Check the path or download it.")
     try:
         with open(path, "rb") as handle:
             size, head = os.fstat(handle.fileno()).st_size, handle.read(1 << 16)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); a readable file is needed. Check its rights."
-        ) from None
+        known = {FileNotFoundError: "does not exist", IsADirectoryError: "is a folder"}
+        problem = known.get(type(error), f"cannot be read ({error.strerror})")
+        needed = "a readable JSON or JSON Lines file is needed"
+        raise DataError(f"{path} {problem}; {needed}. Check the path, or download it.") from None
     begin = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     text = head[begin:].lstrip(_WHITESPACE.encode())
     if not text:
@@ -367,18 +344,17 @@ def _recognise(path: Path) -> tuple[int, bool, int]:
     return size, text[:1] == b"{", begin
 
 
-def _line_spans(path: Path, begin: int) -> np.ndarray:
-    """First byte and one past the last byte of every line with text, int64, (records, 2)."""
-    spans, first = array("q"), b""
+def _line_spans(path: Path, begin: int) -> array:
+    """Begin and end of every line with text, in bytes, one after the other."""
+    spans, start, first = array("q"), begin, b""
     with open(path, "rb") as handle:
         handle.seek(begin)
-        start = begin
         for line in handle:
             stripped = line.strip(_WHITESPACE.encode())
             if stripped:
                 first = first or stripped
-                lead = line.index(stripped)
-                spans.extend((start + lead, start + lead + len(stripped)))
+                lead = start + line.index(stripped)
+                spans.extend((lead, lead + len(stripped)))
             start += len(line)
     if first.endswith(b","):
         raise DataError(
@@ -390,7 +366,39 @@ def _line_spans(path: Path, begin: int) -> np.ndarray:
             f"{path}: line 1 opens an object that does not end on that line; JSON Lines has one whole record per line. "
             "Write one record per line, or put the records into an array: [ {...}, {...} ]."
         )
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+    return spans
+
+
+_GAP = re.compile(r"[ \t\r\n,]*")
+# Only where a record ends is wanted: numbers stay text, however long they are.
+_SCANNER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
+
+
+def _array_spans(path: Path, begin: int) -> array:
+    """Begin and end of every record of a JSON array, in bytes, one after the other."""
+    # In Latin-1 each byte is a character, so that positions are byte offsets; what JSON itself writes is ASCII.
+    text = str(np.memmap(path, np.uint8, "r"), "latin-1")
+    spans, stop = array("q"), text.index("[", begin) + 1
+    while True:
+        gap = _GAP.match(text, stop)
+        start = gap.end() if gap else stop
+        commas, char = text.count(",", stop, start), text[start : start + 1]
+        if char == "]" and spans and not commas:
+            break
+        if char != "{" or commas != bool(spans):
+            _refuse_gap(path, text, stop, start, len(spans) // 2)
+        try:
+            # Each record is dropped again: all of them as objects would take ten times the file.
+            stop = _SCANNER.raw_decode(text, start)[1]
+        except (json.JSONDecodeError, RecursionError):
+            _parse_json(path, len(spans) // 2, start, text[start:].encode("latin-1"))
+            raise
+        spans.extend((start, stop))
+    rest = text[start + 1 :].lstrip(_WHITESPACE)
+    if rest:
+        place = _place(path, len(text) - len(rest))
+        raise DataError(f"{path}: more text follows the end of the array at {place}; one is allowed. Join the arrays.")
+    return spans
 
 
 # What stands where a record or the end of the array should, by its first character.
@@ -399,6 +407,7 @@ _GAP_PROBLEMS = {
     "{": "no comma at {place} before element {index}; records are separated by one. Add a comma.",
     "[": "element {index} at {place} is an array; every element must be an object. Unpack the inner array.",
     "}": "'}}' closes the array at {place}; ']' is needed there. Mend it.",
+    "]": "this holds an empty array; at least one record is needed. Check how it was made.",
 }
 _NO_RECORD = (
     "{word!r} at {place} (near element {index}) is not a record; every element must be an object {{...}}. Remove it, "
@@ -407,130 +416,45 @@ _NO_RECORD = (
 _STRAY_COMMA = "a stray comma at {place}, {side}; single commas between records are allowed. Remove it."
 
 
-class _ArrayScan:
-    """One pass over a JSON array with the standard library's decoder, some megabytes in memory at a time.
+def _refuse_gap(path: Path, text: str, stop: int, start: int, index: int) -> NoReturn:
+    """Say what is wrong between the end of a record at ``stop`` and what follows it at ``start``."""
+    commas, char = text.count(",", stop, start), text[start : start + 1]
+    problem, word, side = _GAP_PROBLEMS.get(char, _NO_RECORD), re.split(r"[\s,\]}]", text[start : start + 30])[0], ""
+    if commas > (index > 0) or (commas and char == "]"):
+        problem, start = _STRAY_COMMA, text.index(",", stop)
+        side = "before the first one" if not index else "between two records" if char == "{" else "after the last one"
+    details = {"place": _place(path, start), "index": index, "word": word, "side": side}
+    raise DataError(f"{path}: {problem.format(**details)}")
 
-    ``json.load`` would hold all records of a mixture as objects, ten times its size; here each is dropped again.
-    """
 
-    _GAP = re.compile(r"[ \t\r\n,]*")
-    # Only where a record ends is wanted: numbers stay text, however long they are.
-    _DECODER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
-    _LONGEST_TOKEN = 16  # an error so near the end of what was read may be one of reading too little
-
-    def __init__(self, path: Path, begin: int) -> None:
-        self.path, self.index = path, 0
-        self.text, self.at, self.offset = "", 0, begin  # text[at] is the character at byte ``offset``
-
-    def spans(self) -> np.ndarray:
-        """First byte and one past the last byte of every record, int64, (records, 2)."""
-        spans = array("q")
-        with open(self.path, "rb") as self.handle:
-            self.handle.seek(self.offset)
-            self.decode = codecs.getincrementaldecoder("utf-8")().decode
-            while "[" not in self.text and self._read_more():
-                pass
-            self._advance(self.text.index("[") + 1)
-            while self._next_record():
-                start = self.offset
-                self._advance(self._end_of_record())
-                spans.extend((start, self.offset))
-                self.index += 1
-            while not self.text[self.at :].strip(_WHITESPACE):
-                self._advance(len(self.text))
-                if not self._read_more():
-                    return np.array(spans, dtype=np.int64).reshape(-1, 2)
-            self._refuse("more text follows the end of the array at {place}; one array is allowed. Join the arrays.")
-
-    def _read_more(self) -> bool:
-        """Read at least as much again as is held; False at the end of the file."""
-        data = self.handle.read(max(CHUNK_BYTES, len(self.text) - self.at))
-        try:
-            self.text, self.at = self.text[self.at :] + self.decode(data, final=not data), 0
-        except UnicodeDecodeError as error:
-            offset = self.handle.tell() - len(error.object) + error.start
-            byte = error.object[error.start]
-            raise DataError(_not_utf8(self.path, f"record {self.index} or later", offset, byte)) from None
-        return bool(data)
-
-    def _advance(self, stop: int) -> None:
-        self.offset += len(self.text[self.at : stop].encode())
-        self.at = stop
-
-    def _next_record(self) -> bool:
-        """Go to the next record; False behind the bracket that closes the array."""
-        while (stop := self._gap_end()) == len(self.text) and self._read_more():
-            pass
-        commas, char = self.text.count(",", self.at, stop), self.text[stop : stop + 1]
-        if char == "]" and not commas:
-            self._advance(stop + 1)
-            if not self.index:
-                self._refuse("this holds an empty array; at least one record is needed. Check how it was made.")
-            return False
-        if char == "{" and commas == (self.index > 0):
-            self._advance(stop)
-            return True
-        if commas > (self.index > 0) or (commas and char == "]"):
-            self._advance(self.text.index(",", self.at))
-            side = "between two records" if char == "{" else "after the last one"
-            self._refuse(_STRAY_COMMA, side=side if self.index else "before the first one")
-        self._advance(stop)
-        word = re.split(r"[\s,\]}]", self.text[stop : stop + 30])[0]
-        self._refuse(_GAP_PROBLEMS.get(char, _NO_RECORD), word=word)
-
-    def _gap_end(self) -> int:
-        match = self._GAP.match(self.text, self.at)
-        return match.end() if match else self.at
-
-    def _end_of_record(self) -> int:
-        """Parse the record at ``at`` and give the character behind it."""
-        while True:
-            try:
-                return self._DECODER.raw_decode(self.text, self.at)[1]
-            except json.JSONDecodeError as error:
-                text, pos = self.text[self.at :], error.pos - self.at
-                is_cut = error.msg.startswith("Unterminated") or pos > len(text) - self._LONGEST_TOKEN
-                if is_cut and self._read_more():
-                    continue
-                problem = json.JSONDecodeError(error.msg, text, pos)
-                raise DataError(_not_json(self.path, f"record {self.index}", self.offset, text, problem)) from None
-            except RecursionError as error:
-                raise DataError(_not_json(self.path, f"record {self.index}", self.offset, "", error)) from None
-
-    def _refuse(self, problem: str, **details: str) -> NoReturn:
-        place = _place(self.path, self.offset)
-        raise DataError(f"{self.path}: {problem.format(place=place, index=self.index, **details)}")
+def _parse_json(path: Path, index: int, start: int, data: bytes) -> Any:
+    """Parse the text of a record, which stands at byte ``start``. Raises RecordError with line and column."""
+    try:
+        text = data.decode("utf-8")
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        place = _place(path, start + error.start)
+        problem = f"byte 0x{data[error.start]:02x} at {place} is not UTF-8; only UTF-8 text is allowed"
+        remedy = "Convert the file: iconv -t UTF-8"
+    except json.JSONDecodeError as error:
+        before, rest = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+        problem, remedy = f"invalid JSON ({error.msg})", "Mend the text there"
+        if before.endswith(",") and rest[:1] in ("}", "]") or "trailing comma" in error.msg:
+            problem, remedy = "a comma before a closing bracket, which JSON does not allow,", "Remove that comma"
+        elif not rest or error.msg.startswith("Unterminated string"):
+            problem, remedy = f"the text ends early ({error.msg})", "Download the file again, or close what is open"
+        problem += f" at {_place(path, start + len(text[: error.pos].encode()))}; each record is one JSON object"
+    except RecursionError:
+        problem, remedy = "nested too deeply; flat records are allowed", "Remove the nesting"
+    except ValueError:  # Python refuses to convert numbers of thousands of digits
+        problem = f"a number of too many digits at {_place(path, start)}; shorter ones are allowed"
+        remedy = "Shorten it or drop the record"
+    raise RecordError(f"{path}: record {index}: {problem}. {remedy}.")
 
 
 def _place(path: Path, offset: int) -> str:
     """Line and column of a byte as editors count them: from 1, columns in characters."""
-    line, tail = 1, b""
     with open(path, "rb") as handle:
-        while chunk := handle.read(min(CHUNK_BYTES, offset - handle.tell())):
-            line += chunk.count(b"\n")
-            tail = chunk.rpartition(b"\n")[2] if b"\n" in chunk else tail + chunk
-    return f"line {line}, column {len(tail.decode('utf-8-sig', errors='replace')) + 1}"
-
-
-def _not_utf8(path: Path, name: str, offset: int, byte: int) -> str:
-    place = _place(path, offset)
-    return (
-        f"{path}: {name}: byte 0x{byte:02x} at {place} is not UTF-8; only UTF-8 text is allowed. "
-        "Convert the file: iconv -t UTF-8."
-    )
-
-
-def _not_json(path: Path, name: str, start: int, text: str, error: ValueError | RecursionError) -> str:
-    """Say why the text of a record, from byte ``start`` on, is not JSON."""
-    if isinstance(error, RecursionError):
-        return f"{path}: {name}: nested too deeply; flat records are allowed. Remove the nesting."
-    if not isinstance(error, json.JSONDecodeError):  # Python refuses to convert numbers of thousands of digits
-        return f"{path}: {name}: a number of too many digits at {_place(path, start)}; shorten it or drop the record."
-    before, rest = text[: error.pos].rstrip(), text[error.pos :].lstrip()
-    problem, remedy = f"invalid JSON ({error.msg})", "Mend the text there"
-    if before.endswith(",") and rest[:1] in ("}", "]") or "trailing comma" in error.msg:
-        problem, remedy = "a comma before a closing bracket, which JSON does not allow,", "Remove that comma"
-    elif not rest or error.msg.startswith("Unterminated string"):
-        problem, remedy = f"the text ends early ({error.msg})", "Download the file again, or close what is open"
-    place = _place(path, start + len(text[: error.pos].encode()))
-    return f"{path}: {name}: {problem} at {place}; each record is one JSON object. {remedy}."
+        before = handle.read(offset)
+    lines = before.split(b"\n")
+    return f"line {len(lines)}, column {len(lines[-1].decode('utf-8-sig', errors='replace')) + 1}"

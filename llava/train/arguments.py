@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import multiprocessing
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
@@ -19,7 +20,7 @@ from fuzzyroe.routers import plan_router_names
 from fuzzyroe.routers.roe.compat import PRESETS
 from fuzzyroe.routers.roe.schedule import start_bias
 from fuzzyroe.routers.roe.tokens import SOURCES
-from llava.data.workers import preload_fork_server
+from llava.data import FORK_SERVER_MODULES
 from llava.train.objectives import OBJECTIVES, make_objective
 from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage
 
@@ -277,7 +278,7 @@ class LlavaTrainingArguments(TrainingArguments):
             )
         # the server is forked before CUDA and the model exist
         if self.dataloader_multiprocessing_context == "forkserver":
-            preload_fork_server()
+            multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)
 
 
 def _only(value: Any, reason: str) -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -40,9 +41,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.data import FORK_SERVER_MODULES
 from llava.data.dataset import SFTCollator, SFTDataset
 from llava.data.records import parse_record
-from llava.data.workers import preload_fork_server
 from scripts.bench.speed.lines import Line
 
 FEW, MANY = 1, 4
@@ -187,7 +188,7 @@ def compare(name: str, dataset: Dataset, method: str, num_samples: int, bar: flo
 
 def measure(num_bytes: int, num_samples: int, with_spawn: bool, folder: Path) -> list[Line]:
     """All lines, over a file of some bytes made in a folder."""
-    preload_fork_server()
+    multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)
     write_images(folder / "images", 64)
     count = write_records(folder / "data.json", num_bytes, 64)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})

@@ -13,7 +13,7 @@ import gc
 import multiprocessing
 import sys
 
-from llava.data.workers import preload_fork_server
+from llava.data import FORK_SERVER_MODULES
 
 def look(index):
     before = set(sys.modules)
@@ -21,7 +21,7 @@ def look(index):
     return set(MODULES) <= before and gc.get_freeze_count() > 10_000
 
 if __name__ == "__main__":
-    preload_fork_server()
+    multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         print(pool.map(look, [0]), "torch" in sys.modules)
 """
