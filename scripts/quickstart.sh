@@ -82,8 +82,8 @@ check_engines "${STAGES[@]/#/$OUTPUT/}"
 evaluate() { # model, skip rate or off, folder, label: one lmms-eval run, or the one done before
   local model="$1" rate="$2" folder="$3" label="$4" run_folder mark
   if [[ "$rate" == off ]]; then run_folder="$folder/dense"; else run_folder="$folder/skip_$rate"; fi
-  mark="$(fingerprint "$DATA/digits_test.json" "$model" "$rate" "$label")"
-  if [[ -z "${FRESH:-}" && "$(cat "$run_folder/fingerprint" 2>/dev/null)" == "$mark" ]]; then
+  mark="$(run_hash "$DATA/digits_test.json" "$model" "$rate" "$label")"
+  if [[ -z "${FRESH:-}" && "$(cat "$run_folder/run_hash" 2>/dev/null)" == "$mark" ]]; then
     echo "[quickstart] $label: evaluated before, reused from $run_folder"
     return
   fi
@@ -95,7 +95,7 @@ evaluate() { # model, skip rate or off, folder, label: one lmms-eval run, or the
     fail "lmms-eval failed for $label; the whole log is $folder/log-$rate.txt"
   fi
   "$PYTHON" -m llava.report.evaluation collect "$run_folder" --label "$label" --items 2600
-  printf '%s\n' "$mark" >"$run_folder/fingerprint"
+  printf '%s\n' "$mark" >"$run_folder/run_hash"
 }
 
 say "3/4 lmms-eval: 2,600 questions about unseen scans, dense and routed, two runs at a time"

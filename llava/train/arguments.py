@@ -247,7 +247,7 @@ class LlavaTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str = _flag("auto", "auto (the newest whole one of OUTPUT_DIR.partial), none, or a folder.")
     save_total_limit: int | None = _flag(1, "Step checkpoints kept, the newest ones.")
     watchdog_seconds: float = _flag(600.0, "Terminate a rank that makes no progress for so long; 0 never.")
-    fingerprint: str = _flag("", "Written to OUTPUT_DIR/fingerprint with the checkpoint.")
+    run_hash: str = _flag("", "Written to OUTPUT_DIR/run_hash with the checkpoint; scripts tell by it what to reuse.")
     skip_data_check: bool = _flag(False, "Start without checking records and images.")
     allow_truncation: bool = _flag(False, "Train even if many records are cut.")
 

@@ -101,8 +101,8 @@ def save_stage(trainer: Any, checkpoint: Checkpoint, stage: Stage, output: Path,
     partial, is_writer = Path(trainer.args.output_dir), trainer.args.process_index == 0
     write_model(checkpoint, stage, partial, output, is_writer)
     if is_writer:
-        if trainer.args.fingerprint:
-            (partial / "fingerprint").write_text(trainer.args.fingerprint + "\n")
+        if trainer.args.run_hash:
+            (partial / "run_hash").write_text(trainer.args.run_hash + "\n")
         write_json(partial / "stage.json", summary)
         write_stage_page(partial)
         replace_folder(partial, output)

@@ -79,7 +79,7 @@ def run_stage(
     # one answer for all ranks: a shared disk may show them different folders for a moment
     resumed = from_rank_0(lambda: begin_folder(partial, training_args.resume_from_checkpoint, run), is_main)
     if is_main:
-        (partial / "fingerprint").write_text(training_args.fingerprint + "\n")
+        (partial / "run_hash").write_text(training_args.run_hash + "\n")
         if resumed is not None:
             say(f"going on from step {step_of(resumed)}, saved in {resumed}")
     checkpoint = prepare_checkpoint(stage, model_args, stage_args, training_args)

@@ -101,7 +101,7 @@ check_data() { # flags...: look at records, images and lengths as this training 
   "$PYTHON" -c "from llava.cli import main; main()" check-data "${words[@]}"
 }
 
-fingerprint() { # data, model, flags...: what a stage's result depends on
+run_hash() { # data, model, flags...: what a stage's result depends on
   local data="$1" model="$2"
   shift 2
   {
@@ -132,8 +132,8 @@ train_stage() { # stage, model, data, output, flags...
     if [[ ! -e "$output" && -d "$output.old" ]]; then # killed while replacing it
       if ((NODE_RANK == 0)); then mv "$output.old" "$output"; else found="$output.old"; fi
     fi
-    if [[ -f "$data" ]]; then mark="$(fingerprint "$data" "$model" "${flags[@]}")"; fi
-    if [[ -z "${FRESH:-}" && -n "$mark" && "$(cat "$found/fingerprint" 2>/dev/null)" == "$mark" ]]; then
+    if [[ -f "$data" ]]; then mark="$(run_hash "$data" "$model" "${flags[@]}")"; fi
+    if [[ -z "${FRESH:-}" && -n "$mark" && "$(cat "$found/run_hash" 2>/dev/null)" == "$mark" ]]; then
       say "$stage: finished before, reused from $output (FRESH=1 does it again)"
       return
     fi
@@ -148,9 +148,9 @@ train_stage() { # stage, model, data, output, flags...
   fi
   say "$stage: $NUM_RANKS processes, global batch $GLOBAL_BATCH, into $output"
   launch "$port" llava/train/train.py \
-    --output_dir "$output" --skip_data_check True ${mark:+--fingerprint "$mark"} \
+    --output_dir "$output" --skip_data_check True ${mark:+--run_hash "$mark"} \
     ${resume:+--resume_from_checkpoint "$resume"} "${flags[@]}"
   # DeepSpeed's launcher ends with status 0 when the process below it is killed
-  ((NODE_RANK > 0)) || [[ -n "${DRY_RUN:-}" || "$(cat "$output/fingerprint" 2>/dev/null)" == "$mark" ]] ||
+  ((NODE_RANK > 0)) || [[ -n "${DRY_RUN:-}" || "$(cat "$output/run_hash" 2>/dev/null)" == "$mark" ]] ||
     { say "error: $stage ended without writing $output; start it again." >&2; exit 1; }
 }

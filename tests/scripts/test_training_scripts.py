@@ -266,7 +266,7 @@ def test_other_nodes_wait_for_what_node_0_writes(tmp_path: Path) -> None:
 )
 def test_the_check_before_a_stage_measures_what_the_stage_will_read(more: list[str], expected: list[str]) -> None:
     text = (FOLDER / "stage.sh").read_text()
-    functions = text[text.index("value_of() {") : text.index("fingerprint() {")]
+    functions = text[text.index("value_of() {") : text.index("run_hash() {")]
     flags = ["--stage", "dense", "--model_name_or_path", "m", "--data_path", "d.json", "--image_folder", "i"]
     flags += ["--version", "v1", "--model_max_length", "2048", *more]
     program = f"""echo_words() {{ printf '%s\\n' "${{@:3}}"; }}; PYTHON=echo_words; {functions} check_data "$@" """

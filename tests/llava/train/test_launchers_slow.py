@@ -86,8 +86,8 @@ def test_two_nodes_train_as_two_ranks_of_one_and_node_0_writes(tiny: Tiny, train
         assert is_free(port)
     assert json.loads((output / "stage.json").read_text())["world_size"] == 2
     assert read_losses(output) == read_losses(trained / "deepspeed")
-    fingerprints = [(folder / "fingerprint").read_text() for folder in (output, trained / "deepspeed")]
-    assert fingerprints[0] == fingerprints[1], "a stage of two ranks is the same on one node and on two"
+    run_hashes = [(folder / "run_hash").read_text() for folder in (output, trained / "deepspeed")]
+    assert run_hashes[0] == run_hashes[1], "a stage of two ranks is the same on one node and on two"
 
 
 def wait_for_step(launch: Launch, output: Path) -> None:

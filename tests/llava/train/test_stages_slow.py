@@ -165,7 +165,7 @@ def test_a_launcher_killed_alone_makes_the_script_fail_and_ends_the_ranks(
 ) -> None:
     output = tmp_path / "router"
     shutil.copytree(trained.with_name("tiny-router"), output)
-    (output / "fingerprint").write_text("of other settings\n")
+    (output / "run_hash").write_text("of other settings\n")
     before = digest(output)
     launch = start("fuzzyroe_router", tiny, MODEL_PATH=tiny.base, OUTPUT=output)
     try:
