@@ -29,7 +29,7 @@ from llava.inference.generator import (
 from llava.inference.scheduler import SCHEDULES, answer_queue
 from llava.model.builder import load_checkpoint
 from llava.model.token_pruning import set_token_pruning
-from llava.report.routing_log import RequestRecord, remove_routing_log, write_routing_log
+from llava.report.evaluation import RequestRecord, remove_routing_log, write_routing_log
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -48,7 +48,7 @@ class FuzzyRoE(lmms):
         dtype: A key of ``DTYPES``; "auto" is float32 on a CPU and float16 elsewhere, as LLaVA has it.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
         batch_size: Requests per batch, at least 1; no answer depends on it.
-        routing_log: Where to write the routing log (``llava.report.routing_log``) when all requests are answered. A log
+        routing_log: Where to write the routing log (``llava.report.evaluation``) when all requests are answered. A log
             that lies there is removed at the start.
         schedule: "plan" puts requests together whose plans nearly agree, within ``WINDOW`` batches of similar length;
             "arrival" goes by length alone. No answer depends on it.

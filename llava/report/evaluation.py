@@ -1,4 +1,4 @@
-"""Results of an evaluation run: files of lmms-eval, and ``evaluation.json``, which joins them with the routing log.
+"""Results of an evaluation run: its routing log, the files of lmms-eval, and ``evaluation.json``, which joins them.
 
     python -m llava.report.evaluation check --tasks gqa,mme outputs/eval/model/dense outputs/eval/model/skip_0.3
     python -m llava.report.evaluation collect outputs/digits/skip_0.3 --label "FuzzyRoE 0.30" --items 2600
@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from llava.files import write_json
-from llava.report.routing_log import RequestRecord, read_routing_log
+from llava.files import atomic_write, write_json
 
 ROUTING_LOG = "routing.jsonl"
 """File name of the routing log in a run's folder, by agreement with ``scripts/v1_5/eval.sh``."""
@@ -33,6 +33,113 @@ METRICS = ("exact_match", "exact_match_text_only")
 
 ROUNDING = 5e-4
 """Largest difference between the accuracy in a file and the one counted from its answers."""
+
+OBJECTS = re.compile(r"(accuracy|skip_rate)(\.types)?|skip_rate\.layers_by_type|correct|complexity(\.[^.]+)?")
+"""Keys of ``evaluation.json`` that hold an object."""
+
+NOT_RATIOS = ("items", "batch_size", "prefill_ms", "decode_ms_per_token")
+"""Keys of ``evaluation.json`` that hold a number above 0; other numbers are ratios in [0, 1]."""
+
+_RANK = re.compile(r"\.rank(\d+)-of-(\d+)")
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """Outcome of one request, a line of the routing log.
+
+    A batch is timed as a whole. A request's ``prefill_ms`` is its share of the batch's prefill by prompt tokens (images
+    expanded, padding not counted), so the shares add up to the batch. ``decode_ms_per_token`` is the batch's time after
+    its first tokens, divided by all tokens that its requests got after their first: the cost of a useful token.
+
+    Attributes:
+        task: Name of the benchmark.
+        doc_id: Number of the document in its split.
+        type, complexity: The document's own; None where it has none.
+        num_images: Images of the prompt.
+        kept_layers: 1 where the request ran the layer, 0 where it skipped it, L; all ones for a dense model.
+        prefill_ms: Milliseconds from the prompt to the first token.
+        decode_ms_per_token: Milliseconds per token after the first; None if no request of the batch got a second one.
+        batch_size: Requests in its batch.
+        num_prompt_tokens: Tokens of the prompt with images expanded.
+        num_new_tokens: Tokens generated.
+        checkpoint: Folder or hub id of the model.
+        target_skip_ratio: Mean skip rate asked of the router; None for a dense run.
+    """
+
+    task: str
+    doc_id: int
+    type: str | None
+    complexity: int | None
+    num_images: int
+    kept_layers: list[int]
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    batch_size: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    checkpoint: str
+    target_skip_ratio: float | None
+
+    @property
+    def skip_rate(self) -> float:
+        """Share of layers that the request skipped, in [0, 1]."""
+        return 1 - sum(self.kept_layers) / len(self.kept_layers)
+
+
+def rank_path(path: Path, rank: int, world_size: int) -> Path:
+    """Where a process writes: the path itself; one of several writes ``<name>.rank<r>-of-<n><suffix>`` beside it."""
+    return path if world_size == 1 else path.with_name(f"{path.stem}.rank{rank}-of-{world_size}{path.suffix}")
+
+
+def remove_routing_log(path: Path) -> None:
+    """Remove an earlier log with the files of all its processes, so that a run that fails leaves none behind."""
+    for file in (path, *_rank_files(path).values()):
+        file.unlink(missing_ok=True)
+
+
+def write_routing_log(path: Path, records: Iterable[RequestRecord], rank: int = 0, world_size: int = 1) -> None:
+    """Write a process's records; the file appears whole or not at all."""
+    with atomic_write(rank_path(path, rank, world_size)) as unfinished:
+        unfinished.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+
+
+def read_routing_log(path: Path) -> list[RequestRecord]:
+    """Read the records of all processes.
+
+    Args:
+        path: Path as it was given to the run, without a process's number.
+
+    Raises:
+        FileNotFoundError: If there is no log, or a process's file is missing.
+        ValueError: If files of more than one run lie there, or a line has other keys.
+    """
+    files = _rank_files(path)
+    world_sizes = {world_size for _, world_size in files} | ({1} if path.exists() else set())
+    if not world_sizes:
+        raise FileNotFoundError(f"There is no routing log {path}; the evaluation did not finish, run it again.")
+    world_size = max(world_sizes)
+    expected = [rank_path(path, rank, world_size) for rank in range(world_size)]
+    missing = [file.name for file in expected if not file.exists()]
+    if missing:
+        raise FileNotFoundError(f"The routing log lacks {', '.join(missing)}; a process failed, run it again.")
+    if len(world_sizes) > 1:
+        raise ValueError(f"Routing logs of several runs lie at {path}; remove them and run the evaluation again.")
+    records, wanted = [], {field.name for field in fields(RequestRecord)}
+    for file in expected:
+        for values in map(json.loads, file.read_text().splitlines()):
+            if set(values) != wanted:
+                raise ValueError(
+                    f"A line of {file} has keys {sorted(values)}, a routing log has {sorted(wanted)}; run it again."
+                )
+            records.append(RequestRecord(**values))
+    return records
+
+
+def _rank_files(path: Path) -> dict[tuple[int, int], Path]:
+    """Files of single processes beside a path, by rank and world size."""
+    pattern = re.compile(re.escape(path.stem) + _RANK.pattern + re.escape(path.suffix))
+    matches = {file: pattern.fullmatch(file.name) for file in path.parent.glob("*")}
+    return {(int(match[1]), int(match[2])): file for file, match in matches.items() if match}
 
 
 @dataclass(frozen=True)
@@ -98,38 +205,31 @@ def load_evaluation(path: str | Path) -> Evaluation:
         OSError: If the file cannot be read.
     """
     path = Path(path)
-    content = read_json(path)
-    needed = ("label", "accuracy", "correct")
-    missing = [key for key in needed if key not in content]
+    content, needed = read_json(path), ("label", "accuracy", "correct")
+    missing = [key for key in needed if content.get(key) is None]
     if missing:
         raise ValueError(
             f"{path} has no {', '.join(missing)}; an evaluation holds {', '.join(needed)}. Pass an evaluation.json, "
             "or evaluate again."
         )
-    levels = _mapping(path, content, "complexity")
-    evaluation = Evaluation(
-        label=str(content["label"]),
-        accuracy=_grouped_ratios(path, content, "accuracy"),
-        correct={str(key): int(value) for key, value in _mapping(path, content, "correct").items()},
-        checkpoint=str(content.get("checkpoint", "")),
-        target_skip_ratio=_number(path, "target_skip_ratio", content.get("target_skip_ratio"), 1),
-        items=content.get("items"),
-        skip_rate=_grouped_ratios(path, content, "skip_rate"),
-        prefill_ms=_number(path, "prefill_ms", content.get("prefill_ms")),
-        decode_ms_per_token=_number(path, "decode_ms_per_token", content.get("decode_ms_per_token")),
-        batch_size=content.get("batch_size"),
-        complexity={
-            level: {
-                name: _number(path, name, value, math.inf if name == "items" else 1)
-                for name, value in _mapping(path, levels, level).items()
-            }
-            for level in levels
-        },
-        path=path,
-    )
+    names = {field.name for field in fields(Evaluation)} - {"path"}
+    texts: dict[str, Any] = {name: str(content.pop(name)) for name in ("label", "checkpoint") if name in content}
+    numbers = {name: _check(path, name, value) for name, value in content.items() if name in names}
+    present: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+    evaluation = Evaluation(**texts, **present, path=path)
     if evaluation.accuracy.get("image") is None:
         raise ValueError(f"{path}: 'image' is None; a ratio in [0, 1] is needed. Correct the file.")
-    _check_answers(evaluation)
+    if not evaluation.correct:
+        raise ValueError(
+            f"{path} has no answer in 'correct'; 1 or 0 per question about an image is needed. Evaluate again."
+        )
+    counted = mean(evaluation.correct.values())
+    if abs(counted - evaluation.image_accuracy) > ROUNDING:
+        raise ValueError(
+            f"{path}: the {len(evaluation.correct)} answers in 'correct' have mean {counted:.4f}, but accuracy.image "
+            f"is {evaluation.image_accuracy:.4f}; they must be the same questions. Keep the questions about an image "
+            "only in 'correct'."
+        )
     return evaluation
 
 
@@ -148,75 +248,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_answers(evaluation: Evaluation) -> None:
-    """Check that ``correct`` holds the questions about an image: its mean is the accuracy on images."""
-    if not evaluation.correct:
-        raise ValueError(
-            f"{evaluation.path} has no answer in 'correct'; 1 or 0 per question about an image is needed. "
-            "Evaluate again."
-        )
-    counted = sum(evaluation.correct.values()) / len(evaluation.correct)
-    if abs(counted - evaluation.image_accuracy) > ROUNDING:
-        raise ValueError(
-            f"{evaluation.path}: the {len(evaluation.correct)} answers in 'correct' have mean {counted:.4f}, but "
-            f"accuracy.image is {evaluation.image_accuracy:.4f}; they must be the same questions. Keep the questions "
-            "about an image only in 'correct'."
-        )
-
-
-def _mapping(path: Path, parent: dict[str, Any], key: str) -> dict[str, Any]:
-    """Give a mapping, empty where it is absent or null."""
-    value = parent.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{path}: '{key}' is {value!r:.60}; an object is needed. Correct the file.")
-    return value or {}
-
-
-def _grouped_ratios(path: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Give one of the two mappings of ratios, with its groups, every number checked."""
-    ratios = _mapping(path, content, key)
-    checked = {name: _ratios(path, name, value) for name, value in ratios.items()}
-    return {
-        **checked,
-        **{name: _mapping(path, checked, name) for name in ("types", "layers_by_type") if name in checked},
-    }
-
-
-def _ratios(path: Path, key: str, value: Any) -> Any:
-    """Check a ratio, or every ratio of a mapping or list of them; mappings lose the entries without a value."""
-    if isinstance(value, dict):
-        checked = {str(name): _ratios(path, key, item) for name, item in value.items()}
-        return {name: item for name, item in checked.items() if item is not None}
-    if isinstance(value, list):
-        return [_ratios(path, key, item) for item in value]
-    return _number(path, key, value, 1)
-
-
-def _number(path: Path, key: str, value: Any, largest: float = math.inf) -> float | None:
-    """Check a finite number from 0 to ``largest``; None stays None."""
+def _check(path: Path, key: str, value: Any) -> Any:
+    """Check every number below a dotted key; objects lose the entries without a value."""
+    name = key.rpartition(".")[2]
     if value is None:
         return None
+    if OBJECTS.fullmatch(key) and not isinstance(value, dict):
+        raise ValueError(f"{path}: '{key}' is {value!r:.60}; an object is needed. Correct the file.")
+    if isinstance(value, dict):
+        checked = {item: _check(path, f"{key}.{item}", number) for item, number in value.items()}
+        return {item: number for item, number in checked.items() if number is not None}
+    if isinstance(value, list):
+        return [_check(path, key, number) for number in value]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{path}: '{key}' is {value!r:.60}; a number from 0 up is needed. Correct the file.")
-    if value > largest:
+    if value > 1 and name not in NOT_RATIOS:
         raise ValueError(f"{path}: '{key}' is {float(value)}; a ratio in [0, 1] is needed. Correct the file.")
-    return float(value)
+    return value
 
 
-@dataclass(frozen=True)
-class RunResults:
-    """Files that lmms-eval wrote for one run.
-
-    Attributes:
-        results: Content of ``*_results.json``.
-        samples: Task -> its logged samples, ordered by document.
-    """
-
-    results: dict[str, Any]
-    samples: dict[str, list[dict[str, Any]]]
+Run = dict[str, Any]
+"""Content of ``*_results.json``, and under "samples" the logged samples of each task, ordered by document."""
 
 
-def read_run(folder: Path) -> RunResults:
+def read_run(folder: Path) -> Run:
     """Read the results and samples of one run.
 
     Args:
@@ -242,49 +297,68 @@ def read_run(folder: Path) -> RunResults:
     for file in sorted(files[0].parent.glob(f"{prefix}*.jsonl")):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         samples[file.name.removeprefix(prefix).removesuffix(".jsonl")] = sorted(rows, key=lambda row: row["doc_id"])
-    return RunResults(json.loads(files[0].read_text(encoding="utf-8")), samples)
+    return {**read_json(files[0]), "samples": samples}
 
 
-def leaf_tasks(run: RunResults, task: str) -> list[str]:
+def leaf_tasks(run: Run, task: str) -> list[str]:
     """Give the tasks a name stands for: itself, or the members of a group; empty if the run knows no such task."""
-    members = run.results.get("group_subtasks", {}).get(task, [])
-    return [leaf for member in members for leaf in leaf_tasks(run, member)] or [task] * (task in run.results["results"])
+    members = run.get("group_subtasks", {}).get(task, [])
+    return [leaf for member in members for leaf in leaf_tasks(run, member)] or [task] * (task in run["results"])
 
 
-def find_missing(run: RunResults, tasks: list[str]) -> list[str]:
+def find_missing(run: Run, tasks: list[str]) -> list[str]:
     """Name in one sentence each what a run lacks of the tasks it was asked for."""
-    missing = []
-    for task in tasks:
-        leaves = leaf_tasks(run, task)
-        if not leaves:
-            missing.append(f"task {task} has no result")
-        for leaf in leaves:
-            wanted = run.results["n-samples"].get(leaf, {}).get("effective")
-            logged = len({row["doc_id"] for row in run.samples.get(leaf, [])})
-            if logged != wanted:
-                missing.append(f"task {leaf} has samples of {logged} documents, not of {wanted}")
+    leaves = {task: leaf_tasks(run, task) for task in tasks}
+    missing = [f"task {task} has no result" for task, members in leaves.items() if not members]
+    for leaf in dict.fromkeys(leaf for members in leaves.values() for leaf in members):
+        wanted = run["n-samples"].get(leaf, {}).get("effective")
+        logged = len({row["doc_id"] for row in run["samples"].get(leaf, [])})
+        if logged != wanted:
+            missing.append(f"task {leaf} has samples of {logged} documents, not of {wanted}")
     return missing
 
 
-def read_metrics(run: RunResults, task: str) -> dict[str, float]:
+def read_metrics(run: Run, task: str) -> dict[str, float]:
     """Give the numeric metrics of a task as "task metric", those of its members if it is a group."""
     metrics = {}
     for leaf in leaf_tasks(run, task):
-        for name, value in run.results["results"][leaf].items():
+        for name, value in run["results"][leaf].items():
             metric = name.partition(",")[0]
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
             # lmms-eval writes "metric,filter"; names without a comma are settings, "_stderr" names are spreads
             if is_number and "," in name and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
                 metrics[f"{leaf} {metric}"] = float(value)
     return metrics
 
 
-def summarise_routing(records: list[RequestRecord]) -> dict[str, float]:
-    """Give the observed mean skip rate and the median times of all requests."""
-    later = [record.decode_ms_per_token for record in records if record.decode_ms_per_token is not None]
-    summary = {"skip rate, observed": mean(record.skip_rate for record in records)}
-    summary["prefill ms, median"] = median(record.prefill_ms for record in records)
-    return {**summary, "decode ms per token, median": median(later)} if later else summary
+def check_runs(folders: list[Path], tasks: list[str]) -> tuple[str, list[str]]:
+    """Check the files of several runs.
+
+    Args:
+        folders: Folder of each run.
+        tasks: Tasks that every run was asked for; names with a wildcard are not checked.
+
+    Returns:
+        A table with a column per run ("" if no run could be read), and one sentence for each thing that is missing.
+    """
+    columns: dict[str, dict[str, float]] = {}
+    problems = []
+    tasks = [task for task in tasks if "*" not in task]
+    for folder in folders:
+        try:
+            run, records = read_run(folder), read_routing_log(folder / ROUTING_LOG)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{folder}: {sentence}." for sentence in find_missing(run, tasks)]
+        column = columns[folder.name] = {"skip rate, observed": mean(record.skip_rate for record in records)}
+        column["prefill ms, median"] = median(record.prefill_ms for record in records)
+        decode_ms = _median_decode_ms(records)
+        if decode_ms is not None:
+            column["decode ms per token, median"] = decode_ms
+        for task in tasks:
+            column |= read_metrics(run, task)
+    return format_table(columns) if columns else "", problems
 
 
 def format_table(columns: dict[str, dict[str, float]]) -> str:
@@ -292,7 +366,7 @@ def format_table(columns: dict[str, dict[str, float]]) -> str:
     rows = list(dict.fromkeys(row for column in columns.values() for row in column))
     cells = [["", *columns]]
     cells += [[row, *(f"{column[row]:.4f}" if row in column else "-" for column in columns.values())] for row in rows]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(cells[0]))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [f"{line[0]:<{widths[0]}}  " + "  ".join(map(str.rjust, line[1:], widths[1:])) for line in cells]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -318,7 +392,7 @@ def collect(output_folder: Path, routing_log: Path, label: str, expected_items: 
         ValueError: If items are missing, duplicated or unknown, or several runs or tasks are mixed.
     """
     folder, log = Path(output_folder), Path(routing_log)
-    tasks = read_run(folder).samples
+    tasks = read_run(folder)["samples"]
     if len(tasks) != 1:
         raise ValueError(
             f"{folder} holds samples of {len(tasks)} tasks ({', '.join(tasks) or 'none'}); one is collected. Run "
@@ -334,34 +408,29 @@ def collect(output_folder: Path, routing_log: Path, label: str, expected_items: 
         raise ValueError(f"{log} knows nothing of documents {unknown[:5]}; give the log of the same run.")
     answers = [(by_id[row["doc_id"]], _read_correct(row, folder)) for row in samples]
     about_image = [answer for answer in answers if answer[0].num_images]
-    types = _group(answers, lambda record: record.type)
-    later = [record.decode_ms_per_token for record in records if record.decode_ms_per_token is not None]
+    everything, image = _measure(answers), _measure(about_image)
+    text_only = _measure([answer for answer in answers if not answer[0].num_images])
+    by_type = _group(answers, "type")
+    types = {name: _measure(group) for name, group in by_type.items()}
+    accuracy = {"all": everything["accuracy"], "image": image["accuracy"], "text_only": text_only["accuracy"]}
+    skip_rate = {"all": everything["skip_rate"], "image": image["skip_rate"]}
     evaluation = Evaluation(
         label=label,
         checkpoint=_only(records, "checkpoint", log),
         target_skip_ratio=_only(records, "target_skip_ratio", log),
         items=len(answers),
-        accuracy={
-            "all": _accuracy(answers),
-            "image": _accuracy(about_image),
-            "text_only": _accuracy([answer for answer in answers if not answer[0].num_images]),
-            "types": {name: _accuracy(group) for name, group in types.items()},
-        },
+        accuracy={**accuracy, "types": {name: group["accuracy"] for name, group in types.items()}},
         skip_rate={
-            "all": _skip_rate(answers),
-            "image": _skip_rate(about_image),
-            "types": {name: _skip_rate(group) for name, group in types.items()},
+            **skip_rate,
+            "types": {name: group["skip_rate"] for name, group in types.items()},
             "layers": _skipped_by_layer(answers),
-            "layers_by_type": {name: _skipped_by_layer(group) for name, group in types.items()},
+            "layers_by_type": {name: _skipped_by_layer(group) for name, group in by_type.items()},
         },
         prefill_ms=median(record.prefill_ms for record in records),
-        decode_ms_per_token=median(later) if later else None,
+        decode_ms_per_token=_median_decode_ms(records),
         batch_size=max(record.batch_size for record in records),
         correct={str(record.doc_id): is_correct for record, is_correct in about_image},
-        complexity={
-            level: {"items": len(group), "accuracy": _accuracy(group), "skip_rate": _skip_rate(group)}
-            for level, group in _group(about_image, lambda record: record.complexity).items()
-        },
+        complexity={level: _measure(group) for level, group in _group(about_image, "complexity").items()},
     ).to_dict()
     write_json(folder / EVALUATION_FILE, evaluation)
     return evaluation
@@ -400,47 +469,26 @@ def _only(records: list[RequestRecord], name: str, log: Path) -> Any:
     return values.pop()
 
 
-def _accuracy(answers: list[Answer]) -> float | None:
-    return mean(is_correct for _, is_correct in answers) if answers else None
-
-
-def _skip_rate(answers: list[Answer]) -> float | None:
-    return mean(record.skip_rate for record, _ in answers) if answers else None
+def _measure(answers: list[Answer]) -> dict[str, Any]:
+    """Count the answers of a group, with their accuracy and skip rate; None of an empty group."""
+    accuracy = mean(is_correct for _, is_correct in answers) if answers else None
+    skip_rate = mean(record.skip_rate for record, _ in answers) if answers else None
+    return {"items": len(answers), "accuracy": accuracy, "skip_rate": skip_rate}
 
 
 def _skipped_by_layer(answers: list[Answer]) -> list[float]:
     return [1 - mean(layer) for layer in zip(*(record.kept_layers for record, _ in answers), strict=True)]
 
 
-def _group(answers: list[Answer], read: Callable[[RequestRecord], Any]) -> dict[str, list[Answer]]:
-    keys = sorted({read(record) for record, _ in answers} - {None})
-    return {str(key): [answer for answer in answers if read(answer[0]) == key] for key in keys}
+def _median_decode_ms(records: list[RequestRecord]) -> float | None:
+    later = [record.decode_ms_per_token for record in records if record.decode_ms_per_token is not None]
+    return median(later) if later else None
 
 
-def check_runs(folders: list[Path], tasks: list[str]) -> tuple[str, list[str]]:
-    """Check the files of several runs.
-
-    Args:
-        folders: Folder of each run.
-        tasks: Tasks that every run was asked for; names with a wildcard are not checked.
-
-    Returns:
-        A table with a column per run ("" if no run could be read), and one sentence for each thing that is missing.
-    """
-    columns, problems = {}, []
-    tasks = [task for task in tasks if "*" not in task]
-    for folder in folders:
-        try:
-            run = read_run(folder)
-            column = summarise_routing(read_routing_log(folder / ROUTING_LOG))
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(str(error))
-            continue
-        problems += [f"{folder}: {sentence}." for sentence in find_missing(run, tasks)]
-        for task in tasks:
-            column |= read_metrics(run, task)
-        columns[folder.name] = column
-    return format_table(columns) if columns else "", problems
+def _group(answers: list[Answer], name: str) -> dict[str, list[Answer]]:
+    """Answers by an attribute of their request, where it has one."""
+    keys = sorted({getattr(record, name) for record, _ in answers} - {None})
+    return {str(key): [answer for answer in answers if getattr(answer[0], name) == key] for key in keys}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -457,17 +505,17 @@ def main(arguments: list[str] | None = None) -> int:
     join.add_argument("--items", type=int, required=True, help="documents that were to be evaluated")
     options = parser.parse_args(arguments)
     if options.command == "check":
-        table, problems = check_runs(options.runs, options.tasks.split(","))
-        if table:
-            print(table)
+        text, problems = check_runs(options.runs, options.tasks.split(","))
     else:
-        problems, log = [], options.routing_log or options.output_folder / ROUTING_LOG
+        folder = options.output_folder
         try:
-            evaluation = collect(options.output_folder, log, options.label, options.items)
+            evaluation = collect(folder, options.routing_log or folder / ROUTING_LOG, options.label, options.items)
             accuracy, skip_rate = evaluation["accuracy"]["all"], evaluation["skip_rate"]["all"]
-            print(f"{options.output_folder / EVALUATION_FILE}: accuracy {accuracy:.4f}, skip rate {skip_rate:.4f}")
+            text, problems = f"{folder / EVALUATION_FILE}: accuracy {accuracy:.4f}, skip rate {skip_rate:.4f}", []
         except (ValueError, FileNotFoundError) as error:
-            problems = [str(error)]
+            text, problems = "", [str(error)]
+    if text:
+        print(text)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0

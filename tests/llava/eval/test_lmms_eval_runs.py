@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.report.evaluation import collect
-from llava.report.routing_log import read_routing_log
+from llava.report.evaluation import collect, read_routing_log
 from lmms_runs import ROOT, run, write_work
 from playground.digits.base_model import build_base_model
 from playground.digits.tokenizer import train_tokenizer

@@ -16,7 +16,7 @@ from llava.eval import lmms_model
 from llava.eval.lmms_model import FuzzyRoE
 from llava.eval.lmms_plugin import manifest
 from llava.model.builder import Checkpoint
-from llava.report.routing_log import read_routing_log
+from llava.report.evaluation import read_routing_log
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["w1 w2 ?", "w3 ?", "w4 w5 w6 w7 ?", "w8 w9 ?", "w10 w11 w12 ?"]

@@ -14,7 +14,7 @@ from fuzzyroe import detach
 from llava.eval import lmms_model
 from llava.eval.lmms_model import FuzzyRoE, parse_task_rates
 from llava.model.builder import Checkpoint, load_checkpoint
-from llava.report.routing_log import read_routing_log
+from llava.report.evaluation import read_routing_log
 from routed_llava import route
 from tiny_training import make_tiny
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.report.evaluation import collect, main
-from llava.report.routing_log import RequestRecord, write_routing_log
+from llava.report.evaluation import RequestRecord, collect, main, write_routing_log
 
 RECORDS = [
     RequestRecord("digits_vqa", 0, "row", 2, 1, [1, 1, 1, 1], 4.0, 2.0, 2, 30, 3, "tiny", 0.25),
