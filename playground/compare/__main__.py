@@ -1,8 +1,9 @@
 """Runs the cells of the comparison that have no result yet, several processes at a time.
 
     python -m playground.compare                      all cells that are missing
-    python -m playground.compare --cells fuzzy_0      one cell, in this process
+    python -m playground.compare --cells fuzzy_0      some of them
     python -m playground.compare --list               what there is
+    python -m playground.compare --page               docs/results.md and its figures, from the cells that are there
 
 A cell that was interrupted is run again from its beginning; one whose file is there is left alone.
 """
@@ -15,11 +16,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from playground.compare.cells import Cell, cells
+from playground.compare.arms import Cell, cells
 
 
 def main() -> None:
-    """Parse the command line; run one cell here, or many in processes of their own."""
+    """Parse the command line; write the page, run one cell here, or many in processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=Path("playground/data/digits"), help="folder of the digits dataset"
@@ -31,35 +32,36 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="held-out questions; default all")
     parser.add_argument("--here", action="store_true", help="run in this process; used for each cell")
     parser.add_argument("--list", action="store_true", help="print cells and whether they have been run")
+    parser.add_argument("--page", action="store_true", help="write the page from the files beside the folder of cells")
     arguments = parser.parse_args()
+    if arguments.page:
+        from playground.compare.page import write
+
+        return write(arguments.results, arguments.results.parent)
     known = {cell.name: cell for cell in cells()}
     unknown = sorted(set(arguments.cells or ()) - set(known))
     if unknown:
         parser.error(f"no cells {', '.join(unknown)}; --list prints those that there are")
     chosen = [cell for name, cell in known.items() if not arguments.cells or name in arguments.cells]
+    missing = [cell for cell in chosen if not (arguments.results / f"{cell.name}.json").exists()]
     if arguments.list:
         for cell in chosen:
-            print(f"{cell.name:24} {'run' if _result(arguments.results, cell).exists() else 'missing'}")
+            print(f"{cell.name:24} {'missing' if cell in missing else 'run'}")
         return
-    missing = [cell for cell in chosen if not _result(arguments.results, cell).exists()]
     if arguments.here:
         from playground.compare.run_cell import run_cell
 
         for cell in missing:
             run_cell(cell, arguments.data, arguments.work, arguments.results, arguments.questions)
         return
-    failed = []
+    failed: list[str] = []
     for wave in sorted({cell.wave for cell in missing}):
         with ThreadPoolExecutor(arguments.workers) as pool:
-            runs = pool.map(lambda cell: _run_apart(cell, arguments), [c for c in missing if c.wave == wave])
-        failed += [name for name in runs if name is not None]
+            ran = [*pool.map(lambda cell: _run_apart(cell, arguments), [c for c in missing if c.wave == wave])]
+        failed += [name for name in ran if name]
     if failed:
         sys.exit(f"compare: these cells failed, their logs are in {arguments.work}: {', '.join(failed)}")
     print(f"compare: {len(chosen)} cells are in {arguments.results}")
-
-
-def _result(results: Path, cell: Cell) -> Path:
-    return results / f"{cell.name}.json"
 
 
 def _run_apart(cell: Cell, arguments: argparse.Namespace) -> str | None:

@@ -1,49 +1,40 @@
-"""Answers of a model to the held-out questions, dense and at several operating points in turns."""
+"""Answers of a checkpoint to the held-out questions at several operating points in turns; and its oracle.
+
+The oracle leaves out, for every held-out question, the layers whose absence hurts its known answer least.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import pandas as pd
+from torch.utils.data import DataLoader, Subset
 
 from fuzzyroe import set_skip_rate
-from fuzzyroe.attach import find_decoder
+from fuzzyroe.attach import find_decoder, set_router
+from fuzzyroe.routers import OracleRouter
+from fuzzyroe.routers.oracle import LabelledBatch, search_plans
+from fuzzyroe.routing_state import RoutingState
 from llava.conversation import get_template
-from llava.inference.generator import GenerationOptions, Generator, Message, make_message
+from llava.data.dataset import SFTCollator, SFTDataset
+from llava.inference.generator import GenerationOptions, Generator, make_message
 from llava.model.builder import Checkpoint
-from playground.digits.lmms_eval.utils import IMAGE_MARKER, doc_to_target, normalise
+from llava.model.families import count_image_tokens, get_image_token_id
+from playground.compare.arms import MAX_LENGTH, TRAINED, Point
+from playground.digits.lmms_eval.utils import doc_to_target, doc_to_text, doc_to_visual, normalise
 
-BATCH_SIZE = 64
+BATCH_SIZE, ORACLE_BATCH_SIZE = 64, 60
 
 TIMED_BATCHES = 12
 """Batches that the dense model answers beside the routed ones, spread over all of them, so that times compare."""
 
-TRAINED = "trained"
-"""The operating point that linear routers were trained for."""
-
-Point = float | str | None
-
-
-@dataclass
-class Answers:
-    """What came of the questions at one operating point.
-
-    Attributes:
-        texts: Normalised answers in the order of the questions.
-        correct: 1 where the answer is right, else 0.
-        skipped: Share of the layers that each question skipped.
-        timed_seconds: CPU seconds of generation in the timed batches.
-    """
-
-    texts: list[str] = field(default_factory=list)
-    correct: list[int] = field(default_factory=list)
-    skipped: list[float] = field(default_factory=list)
-    timed_seconds: float = 0.0
+REFERENCE = "reference"
+"""Key of the dense model's seconds."""
 
 
 def load_questions(data: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -55,22 +46,11 @@ def load_questions(data: Path, limit: int | None = None) -> list[dict[str, Any]]
     """
     records = [record for record in json.loads((data / "digits_test.json").read_text()) if record.get("image")]
     step = 1 if limit is None else max(1, len(records) // limit)
-    return sorted(records[::step][:limit], key=lambda record: (len(question_of(record)), record["id"]))
-
-
-def question_of(record: dict[str, Any]) -> str:
-    """The question of a record, without the mark of its image."""
-    return record["conversations"][0]["value"].removeprefix(IMAGE_MARKER)
-
-
-def message_of(record: dict[str, Any], images: Path) -> Message:
-    """The question with its image."""
-    with Image.open(images / record["image"]) as image:
-        return make_message(question_of(record), [image.convert("RGB")])
+    return sorted(records[::step][:limit], key=lambda record: (len(doc_to_text(record, {})), record["id"]))
 
 
 def choose_point(model: Any, point: Point) -> None:
-    """Set what a model skips from now on: a mean skip rate, ``TRAINED``, or None for nothing."""
+    """Set what a model skips from now on, see ``Point``."""
     if point != TRAINED:
         set_skip_rate(model, point)
         return
@@ -80,43 +60,85 @@ def choose_point(model: Any, point: Point) -> None:
 
 
 def answer_questions(
-    checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], images: Path, points: Sequence[Point]
-) -> tuple[dict[Point, Answers], float]:
+    checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path, points: Sequence[Point]
+) -> tuple[dict[Point, pd.DataFrame], Counter]:
     """Ask a checkpoint every question at every point; batch by batch the points take turns.
 
     Args:
         checkpoint: Loaded checkpoint in eval mode.
         questions: Records of the digits dataset.
-        images: Folder that their images lie in.
+        data: Folder of the dataset.
         points: As for ``choose_point``.
 
     Returns:
-        Point -> answers, in the order of the questions; and the dense model's CPU seconds in the timed batches.
+        Point -> a row for each question, in their order: ``id``, normalised ``text``, ``correct``, and the share of
+        layers that it ``skipped``. And CPU seconds in the timed batches, by point and for ``REFERENCE``.
     """
     generator, options = Generator(checkpoint, get_template("digits")), GenerationOptions(max_new_tokens=64)
-    found: dict[Point, Answers] = {point: Answers() for point in points}
+    rows: dict[Point, list[tuple]] = {point: [] for point in points}
+    seconds: Counter = Counter()
     starts = range(0, len(questions), BATCH_SIZE)
     timed = set(starts[:: max(1, len(starts) // TIMED_BATCHES)])
-    dense_seconds = 0.0
     for start in starts:
         batch = questions[start : start + BATCH_SIZE]
-        messages = [message_of(record, images) for record in batch]
-        targets = [normalise(doc_to_target(record)) for record in batch]
-        if start in timed:
-            choose_point(checkpoint.model, None)
-            dense_seconds += _generate(generator, messages, options)[1]
-        for point, answers in found.items():
-            choose_point(checkpoint.model, point)
-            output, seconds = _generate(generator, messages, options)
-            answers.timed_seconds += seconds * (start in timed)
-            texts = [normalise(text) for text in output.texts]
-            answers.texts += texts
-            answers.correct += [int(text == target) for text, target in zip(texts, targets, strict=True)]
-            answers.skipped += (1 - output.kept_layers.float().mean(dim=1)).tolist()
-    return found, dense_seconds
+        messages = [make_message(doc_to_text(q, {}), doc_to_visual(q, {"data_folder": data})) for q in batch]
+        for point in (REFERENCE, *points) if start in timed else points:
+            choose_point(checkpoint.model, None if point == REFERENCE else point)
+            started = time.process_time()
+            output = generator.generate(messages, options)
+            seconds[point] += (time.process_time() - started) * (start in timed)
+            if point == REFERENCE:
+                continue
+            skipped = (1 - output.kept_layers.float().mean(dim=1)).tolist()
+            for question, answer, share in zip(batch, output.texts, skipped, strict=True):
+                text = normalise(answer)
+                is_correct = int(text == normalise(doc_to_target(question)))
+                rows[point].append((question["id"], text, is_correct, share))
+    columns = ["id", "text", "correct", "skipped"]
+    return {point: pd.DataFrame(own, columns=columns) for point, own in rows.items()}, seconds
 
 
-def _generate(generator: Generator, messages: list[Message], options: GenerationOptions) -> tuple[Any, float]:
-    started = time.process_time()
-    output = generator.generate(messages, options)
-    return output, time.process_time() - started
+def open_dataset(checkpoint: Checkpoint, records: Path, images: Path) -> SFTDataset:
+    """Digits records as samples of a checkpoint."""
+    config = checkpoint.model.config
+    places = count_image_tokens(config), get_image_token_id(config)
+    processors = checkpoint.tokenizer, checkpoint.image_processor
+    return SFTDataset(records, images, *processors, "digits", *places, MAX_LENGTH, "square")
+
+
+def give_oracle(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path, max_skips: int) -> int:
+    """Put an oracle in the place of a checkpoint's router.
+
+    Args:
+        checkpoint: Routed checkpoint in eval mode.
+        questions: Held-out records of the digits dataset, those that it will be asked.
+        data: Folder of the dataset.
+        max_skips: Layers that a plan skips at most.
+
+    Returns:
+        Passes through the decoder that the search took, in samples.
+    """
+    passes: Counter = Counter()
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        passes["search"] += len(kwargs["input_ids"])
+
+    handle = checkpoint.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        found = search_plans(checkpoint.model, _labelled_batches(checkpoint, questions, data), max_skips)
+    finally:
+        handle.remove()
+    set_router(checkpoint.model, OracleRouter.from_search(*found))
+    return passes["search"]
+
+
+def _labelled_batches(
+    checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path
+) -> Iterator[LabelledBatch]:
+    file, image_token_id = data / "digits_test.json", get_image_token_id(checkpoint.model.config)
+    places = {record["id"]: index for index, record in enumerate(json.loads(file.read_text()))}
+    asked = Subset(open_dataset(checkpoint, file, data / "images"), [places[record["id"]] for record in questions])
+    collator = SFTCollator(checkpoint.tokenizer.pad_token_id)
+    for batch in DataLoader(asked, ORACLE_BATCH_SIZE, collate_fn=collator):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        yield LabelledBatch(inputs, batch["labels"], RoutingState.from_batch(batch, image_token_id))

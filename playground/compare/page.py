@@ -1,54 +1,56 @@
-"""The results page, written from the cells alone: the same cells give the same bytes."""
+"""The results page and its figures, written from the cells alone: the same cells give the same bytes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from playground.compare.answers import TRAINED, Point
-from playground.compare.cells import MAIN_BUDGET, ROUTER_BUDGETS, TARGETS
-from playground.compare.summary import Interval, Results, Run
-from playground.compare.verdicts import bars
+from fuzzyroe.plots import render_svg
+from playground.compare.arms import MAIN_SHARE, MAIN_TARGET, SHARES, TARGETS, TRAINED, Arm, Point, arms_of, at_share
+from playground.compare.plots import LOWEST_SHOWN, draw_accuracy, draw_router_cost
+from playground.compare.summary import Cells, at_rates, difference, make_runs, of, pick, read_cells, reading_mark
+from playground.compare.verdicts import judge, judge_savings
 
-LOWEST_SHOWN = 84
-"""Lowest accuracy in the figure, in percent."""
-
-LABELS = {
-    "roe": "RoE",
-    "fuzzy": "FuzzyRoE, shipped antecedents",
-    "fuzzy_published": "FuzzyRoE, published antecedents",
-    "linear_score": "linear score, 4 parameters",
-    "static": "static skip",
-    "random": "random skip",
-    "oracle": "oracle (a bound)",
-}
-"""Methods in the order of the tables."""
-
-ABLATIONS = {
-    "roe_no_adapter": "RoE without adapters",
-    "roe_no_hinge": "RoE without regularisation",
-    "roe_pooled": "RoE without routing tokens (pooled states)",
-    "roe_front": "RoE, tokens in front of the prompt as published",
-    "fuzzy_no_adapter": "FuzzyRoE without adapters",
-}
+DENSE, *METHODS = arms_of("methods")
 
 READING_FILE = "reading.md"
 """A person's reading of the cells, beside them; its first line names the cells that it was written about."""
 
 
-def write_page(results: Results, reading: str = "") -> str:
+def write(folder: Path, output: Path) -> None:
+    """Write the page of a folder of cells beside ``output``, and its figures into it."""
+    output.mkdir(parents=True, exist_ok=True)
+    cells, file = read_cells(folder), output / READING_FILE
+    reading = file.read_text(encoding="utf-8") if file.exists() else ""
+    if reading and not reading.startswith(reading_mark(cells)):
+        print(f"compare: {file} is about other cells and left out; read these and begin it with {reading_mark(cells)}")
+    for name, text in render(cells, reading).items():
+        path = output.with_suffix(".md") if name == "results.md" else output / name
+        path.write_text(text, encoding="utf-8")
+        print(f"compare: {path} written")
+
+
+def render(cells: Cells, reading: str = "") -> dict[str, str]:
+    """The page, under the name ``results.md``, and its figures, by file name; ``reading`` as for ``write_page``."""
+    figures = {"accuracy.svg": draw_accuracy, "router_cost.svg": draw_router_cost}
+    drawn = {name: render_svg(functools.partial(draw, make_runs(cells))) for name, draw in figures.items()}
+    return {"results.md": write_page(cells, reading), **drawn}
+
+
+def write_page(cells: Cells, reading: str = "") -> str:
     """Give the page as Markdown, one line break at its end.
 
     Args:
-        results: The cells; all numbers and verdicts are computed from them.
+        cells: The cells; all numbers and verdicts are computed from them.
         reading: Text of ``READING_FILE``; left out unless it was written about exactly these cells.
     """
-    dense = results.of("dense")
+    runs = make_runs(cells)
     about, _, text = reading.partition("\n")
     environment = Environment(
         loader=PackageLoader("playground.compare", "."),
@@ -57,160 +59,88 @@ def write_page(results: Results, reading: str = "") -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters |= {"accuracy": accuracy, "percent": percent, "at": at, "mean": lambda v: f"{v.mean():,.0f}"}
+    environment.filters["points"] = lambda found: str(found).replace(" ", " points ", 1)
     page = environment.get_template("results.md.jinja").render(
-        questions=f"{dense[0]['questions']:,}",
-        seeds=len(dense),
-        budget=MAIN_BUDGET,
-        bars="\n".join(bars(results)),
-        dense=_accuracy([results.run_at(cell, None) for cell in dense]),
+        budget=MAIN_SHARE,
+        verdicts=judge(runs),
+        savings=judge_savings(runs),
+        dense=pick(runs, "dense", "dense"),
         lowest=LOWEST_SHOWN,
-        methods={f"{100 * target:.0f}": _methods_table(results, target) for target in TARGETS},
-        equal=_equal_table(results),
-        costs=_cost_table(results),
-        sizes="; ".join(f"{level} %: {', '.join(map(str, numbers))}" for level, numbers in ROUTER_BUDGETS.items()),
+        sizes="; ".join(f"{share} %: {', '.join(map(str, numbers[:3]))}" for share, numbers in SHARES.items()),
         bias_passes=14 * 32,
-        levels=_level_table(results),
-        ablations=_ablation_table(results),
-        reading=text.strip() if about == reading_mark(results) else "",
+        reading=text.strip() if about == reading_mark(cells) else "",
+        **tables(runs),
     )
     return page.rstrip() + "\n"
 
 
-def reading_mark(results: Results) -> str:
-    """Give the first line of a reading of these cells: other cells have another."""
-    content = json.dumps(results.cells, sort_keys=True)
-    return f"<!-- read from cells {hashlib.sha256(content.encode()).hexdigest()[:16]} -->"
+def accuracy(runs: pd.DataFrame) -> str:
+    """Mean accuracy of runs, and that of the lowest and the highest, in percent."""
+    means = 100 * runs.correct.map(np.mean)
+    return f"{means.mean():.1f} [{means.min():.1f}, {means.max():.1f}]"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def percent(values: Iterable[float]) -> str:
+    """A mean in percent."""
+    return f"{100 * float(np.mean([*values])):.1f}"
 
 
-def points(found: Interval) -> str:
-    """A difference in points with its interval."""
-    return f"{100 * found.mean:+.1f} [{100 * found.lower:+.1f}, {100 * found.upper:+.1f}]"
+def at(runs: pd.DataFrame) -> str:
+    """Mean accuracy at a mean skip rate; empty without runs."""
+    return f"{percent(runs.correct.map(np.mean))} % at {percent(runs.rate)} %" if len(runs) else ""
 
 
-def _accuracy(runs: Sequence[Run]) -> str:
-    found = [100 * float(run.correct.mean()) for run in runs]
-    return f"{np.mean(found):.1f} [{min(found):.1f}, {max(found):.1f}]"
+def ways_to_ask(arm: Arm, target: float) -> dict[str, Point]:
+    """Rows of an arm in the table of a target, with what it was asked for."""
+    if not arm.has_trained_point:
+        return {arm.label: target}
+    return {f"{arm.label}, as trained": TRAINED, f"{arm.label}, calibrated bias": target}
 
 
-def _percent(values: Iterable[float]) -> str:
-    return f"{100 * float(np.mean(list(values))):.1f}"
-
-
-def _variants(method: str, target: float) -> list[tuple[str, Point]]:
-    """Rows of a method in the table of a target: name and what it was asked for."""
-    label = LABELS[method]
-    if method != "roe":
-        return [(label, target)]
-    return [(f"{label}, as trained", TRAINED), (f"{label}, calibrated bias", target)]
-
-
-def _row(results: Results, cells: list[dict[str, Any]], label: str, runs: list[Run]) -> list[str]:
-    pairs = [(run.correct, results.dense(cell)) for cell, run in zip(cells, runs, strict=True)]
-    return [
-        label,
-        _accuracy(runs),
-        points(results.difference(pairs)),
-        _percent(run.agreement for run in runs),
-        _percent(run.skip_rate for run in runs),
-        f"{np.mean([run.time_ratio for run in runs]):.2f}",
+def tables(runs: pd.DataFrame) -> dict[str, Any]:
+    """The runs that stand in the rows of each table; arms that have not been run have none."""
+    methods = {
+        f"{100 * target:.0f}": [
+            (label, asked, difference(asked.correct, asked.dense))
+            for arm in METHODS
+            for label, point in ways_to_ask(arm, target).items()
+            if len(asked := pick(runs, arm.method, point, target))
+        ]
+        for target in TARGETS
+    }
+    # each method that plans ahead, at the rates that RoE as trained reached
+    trained = [roe for target in TARGETS if len(roe := pick(runs, "roe", TRAINED, target))]
+    equal = [
+        (arm.label, [difference(at_rates(runs, arm.method, roe.rate).correct, roe.correct) for roe in trained])
+        for arm in METHODS
+        if arm.policy == "own" and not arm.has_trained_point
     ]
-
-
-def _methods_table(results: Results, target: float) -> str:
-    rows = []
-    for method in LABELS:
-        cells = results.of(method, target)
-        for label, point in _variants(method, target):
-            if cells:
-                rows.append(_row(results, cells, label, [results.run_at(cell, point) for cell in cells]))
-    return table(["", "accuracy, %", "minus dense", "agreement, %", "skip, %", "time"], rows)
-
-
-def _equal_table(results: Results) -> str:
-    head, rows = [""], {method: [LABELS[method]] for method in LABELS if method not in ("roe", "oracle")}
-    for target in TARGETS:
-        references = {cell["seed"]: results.run_at(cell, TRAINED) for cell in results.of("roe", target)}
-        if not references:
-            continue
-        head.append(f"at {_percent(run.skip_rate for run in references.values())} %")
-        for method, row in rows.items():
-            pairs = []
-            for cell in results.of(method):
-                if cell["seed"] in references:
-                    reference = references[cell["seed"]]
-                    pairs.append((results.at_skip_rate(cell, reference.skip_rate).correct, reference.correct))
-            row.append(points(results.difference(pairs)) if pairs else "")
-    return table(head, rows.values())
-
-
-def _cost_table(results: Results) -> str:
-    rows = []
-    for method, label in LABELS.items():
-        cells = results.of(method, 0.3)
-        if not cells or method == "oracle":
-            continue
-        router, total = ([cost(cell) for cell in cells] for cost in (results.router_cost, results.total_cost))
-
-        def mean(costs: list[dict[str, float]], name: str) -> str:
-            return f"{np.mean([cost[name] for cost in costs]):,.0f}"
-
-        rows.append(
-            [label, *(mean(router, name) for name in ("steps", "examples", "passes", "seconds"))]
-            + [mean(total, "examples"), mean(total, "seconds"), "3" if method == "roe" else "1"]
-        )
-    totals = [results.total_cost(cell) for cell in results.of("dense")]
-    rows.append(["dense", "", "", "", "", *(f"{np.mean([t[n] for t in totals]):,.0f}" for n in totals[0]), "1"])
-    head = ["", "router steps", "samples", "passes", "seconds", "total samples", "total seconds", "trainings"]
-    return table(head, rows)
-
-
-def _level_table(results: Results) -> str:
-    rows = []
-    for level in ROUTER_BUDGETS:
-        roe, fuzzy = results.at_level("roe", level), results.at_level("fuzzy", level)
-        fuzzy = [cell for cell in fuzzy if cell["seed"] in {other["seed"] for other in roe}]
-        if not roe or not fuzzy:
-            continue
-        trained, calibrated = ([results.run_at(cell, point) for cell in roe] for point in (TRAINED, 0.3))
-        equal = [
-            (results.at_skip_rate(mine, theirs.skip_rate).correct, theirs.correct)
-            for mine, theirs in zip(fuzzy, calibrated, strict=True)
-        ]
-        mine = [results.run_at(cell, 0.3) for cell in fuzzy]
-        cost = [np.mean([results.router_cost(cell)[name] for cell in cells]) for name in ("passes", "seconds")
-                for cells in (roe, fuzzy)]  # fmt: skip
-        rows.append(
-            [f"{level} %", f"{cost[0]:,.0f}; {cost[2]:.0f} s", _at(trained), _at(calibrated)]
-            + [f"{cost[1]:,.0f}; {cost[3]:.0f} s", _at(mine), points(results.difference(equal))]
-        )
-    head = ["share", "RoE: passes; time", "as trained", "calibrated bias", "FuzzyRoE: passes; time", "at 30 %"]
-    return table([*head, "minus RoE, calibrated, at its skip rate"], rows)
-
-
-def _at(runs: Sequence[Run]) -> str:
-    return f"{_percent(float(run.correct.mean()) for run in runs)} % at {_percent(run.skip_rate for run in runs)} %"
-
-
-def _ablation_table(results: Results) -> str:
-    rows = []
-    for method, label in {"roe": "RoE", **ABLATIONS}.items():
-        whole = {cell["seed"]: cell for cell in results.of(method.split("_")[0], 0.3)}
-        cells = [cell for cell in results.of(method, 0.3) if cell["seed"] in whole]
-        if not cells:
-            continue
-        is_linear = method.startswith("roe")
-        own = [results.run_at(cell, TRAINED if is_linear else 0.3) for cell in cells]
-        calibrated = [results.run_at(cell, 0.3) for cell in cells]
-        pairs = [
-            (run.correct, results.run_at(whole[cell["seed"]], 0.3).correct)
-            for cell, run in zip(cells, calibrated, strict=True)
-        ]
-        against = "" if method == "roe" else points(results.difference(pairs))
-        rows.append([label, _at(own) if is_linear else "", _at(calibrated), against])
-    return table(["", "as trained", "calibrated bias, or planned for 30 %", "minus the whole method"], rows)
+    costs = [
+        (arm, cells)
+        for arm in (*METHODS, DENSE)
+        if arm.policy == "own" and len(cells := of(runs, arm.method).drop_duplicates("cell"))
+    ]
+    shares = []
+    for share in SHARES:
+        method, roe = at_share("fuzzy", share), at_share("roe", share)
+        calibrated, fuzzy = (pick(runs, name, MAIN_TARGET) for name in (roe, method))
+        fuzzy = fuzzy[fuzzy.index.isin(calibrated.index)]
+        if len(fuzzy):
+            minus_roe = difference(at_rates(runs, method, calibrated.rate).correct, calibrated.correct)
+            shares.append((share, pick(runs, roe, TRAINED), calibrated, fuzzy, minus_roe))
+    ablations = []
+    for arm in (*(arm for arm in METHODS if arm.method == "roe"), *arms_of("ablation")):
+        own, whole = (pick(runs, method, MAIN_TARGET) for method in (arm.method, arm.part_of or arm.method))
+        if len(own.index.intersection(whole.index)):
+            against = difference(own.correct, whole.correct) if arm.part_of else ""
+            ablations.append((arm.label, pick(runs, arm.method, TRAINED), own, against))
+    reached = [roe.rate for roe in trained]
+    return {
+        "methods": methods,
+        "reached": reached,
+        "equal": equal,
+        "costs": costs,
+        "shares": shares,
+        "ablations": ablations,
+    }

@@ -2,95 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+import pandas as pd
 from matplotlib.figure import Figure
 
 from fuzzyroe.plots import LIGHT, Theme, new_figure, style_axes
-from playground.compare.answers import TRAINED
-from playground.compare.cells import PLANNED, ROUTER_BUDGETS, TARGETS
-from playground.compare.page import LABELS, LOWEST_SHOWN
-from playground.compare.summary import Results, Run
+from playground.compare.arms import ARMS, MAIN_TARGET, PLANNED, SHARES, TRAINED, Point, arms_of, at_share
+from playground.compare.summary import at_rates, pick
 
-STYLES = {
-    "roe": ("#c2571a", "s"),
-    "fuzzy": ("#1f6fb2", "o"),
-    "fuzzy_published": ("#7fb3de", "o"),
-    "linear_score": ("#4b8f5a", "^"),
-    "static": ("#8a6bb8", "v"),
-    "random": ("#8c959f", "x"),
-    "oracle": ("#1f2933", "*"),
-}
-"""Colour and mark of each method."""
+LOWEST_SHOWN = 84
+"""Lowest accuracy in the figure, in percent."""
 
 
-def draw_accuracy(results: Results, theme: Theme = LIGHT) -> Figure:
-    """Accuracy against the achieved skip rate, means over seeds; of RoE, each of its trainings is a point.
+def draw_accuracy(runs: pd.DataFrame, theme: Theme = LIGHT) -> Figure:
+    """Accuracy against the observed skip rate, means over seeds; of RoE, each of its trainings is a point.
 
     What lies below ``LOWEST_SHOWN`` is not shown.
     """
     figure = new_figure(7.0, 4.2, theme)
     axes = figure.subplots()
-    dense = np.mean([results.run_at(cell, None).correct.mean() for cell in results.of("dense")])
+    dense = np.mean([correct.mean() for correct in pick(runs, "dense", "dense").correct])
     axes.axhline(100 * dense, color=theme.ink, linestyle="--", linewidth=1, label="dense")
-    for method, (colour, mark) in STYLES.items():
-        label, rates = LABELS[method], TARGETS if method in ("roe", "oracle") else PLANNED
-        if method == "roe":
-            asked = [[results.run_at(cell, TRAINED) for cell in results.of(method, rate)] for rate in rates]
-            _draw_curve(axes, asked, colour, mark, f"{label}, as trained", linestyle="", fillstyle="none")
+
+    def draw(method: str, asked: list[tuple[Point, float | None]], label: str, **style: Any) -> None:
+        found = [own for own in (pick(runs, method, point, target) for point, target in asked) if len(own)]
+        if found:
+            rates = [100 * own.rate.mean() for own in found]
+            means = [100 * own.correct.map(np.mean).mean() for own in found]
+            axes.plot(rates, means, label=label, **{"linestyle": "-", "linewidth": 1.5, "markersize": 6, **style})
+
+    for arm in arms_of("methods")[1:]:
+        style, label = dict(zip(("color", "marker"), arm.style, strict=True)), arm.label
+        rates = [rate for rate in PLANNED if rate in (*arm.points, *arm.targets)]
+        if arm.has_trained_point:
+            open_marks = {"linestyle": "", "fillstyle": "none", **style}
+            draw(arm.method, [(TRAINED, rate) for rate in rates], f"{label}, as trained", **open_marks)
             label = f"{label}, calibrated bias"
-        asked = [[results.run_at(cell, rate) for cell in results.of(method, rate)] for rate in rates]
-        _draw_curve(axes, asked, colour, mark, label)
+        draw(arm.method, [(rate, rate) for rate in rates], label, **style)
     axes.set_ylim(LOWEST_SHOWN, 98)
     axes.set_xlabel("layers skipped, %")
     axes.set_ylabel("questions answered rightly, %")
-    style_axes(axes, theme)
-    axes.grid(color=theme.grid, linewidth=0.6)
-    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside right upper", fontsize=8)
+    _finish(figure, theme, "outside right upper")
     return figure
 
 
-def draw_router_cost(results: Results, theme: Theme = LIGHT) -> Figure:
+def draw_router_cost(runs: pd.DataFrame, theme: Theme = LIGHT) -> Figure:
     """Accuracy with 30 % of the layers skipped against the passes that the router stage took, both methods."""
     figure = new_figure(6.4, 3.6, theme)
     axes = figure.subplots()
+    styles = {arm.method: arm.style for arm in ARMS}
     for method, label in (("roe", "RoE, bias calibrated for 30 %"), ("fuzzy", "FuzzyRoE, at 30 %")):
-        colour, mark = STYLES[method]
-        levels = [results.at_level(method, level) for level in ROUTER_BUDGETS]
-        asked = [[_at_30_percent(results, cell) for cell in cells] for cells in levels if cells]
-        passes = [np.mean([results.router_cost(cell)["passes"] for cell in cells]) for cells in levels if cells]
+        colour, mark = styles[method]
+        passes, asked = [], []
+        for share in SHARES:
+            own = pick(runs, at_share(method, share), MAIN_TARGET)
+            if len(own):
+                passes.append(own.router_passes.mean())
+                # RoE's rates jump, so its own point is taken instead of one between two
+                planned = pd.Series(MAIN_TARGET, index=own.index)
+                taken = own if method == "roe" else at_rates(runs, at_share(method, share), planned)
+                asked.append([100 * correct.mean() for correct in taken.correct])
         if asked:
             axes.vlines(passes, [min(found) for found in asked], [max(found) for found in asked], color=colour)
-            axes.plot(
-                passes, [np.mean(found) for found in asked], marker=mark, color=colour, linewidth=1.5, label=label
-            )
+            means = [np.mean(found) for found in asked]
+            axes.plot(passes, means, marker=mark, color=colour, linewidth=1.5, label=label)
     axes.set_xscale("log")
     axes.set_xticks([150, 300, 1000, 3000], ["150", "300", "1,000", "3,000"])
     axes.minorticks_off()
     axes.set_xlabel("passes of the router stage; bars from the lowest seed to the highest")
     axes.set_ylabel("answered rightly, %")
-    style_axes(axes, theme)
-    axes.grid(color=theme.grid, linewidth=0.6)
-    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside lower left", fontsize=8)
+    _finish(figure, theme, "outside lower left")
     return figure
 
 
-def _at_30_percent(results: Results, cell: dict[str, Any]) -> float:
-    """Accuracy of a cell in percent; RoE's rates jump, so its own point is taken instead of one between two."""
-    is_linear = cell["method"].startswith("roe")
-    run = results.run_at(cell, 0.3) if is_linear else results.at_skip_rate(cell, 0.3)
-    return 100 * float(run.correct.mean())
-
-
-def _draw_curve(
-    axes: Axes, asked: Sequence[Sequence[Run]], colour: str, mark: str, label: str, linestyle: str = "-", **style: Any
-) -> None:
-    asked = [runs for runs in asked if runs]
-    if asked:
-        rates = [100 * np.mean([run.skip_rate for run in runs]) for runs in asked]
-        means = [100 * np.mean([run.correct.mean() for run in runs]) for runs in asked]
-        lines = {"linestyle": linestyle, "linewidth": 1.5, "markersize": 6, **style}
-        axes.plot(rates, means, marker=mark, color=colour, label=label, **lines)
+def _finish(figure: Figure, theme: Theme, place: str) -> None:
+    style_axes(figure.axes[0], theme)
+    figure.axes[0].grid(color=theme.grid, linewidth=0.6)
+    figure.legend(frameon=False, labelcolor=theme.ink, loc=place, fontsize=8)

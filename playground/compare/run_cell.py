@@ -10,17 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from llava.files import write_json
 from llava.model.builder import load_checkpoint
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
 from llava.train.stage import run_stage
-from playground.compare.answers import Answers, Point, answer_questions, load_questions
-from playground.compare.cells import BATCH, MAX_LENGTH, MAX_SKIP_RATIO, Cell, Training
-from playground.compare.oracle import give_oracle
-from playground.compare.packing import pack
+from playground.compare.answers import REFERENCE, answer_questions, give_oracle, load_questions
+from playground.compare.arms import BATCH, MAIN_TARGET, MAX_LENGTH, MAX_SKIP_RATIO, Cell, Training
+from playground.compare.summary import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "playground/digits/base"
@@ -42,16 +41,16 @@ def run_cell(cell: Cell, data: Path, work: Path, results: Path, num_questions: i
     torch.set_num_threads(1)
     started = time.time()
     stages, model = [], str(work / cell.start) if cell.start else BASE
-    for training in cell.stages:
+    for training in cell.arm.stages:
         output = work / cell.name / training.stage
         stages.append(_run_stage(training, cell, data, model, output))
         model = str(output)
-    found = {
+    content = {
         "cell": cell.name,
-        "method": cell.method,
+        "method": cell.arm.method,
         "seed": cell.seed,
         "target": cell.target,
-        "table": cell.table,
+        "table": cell.arm.table,
         "commit": current_commit(),
         "command": f"CELLS={cell.name} bash scripts/playground/compare.sh",
         "start": cell.start or BASE,
@@ -60,28 +59,19 @@ def run_cell(cell: Cell, data: Path, work: Path, results: Path, num_questions: i
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
         "seconds": round(time.time() - started, 1),
     }
-    write_atomically(results / f"{cell.name}.json", found)
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / f"{cell.name}.json", content)
 
 
 def current_commit() -> str:
     """The commit that the tracked files are at, with a mark if any of them has been changed since."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no", "--", "fuzzyroe", "llava", "playground"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return commit + ("+changes" if changed else "")
 
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "fuzzyroe", "llava", "playground")
+    return git("rev-parse", "HEAD") + ("+changes" if changed else "")
 
 
 def flags_of(training: Training, cell: Cell, data: Path, model: str, output: Path) -> list[str]:
@@ -99,7 +89,7 @@ def flags_of(training: Training, cell: Cell, data: Path, model: str, output: Pat
         "skip_data_check": "True",
     }
     if training.stage != "dense":
-        flags["skip_ratio"] = str(cell.target or 0.3)
+        flags["skip_ratio"] = str(cell.target or MAIN_TARGET)
     if cell.target is None and training.stage != "dense" or training.stage == "roe_finetune":
         flags["max_skip_ratio"] = str(MAX_SKIP_RATIO)
     if training.steps:
@@ -121,8 +111,7 @@ def _run_stage(training: Training, cell: Cell, data: Path, model: str, output: P
     arguments = parse_arguments(words)
     check_inputs(*arguments)
     started = time.process_time()
-    summary = run_stage(*arguments)
-    calibration = summary.get("calibration", {})
+    calibration = run_stage(*arguments).get("calibration", {})
     return {
         "stage": training.stage,
         "flags": words,
@@ -139,28 +128,33 @@ def _run_stage(training: Training, cell: Cell, data: Path, model: str, output: P
 
 
 def _evaluate(cell: Cell, data: Path, model: str, results: Path, num_questions: int | None) -> dict[str, Any]:
-    if cell.policy == "oracle":
+    is_oracle = cell.arm.policy == "oracle"
+    if is_oracle:
         num_questions = min(num_questions or NUM_ORACLE_QUESTIONS, NUM_ORACLE_QUESTIONS)
-    questions = load_questions(data, num_questions)
-    checkpoint = load_checkpoint(model)
+    questions, checkpoint, search_passes = load_questions(data, num_questions), load_checkpoint(model), 0
     checkpoint.model.eval()
-    search_passes = 0
-    if cell.policy == "oracle":
+    if is_oracle:
         num_layers = checkpoint.model.config.text_config.num_hidden_layers
         search_passes = give_oracle(checkpoint, questions, data, round(MAX_SKIP_RATIO * num_layers))
-    answers, dense_seconds = answer_questions(checkpoint, questions, data / "images", cell.points)
-    ids = [record["id"] for record in questions]
-    dense = dict(zip(ids, answers[None].texts, strict=True)) if None in answers else read_dense(results, cell.seed)
-    found: dict[str, Any] = {
-        "questions": len(questions),
-        "search_passes": search_passes,
-        "evaluations": [_describe(point, found, ids, dense, dense_seconds) for point, found in answers.items()],
-    }
-    if cell.policy != "own" or None in answers:
-        found["ids"] = ids
+    answers, seconds = answer_questions(checkpoint, questions, data, cell.points)
+    dense = answers[None].set_index("id").text.to_dict() if None in answers else read_dense(results, cell.seed)
+    evaluations = [
+        {
+            "point": point,
+            "accuracy": round(float(own.correct.mean()), 6),
+            "agreement": round(float((own.text == own.id.map(dense)).mean()), 6),
+            "skip_rate": round(float(own.skipped.mean()), 6),
+            "time_ratio": round(seconds[point] / seconds[REFERENCE], 4),
+            "correct": pack(own.correct.tolist()),
+        }
+        for point, own in answers.items()
+    ]
+    content = {"questions": len(questions), "search_passes": search_passes, "evaluations": evaluations}
+    if is_oracle or None in answers:
+        content["ids"] = [record["id"] for record in questions]
     if None in answers:
-        found["texts"] = answers[None].texts
-    return found
+        content["texts"] = answers[None].text.tolist()
+    return content
 
 
 def read_dense(results: Path, seed: int) -> dict[str, str]:
@@ -174,15 +168,3 @@ def read_dense(results: Path, seed: int) -> dict[str, str]:
         raise FileNotFoundError(f"{file} is not there; answers are compared with the dense model's, run dense_{seed}.")
     cell = json.loads(file.read_text())
     return dict(zip(cell["ids"], cell["texts"], strict=True))
-
-
-def _describe(point: Point, answers: Answers, ids: list[str], dense: dict[str, str], seconds: float) -> dict[str, Any]:
-    same = [text == dense[key] for key, text in zip(ids, answers.texts, strict=True)]
-    return {
-        "point": point,
-        "accuracy": round(float(np.mean(answers.correct)), 6),
-        "agreement": round(float(np.mean(same)), 6),
-        "skip_rate": round(float(np.mean(answers.skipped)), 6),
-        "time_ratio": round(answers.timed_seconds / seconds, 4),
-        "correct": pack(answers.correct),
-    }

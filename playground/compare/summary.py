@@ -1,158 +1,170 @@
-"""What the cells of the comparison say together: means over seeds, paired differences, accuracy at equal skip rates."""
+"""The cells of the comparison as one table of runs, and what runs of different arms say about each other."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from llava.report.comparison import NORMAL_QUANTILE
-from playground.compare.answers import Point
-from playground.compare.cells import BATCH, MAIN_BUDGET
-from playground.compare.packing import unpack
+from playground.compare.arms import BATCH, MAIN_TARGET, TRAINED, Point
+
+Cells = dict[str, dict[str, Any]]
+"""What the files of the cells hold, by name."""
+
+RATE = "skip_rate"
+"""Key of an evaluation that arms are compared at."""
 
 STEP_PASSES = 2
 """Passes that a step with a frozen decoder counts for: forward, and backward without gradients of its weights."""
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A mean with the 95 % interval that the choice of questions leaves, all in shares of 1."""
 
     mean: float
     lower: float
     upper: float
 
+    def __neg__(self) -> Interval:
+        return Interval(-self.mean, -self.upper, -self.lower)
 
-@dataclass(frozen=True)
-class Run:
-    """One operating point of one cell.
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} [{100 * self.lower:+.1f}, {100 * self.upper:+.1f}]"
 
-    Attributes:
-        point: What it was asked for.
-        skip_rate: Achieved share of skipped layers.
-        correct: 1 where a question was answered rightly, or a share between two points, (n,).
-        agreement: Share of answers that are those of the dense model of the same seed.
-        time_ratio: CPU seconds of generation over those of the same checkpoint with routing off.
+
+def pack(bits: Sequence[int]) -> str:
+    """Right and wrong answers as hexadecimal digits, the first bit first; the last byte is filled up with zeros."""
+    return np.packbits(np.array(bits, dtype=np.uint8)).tobytes().hex()
+
+
+def unpack(digits: str, count: int) -> np.ndarray:
+    """The bits of ``pack``, (count,) of 0 and 1."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[:count]
+
+
+def read_cells(folder: Path) -> Cells:
+    """Read the files of a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
     """
-
-    point: Point
-    skip_rate: float
-    correct: np.ndarray
-    agreement: float
-    time_ratio: float
+    cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if not cells:
+        raise FileNotFoundError(f"{folder} holds no cells; run bash scripts/playground/compare.sh first.")
+    return cells
 
 
-class Results:
-    """All cells that have been run.
+def reading_mark(cells: Cells) -> str:
+    """Give the first line of a reading of these cells: other cells have another."""
+    content = json.dumps(cells, sort_keys=True)
+    return f"<!-- read from cells {hashlib.sha256(content.encode()).hexdigest()[:16]} -->"
+
+
+def make_runs(cells: Cells) -> pd.DataFrame:
+    """One row for each operating point of each cell.
+
+    Returns:
+        Columns ``cell``, ``method``, ``seed``, ``target`` (NaN if one training serves all), ``point`` (see ``Point``;
+        "dense" for None), ``rate`` (observed), ``correct`` and ``dense`` (1 where the cell, or the dense model of its
+        seed, answers a question rightly, (n,) each), ``agreement`` (with the dense answers), ``time`` (over the same
+        checkpoint with routing off), and those of ``router_cost`` and ``total_cost``.
+    """
+    dense = {cell["seed"]: cell for cell in cells.values() if cell["method"] == "dense"}
+    rows = []
+    for name, cell in cells.items():
+        reference = dense[cell["seed"]]
+        whole = unpack(reference["evaluations"][0]["correct"], reference["questions"]).astype(float)
+        if "ids" in cell:  # asked some of the dense model's questions
+            asked = set(cell["ids"])
+            whole = whole[[question in asked for question in reference["ids"]]]
+        known = {"cell": name, "method": cell["method"], "seed": cell["seed"], "target": cell["target"], "dense": whole}
+        known |= {**router_cost(cell), **total_cost(cells, cell)}
+        for evaluation in cell["evaluations"]:
+            measured = {
+                "point": "dense" if evaluation["point"] is None else evaluation["point"],
+                "rate": evaluation[RATE],
+                "correct": unpack(evaluation["correct"], cell["questions"]).astype(float),
+                "agreement": evaluation["agreement"],
+                "time": evaluation["time_ratio"],
+            }
+            rows.append({**known, **measured})
+    return pd.DataFrame(rows).astype({"target": float, "point": object})
+
+
+def router_cost(cell: dict[str, Any]) -> dict[str, float]:
+    """What the router stage of a cell cost: optimizer steps, samples, forward passes, CPU seconds."""
+    stages = [stage for stage in cell["stages"] if stage["stage"] in ("router", "roe_router")]
+    return {
+        "router_steps": sum(stage["steps"] for stage in stages),
+        "router_samples": sum(stage["examples"] + stage["fitting_samples"] for stage in stages),
+        "router_passes": sum(stage["examples"] * STEP_PASSES + stage["fitting_passes"] for stage in stages),
+        "router_seconds": sum(stage["cpu_seconds"] for stage in stages),
+    }
+
+
+def total_cost(cells: Cells, cell: dict[str, Any]) -> dict[str, float]:
+    """Samples and CPU seconds of all stages of a cell, those that it shares with another cell included."""
+    stages = list(cell["stages"])
+    shared, _, last = cell["start"].partition("/")
+    if shared in cells:
+        names = [stage["stage"] for stage in cells[shared]["stages"]]
+        stages += cells[shared]["stages"][: names.index(last) + 1]
+    samples = sum(stage["steps"] * BATCH + stage["fitting_samples"] for stage in stages)
+    return {"total_samples": samples, "total_seconds": sum(stage["cpu_seconds"] for stage in stages)}
+
+
+def of(runs: pd.DataFrame, method: str, target: float | None = MAIN_TARGET) -> pd.DataFrame:
+    """Runs of a method; of one trained for each target, those of one target."""
+    return runs[(runs.method == method) & (runs.target.isna() | (runs.target == target))]
+
+
+def pick(runs: pd.DataFrame, method: str, point: Point, target: float | None = MAIN_TARGET) -> pd.DataFrame:
+    """Runs of a method at what it was asked for, one for each seed, which is the index."""
+    found = of(runs, method, target)
+    return found[found.point == point].set_index("seed").sort_index()
+
+
+def at_rates(runs: pd.DataFrame, method: str, rates: pd.Series, target: float | None = MAIN_TARGET) -> pd.DataFrame:
+    """A method at observed skip rates: each seed interpolated, question by question, between its two nearest points.
 
     Args:
-        cells: What the files hold, by name.
+        runs: See ``make_runs``.
+        method: The method; beyond its lowest and highest rate these are taken.
+        rates: Skip rate for each seed.
+        target: See ``of``.
+
+    Returns:
+        Columns ``rate``, ``correct``, ``agreement``, ``time`` and ``dense``, one row for each seed that was run.
     """
+    rows = {}
+    for seed, own in of(runs, method, target).groupby("seed"):
+        if seed not in rates.index:
+            continue
+        own = own.sort_values("rate", kind="stable")
+        above = min(int(own.rate.searchsorted(rates[seed])), len(own) - 1)
+        low, high = own.iloc[max(above - 1, 0)], own.iloc[above]
+        gap = high.rate - low.rate
+        share = 1.0 if gap <= 0 else float(np.clip((rates[seed] - low.rate) / gap, 0, 1))
+        mixed = {
+            name: (1 - share) * low[name] + share * high[name] for name in ("rate", "correct", "agreement", "time")
+        }
+        rows[seed] = {**mixed, "dense": low.dense}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["rate", "correct", "agreement", "time", "dense"])
 
-    def __init__(self, cells: dict[str, dict[str, Any]]) -> None:
-        self.cells = cells
 
-    @classmethod
-    def read(cls, folder: Path) -> Results:
-        """Read the files of a folder.
+def difference(first: pd.Series, second: pd.Series) -> Interval | None:
+    """Mean difference of two columns of answers, seed by seed; questions are the unit, seeds are averaged first.
 
-        Raises:
-            FileNotFoundError: If there is none.
-        """
-        cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-        if not cells:
-            raise FileNotFoundError(f"{folder} holds no cells; run bash scripts/playground/compare.sh first.")
-        return cls(cells)
-
-    def of(self, method: str, target: float | None = None) -> list[dict[str, Any]]:
-        """Cells of a method, one for each seed that has been run; of a target if it has one."""
-        found = [cell for cell in self.cells.values() if cell["method"] == method and cell["target"] in (None, target)]
-        return sorted(found, key=lambda cell: cell["seed"])
-
-    def at_level(self, method: str, level: int) -> list[dict[str, Any]]:
-        """Cells of "roe" or "fuzzy" whose router stage had a percentage of RoE's, target 30 %."""
-        whole = {"roe": 100, "fuzzy": MAIN_BUDGET}[method]
-        return self.of(method if level == whole else f"{method}_{level}", 0.3)
-
-    def run_at(self, cell: dict[str, Any], point: Point) -> Run:
-        """One operating point of a cell. Raises KeyError if it was not asked for."""
-        for found in cell["evaluations"]:
-            if found["point"] == point:
-                correct = unpack(found["correct"], cell["questions"]).astype(float)
-                return Run(point, found["skip_rate"], correct, found["agreement"], found["time_ratio"])
-        raise KeyError(f"{cell['cell']} was not asked for {point}.")
-
-    def runs(self, cell: dict[str, Any], points: Sequence[Point] | None = None) -> list[Run]:
-        """Operating points of a cell, all or some, by achieved skip rate."""
-        found = [self.run_at(cell, e["point"]) for e in cell["evaluations"] if points is None or e["point"] in points]
-        return sorted(found, key=lambda run: run.skip_rate)
-
-    def dense(self, cell: dict[str, Any]) -> np.ndarray:
-        """What the dense model of a cell's seed answers rightly, of the cell's questions, (n,)."""
-        reference = self.cells[f"dense_{cell['seed']}"]
-        correct = self.run_at(reference, None).correct
-        if "ids" not in cell:  # asked all of the dense model's questions
-            return correct
-        chosen = set(cell["ids"])
-        return correct[[name in chosen for name in reference["ids"]]]
-
-    def difference(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Interval:
-        """Mean difference of pairs, one per seed, (n,) each; questions are the unit, seeds are averaged first."""
-        return interval_of(np.mean([first - second for first, second in pairs], axis=0))
-
-    def at_skip_rate(self, cell: dict[str, Any], skip_rate: float, points: Sequence[Point] | None = None) -> Run:
-        """A cell at an achieved skip rate, interpolated between its two neighbouring points; at its ends the end."""
-        runs = self.runs(cell, points)
-        above = next((index for index, run in enumerate(runs) if run.skip_rate >= skip_rate), len(runs) - 1)
-        low, high = runs[max(above - 1, 0)], runs[above]
-        gap = high.skip_rate - low.skip_rate
-        share = 1.0 if gap <= 0 else float(np.clip((skip_rate - low.skip_rate) / gap, 0, 1))
-
-        def between(first: Any, second: Any) -> Any:
-            return (1 - share) * first + share * second
-
-        return Run(
-            None,
-            between(low.skip_rate, high.skip_rate),
-            between(low.correct, high.correct),
-            between(low.agreement, high.agreement),
-            between(low.time_ratio, high.time_ratio),
-        )
-
-    def router_cost(self, cell: dict[str, Any], with_budgets: bool = False) -> dict[str, float]:
-        """What a cell's router stage cost: optimizer steps, examples, forward passes, CPU seconds.
-
-        Args:
-            cell: A cell.
-            with_budgets: Count the table of budgets of linear routers too, which the published method has not.
-        """
-        cost = {"steps": 0.0, "examples": 0.0, "passes": 0.0, "seconds": 0.0}
-        for stage in cell["stages"]:
-            if stage["stage"] in ("router", "roe_router"):
-                cost["steps"] += stage["steps"]
-                cost["examples"] += stage["examples"] + stage["fitting_samples"]
-                cost["passes"] += stage["examples"] * STEP_PASSES + stage["fitting_passes"]
-                cost["seconds"] += stage["cpu_seconds"]
-            elif with_budgets:
-                cost["examples"] += stage["fitting_samples"]
-                cost["passes"] += stage["fitting_passes"]
-                cost["seconds"] += stage["fitting_cpu_seconds"]
-        return cost
-
-    def total_cost(self, cell: dict[str, Any]) -> dict[str, float]:
-        """Examples and CPU seconds of all stages of a cell, those that it shares with another cell included."""
-        stages = list(cell["stages"])
-        shared, _, last = cell["start"].partition("/")
-        if shared in self.cells:
-            names = [stage["stage"] for stage in self.cells[shared]["stages"]]
-            stages += self.cells[shared]["stages"][: names.index(last) + 1]
-        examples = sum(stage["steps"] * BATCH + stage["fitting_samples"] for stage in stages)
-        return {"examples": examples, "seconds": sum(stage["cpu_seconds"] for stage in stages)}
+    None where no seed has both.
+    """
+    pairs = (first - second).dropna()
+    return interval_of(np.mean([*pairs], axis=0)) if len(pairs) else None
 
 
 def interval_of(values: np.ndarray) -> Interval:
@@ -160,3 +172,25 @@ def interval_of(values: np.ndarray) -> Interval:
     margin = NORMAL_QUANTILE * float(values.std(ddof=1)) / np.sqrt(len(values))
     mean = float(values.mean())
     return Interval(mean, mean - margin, mean + margin)
+
+
+def compare(runs: pd.DataFrame, method: str, other: str, point: Point) -> Interval | None:
+    """How much more often one method is right than another at equal skip rates, those with one training per target
+    at the main one.
+
+    Args:
+        runs: See ``make_runs``.
+        method, other: The methods; ``other`` may be "dense".
+        point: The rate of both. If the rates of one jump, what that one is asked for: the other is taken at the rate
+            that came of it.
+    """
+    jump = [TRAINED in set(of(runs, name).point) for name in (method, other)]
+    if jump == [True, False] and other != "dense":
+        reverse = compare(runs, other, method, point)
+        return None if reverse is None else -reverse
+    if jump[1]:
+        theirs = pick(runs, other, point)
+        return difference(at_rates(runs, method, theirs.rate).correct, theirs.correct)
+    rates = pd.Series(point, index=runs.seed.unique())
+    mine = at_rates(runs, method, rates)
+    return difference(mine.correct, mine.dense if other == "dense" else at_rates(runs, other, rates).correct)

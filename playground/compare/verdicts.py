@@ -1,96 +1,77 @@
-"""What the comparison was to show, and whether it does."""
+"""What the comparison was to show, as data, and whether it does."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-from playground.compare.answers import TRAINED
-from playground.compare.cells import MAIN_BUDGET
-from playground.compare.summary import Interval, Results
+import pandas as pd
+
+from playground.compare.arms import MAIN_SHARE, MAIN_TARGET, TRAINED, Point, at_share
+from playground.compare.summary import Interval, compare
 
 NEAR_ROE, NEAR_DENSE = -0.01, -0.02
 """What FuzzyRoE may lose against RoE at equal skip, and against the dense model."""
 
 
-def bars(results: Results) -> list[str]:
-    """One line for each bar and question that the cells can answer, met or not."""
-    lines = []
-    roe, fuzzy = results.of("roe", 0.3), results.of("fuzzy")
-    if roe and fuzzy:
-        against = compare_with_roe(results, fuzzy, roe)
-        lines.append(_bar("FuzzyRoE within 1 point of RoE at equal skip, target 30 %", against, NEAR_ROE))
-        pairs = [(results.at_skip_rate(cell, 0.3).correct, results.dense(cell)) for cell in fuzzy]
-        against = results.difference(pairs)
-        lines.append(_bar("FuzzyRoE with 30 % of the layers skipped within 2 points of dense", against, NEAR_DENSE))
-    for better, worse, title in (
-        ("roe", "random", "RoE better than random skip at its own skip rate, target 30 %"),
-        ("roe", "static", "RoE better than static skip at its own skip rate, target 30 %"),
-    ):
-        cells = results.of(worse)
-        if results.of(better, 0.3) and cells:
-            found = compare_with_roe(results, cells, roe)
-            lines.append(_question(title, Interval(-found.mean, -found.upper, -found.lower)))
-    for worse, title in (
-        ("static", "FuzzyRoE better than static skip, 30 % of the layers skipped"),
-        ("linear_score", "The rule base better than a linear score, 30 % of the layers skipped"),
-        ("fuzzy_published", "Shipped antecedents better than the published ones, 30 % of the layers skipped"),
-    ):
-        cells = results.of(worse)
-        if cells and fuzzy:
-            pairs = [
-                (results.at_skip_rate(mine, 0.3).correct, results.at_skip_rate(theirs, 0.3).correct)
-                for mine, theirs in zip(fuzzy, cells, strict=False)
-            ]
-            lines.append(_question(title, results.difference(pairs)))
-    for level in (MAIN_BUDGET, 5):
-        lines += _claim(results, level)
-    return lines
+class Hypothesis(NamedTuple):
+    """One line of the verdicts.
+
+    Attributes:
+        title: What is claimed.
+        method, other: Arms that are compared.
+        point: At which skip rate, see ``summary.compare``.
+        at_least: Bar of the difference; None for a question, answered by whether the interval holds 0.
+    """
+
+    title: str
+    method: str
+    other: str
+    point: Point
+    at_least: float | None = None
 
 
-def compare_with_roe(results: Results, cells: list[dict[str, Any]], roe: list[dict[str, Any]]) -> Interval:
-    """Accuracy of cells minus that of RoE as trained, at its skip rate, seed by seed."""
-    references = {cell["seed"]: results.run_at(cell, TRAINED) for cell in roe}
-    pairs = [
-        (results.at_skip_rate(cell, references[cell["seed"]].skip_rate).correct, references[cell["seed"]].correct)
-        for cell in cells
-        if cell["seed"] in references
-    ]
-    return results.difference(pairs)
+AT_30 = "30 % of the layers skipped"
+
+HYPOTHESES = (
+    Hypothesis("FuzzyRoE within 1 point of RoE at equal skip, target 30 %", "fuzzy", "roe", TRAINED, NEAR_ROE),
+    Hypothesis(f"FuzzyRoE with {AT_30} within 2 points of dense", "fuzzy", "dense", MAIN_TARGET, NEAR_DENSE),
+    Hypothesis("RoE better than random skip at its own skip rate, target 30 %", "roe", "random", TRAINED),
+    Hypothesis("RoE better than static skip at its own skip rate, target 30 %", "roe", "static", TRAINED),
+    Hypothesis(f"FuzzyRoE better than static skip, {AT_30}", "fuzzy", "static", MAIN_TARGET),
+    Hypothesis(f"The rule base better than a linear score, {AT_30}", "fuzzy", "linear_score", MAIN_TARGET),
+    Hypothesis(f"Shipped antecedents better than the published ones, {AT_30}", "fuzzy", "fuzzy_published", MAIN_TARGET),
+)
+
+SAVINGS = (MAIN_SHARE, 5)
+"""Percentages of RoE's router stage at which the published claim is tried: as little is enough for FuzzyRoE only."""
 
 
-def _claim(results: Results, level: int) -> list[str]:
-    """Whether the published saving holds at a percentage of RoE's router stage."""
-    fuzzy, roe = results.at_level("fuzzy", level), results.at_level("roe", level)
-    whole = results.at_level("roe", 100)
-    if not (fuzzy and roe and whole):
-        return []
-    near = compare_with_roe(results, fuzzy, whole)
-    calibrated = {cell["seed"]: results.run_at(cell, 0.3) for cell in roe}
-    pairs = [
-        (calibrated[cell["seed"]].correct, results.at_skip_rate(cell, calibrated[cell["seed"]].skip_rate).correct)
-        for cell in fuzzy
-        if cell["seed"] in calibrated
-    ]
-    cut = results.difference(pairs)
-    is_near, is_worse = near.mean >= NEAR_ROE, cut.upper < 0
-    verdict = "holds" if is_near and is_worse else "does not hold"
-    second = "is worse" if is_worse else "is not worse" if cut.mean >= 0 else "is not clearly worse"
-    title = f"{100 - level} % of the router stage saved"
-    return [
-        f"- **{title}: {verdict}.** FuzzyRoE fitted by {level} % of the passes of RoE's router stage: {_points(near)} "
-        f"against the whole of RoE ({'within' if is_near else 'not within'} 1 point); RoE with {level} % of its router "
-        f"stage, bias calibrated, {second} than it at equal skip: {_points(cut)}."
-    ]
+def judge(runs: pd.DataFrame) -> list[tuple[str, str, Interval]]:
+    """Title, verdict and difference of each hypothesis whose arms have been run."""
+    judged = []
+    for title, method, other, point, at_least in HYPOTHESES:
+        found = compare(runs, method, other, point)
+        if found is None:
+            continue
+        if at_least is not None:
+            verdict = "met" if found.mean >= at_least else "not met"
+        else:
+            verdict = "yes" if found.lower > 0 else "no" if found.upper < 0 else "not clearly"
+        judged.append((title, verdict, found))
+    return judged
 
 
-def _bar(title: str, found: Interval, bar: float) -> str:
-    return f"- **{title}: {'met' if found.mean >= bar else 'not met'}.** {_points(found)}."
+def judge_savings(runs: pd.DataFrame) -> list[tuple[int, Interval, bool, Interval, bool]]:
+    """The published saving at each share: it holds if FuzzyRoE is near the whole of RoE, and RoE with as little is not.
 
-
-def _question(title: str, found: Interval) -> str:
-    answer = "yes" if found.lower > 0 else "no" if found.upper < 0 else "not clearly"
-    return f"- **{title}: {answer}.** {_points(found)}."
-
-
-def _points(found: Interval) -> str:
-    return f"{100 * found.mean:+.1f} points [{100 * found.lower:+.1f}, {100 * found.upper:+.1f}]"
+    Returns:
+        Share; difference of FuzzyRoE from the whole of RoE, and whether it is near; difference of RoE cut to the share
+        from FuzzyRoE, and whether it is worse.
+    """
+    judged = []
+    for share in SAVINGS:
+        near = compare(runs, at_share("fuzzy", share), "roe", TRAINED)
+        cut = compare(runs, at_share("roe", share), at_share("fuzzy", share), MAIN_TARGET)
+        if near is not None and cut is not None:
+            judged.append((share, near, near.mean >= NEAR_ROE, cut, cut.upper < 0))
+    return judged

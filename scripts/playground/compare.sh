@@ -33,4 +33,4 @@ if [[ -z "${RESULTS_ONLY:-}" ]]; then
   "$PYTHON" -m playground.compare --data "$DATA" --work "${WORK:-outputs/compare}" --results "$RESULTS" \
     --workers "${WORKERS:-2}" ${QUESTIONS:+--questions "$QUESTIONS"} ${CELLS:+--cells $CELLS}
 fi
-"$PYTHON" -m playground.compare.results --cells "$RESULTS" --output "$(dirname "$RESULTS")"
+"$PYTHON" -m playground.compare --page --results "$RESULTS"

@@ -8,16 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from llava.train.arguments import parse_arguments, stage_of
 from playground.compare import verdicts
-from playground.compare.cells import BATCH, MAIN_BUDGET, ROUTER_BUDGETS, ROUTER_STEPS, SEEDS, Cell, cells
-from playground.compare.packing import pack, unpack
-from playground.compare.page import ABLATIONS, LABELS, write_page
-from playground.compare.results import render
+from playground.compare.arms import ARMS, BATCH, MAIN_SHARE, ROUTER_STEPS, SEEDS, SHARES, Cell, cells
+from playground.compare.page import render, write_page
 from playground.compare.run_cell import flags_of
-from playground.compare.summary import Results, interval_of
+from playground.compare.summary import (
+    Cells,
+    at_rates,
+    compare,
+    difference,
+    interval_of,
+    make_runs,
+    pack,
+    pick,
+    read_cells,
+    total_cost,
+    unpack,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = cells()
@@ -25,11 +36,11 @@ CELLS = cells()
 
 def test_every_method_has_every_seed_and_every_name_is_its_own() -> None:
     assert len({cell.name for cell in CELLS}) == len(CELLS)
-    shown = {"dense", *LABELS, *ABLATIONS} | {f"fuzzy_{level}" for level in ROUTER_BUDGETS if level != MAIN_BUDGET}
-    shown |= {f"roe_{level}" for level in ROUTER_BUDGETS if level != 100}
-    assert {cell.method for cell in CELLS} == shown
-    for method in shown:
-        assert {cell.seed for cell in CELLS if cell.method == method} == set(SEEDS)
+    assert len({arm.method for arm in ARMS}) == len(ARMS) and all(arm.label for arm in ARMS)
+    shares = {f"fuzzy_{share}" for share in SHARES if share != MAIN_SHARE} | {f"roe_{n}" for n in SHARES if n != 100}
+    assert {arm.method for arm in ARMS if arm.table == "cost"} == shares
+    for arm in ARMS:
+        assert {cell.seed for cell in CELLS if cell.arm == arm} == set(SEEDS)
 
 
 def test_a_cell_starts_from_what_an_earlier_wave_has_made() -> None:
@@ -38,12 +49,12 @@ def test_a_cell_starts_from_what_an_earlier_wave_has_made() -> None:
         if cell.start:
             name, stage = cell.start.split("/")
             assert known[name].wave < cell.wave and known[name].seed == cell.seed
-            assert stage in [training.stage for training in known[name].stages]
+            assert stage in [training.stage for training in known[name].arm.stages]
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.seed == 0], ids=lambda cell: cell.name)
 def test_every_flag_of_a_cell_acts_in_its_stage(cell: Cell) -> None:
-    for training in cell.stages:
+    for training in cell.arm.stages:
         model, routing, training_args = (
             parse_arguments(flags_of(training, cell, Path("data"), "base", Path("out")))[index] for index in (0, 2, 3)
         )
@@ -53,12 +64,12 @@ def test_every_flag_of_a_cell_acts_in_its_stage(cell: Cell) -> None:
 
 def test_all_methods_take_the_same_steps_and_no_router_is_fitted_by_more_than_its_share() -> None:
     for cell in CELLS:
-        if cell.table == "methods" and cell.method not in ("dense", "oracle"):
-            assert sum(training.steps for training in cell.stages) == 240
-            assert cell.stages[-1].steps == 120
+        if cell.arm.table == "methods" and cell.arm.method not in ("dense", "oracle"):
+            assert sum(training.steps for training in cell.arm.stages) == 240
+            assert cell.arm.stages[-1].steps == 120
     whole = 2 * ROUTER_STEPS * BATCH
-    for level, (order, losses, scores) in ROUTER_BUDGETS.items():
-        assert 0.98 < (51 * order + 8 * losses + scores) / (level / 100 * whole) < 1.005
+    for share, (order, losses, scores, _) in SHARES.items():
+        assert 0.98 < (51 * order + 8 * losses + scores) / (share / 100 * whole) < 1.005
 
 
 def test_bits_are_packed_and_unpacked() -> None:
@@ -88,7 +99,7 @@ def make_cell(method: str, seed: int, shares: dict[Any, tuple[float, float]], **
     return {**cell, "questions": 100, "evaluations": evaluations, "stages": [stage], "start": "", **more}
 
 
-def make_results(fuzzy: float = 0.95, roe: float = 0.95, short_roe: float = 0.80) -> Results:
+def make_cells(fuzzy: float = 0.95, roe: float = 0.95, short_roe: float = 0.80) -> Cells:
     """Two seeds of dense, FuzzyRoE at 33 % of RoE's passes, RoE, and RoE with 33 % of its router stage."""
     found = []
     for seed in (0, 1):
@@ -97,23 +108,21 @@ def make_results(fuzzy: float = 0.95, roe: float = 0.95, short_roe: float = 0.80
         for method, accuracy in (("roe", roe), ("roe_33", short_roe)):
             shares = {"trained": (accuracy, 0.3), 0.3: (accuracy, 0.3)}
             found.append(make_cell(method, seed, shares, target=0.3, cell=f"{method}_30_{seed}"))
-    return Results({cell["cell"]: cell for cell in found})
+    return {cell["cell"]: cell for cell in found}
 
 
 def test_a_skip_rate_between_two_points_is_interpolated_question_by_question() -> None:
-    results = make_results()
-    cell = results.of("fuzzy")[0]
-    run = results.at_skip_rate(cell, 0.25)
-    assert (run.skip_rate, run.correct.mean()) == (pytest.approx(0.25), pytest.approx(0.75 * 0.97 + 0.25 * 0.93))
-    assert results.at_skip_rate(cell, 0.05).skip_rate == 0.2 and results.at_skip_rate(cell, 0.9).skip_rate == 0.4
+    runs = make_runs(make_cells())
+    found = at_rates(runs, "fuzzy", pd.Series({0: 0.25})).loc[0]
+    assert (found.rate, found.correct.mean()) == (pytest.approx(0.25), pytest.approx(0.75 * 0.97 + 0.25 * 0.93))
+    assert [*at_rates(runs, "fuzzy", pd.Series({0: 0.05, 1: 0.9})).rate] == [0.2, 0.4]
 
 
 def test_a_paired_difference_has_no_spread_where_both_fail_on_the_same_questions() -> None:
-    results = make_results()
-    pairs = [(results.at_skip_rate(cell, 0.3).correct, results.dense(cell)) for cell in results.of("fuzzy")]
-    assert results.difference(pairs).mean == pytest.approx(-0.02)
-    same = [(results.dense(cell), results.dense(cell)) for cell in results.of("fuzzy")]
-    assert results.difference(same).upper == 0
+    runs = make_runs(make_cells())
+    assert compare(runs, "fuzzy", "dense", 0.3).mean == pytest.approx(-0.02)
+    dense = pick(runs, "fuzzy", 0.2).dense
+    assert difference(dense, dense).upper == 0
 
 
 @pytest.mark.parametrize(
@@ -127,29 +136,27 @@ def test_a_paired_difference_has_no_spread_where_both_fail_on_the_same_questions
 def test_the_published_saving_holds_only_if_fuzzy_is_near_and_a_shorter_roe_is_worse(
     accuracies: dict[str, float], verdict: str
 ) -> None:
-    assert any(verdict in line for line in verdicts.bars(make_results(**accuracies)))
+    assert verdict in write_page(make_cells(**accuracies))
 
 
 def test_bars_are_met_or_not_by_the_numbers() -> None:
-    lines = "\n".join(verdicts.bars(make_results(fuzzy=0.95)))
-    assert "within 1 point of RoE at equal skip, target 30 %: met" in lines
-    assert "within 2 points of dense: met" in lines
-    lines = "\n".join(verdicts.bars(make_results(fuzzy=0.93)))
-    assert "within 1 point of RoE at equal skip, target 30 %: not met" in lines
-    assert "within 2 points of dense: not met" in lines
+    for accuracy, verdict in ((0.95, "met"), (0.93, "not met")):
+        lines = "\n".join(f"{line[0]}: {line[1]}" for line in verdicts.judge(make_runs(make_cells(fuzzy=accuracy))))
+        assert f"within 1 point of RoE at equal skip, target 30 %: {verdict}\n" in f"{lines}\n"
+        assert f"within 2 points of dense: {verdict}\n" in f"{lines}\n"
 
 
 def test_a_cell_that_goes_on_from_another_has_cost_that_one_too() -> None:
-    results = make_results()
-    shared = results.of("roe", 0.3)[0]
+    cells = make_cells()
+    shared = cells["roe_30_0"]
     shared["stages"] = [{**shared["stages"][0], "stage": "roe_adapter", "steps": 72, "cpu_seconds": 40.0}]
-    cut = {**results.of("roe_33", 0.3)[0], "start": f"{shared['cell']}/roe_adapter"}
-    assert results.total_cost(cut) == {"examples": 10 + 72 * BATCH + 10, "seconds": 45.0}
+    cut = {**cells["roe_33_30_0"], "start": f"{shared['cell']}/roe_adapter"}
+    assert total_cost(cells, cut) == {"total_samples": 10 + 72 * BATCH + 10, "total_seconds": 45.0}
 
 
 def test_the_page_and_its_figures_are_what_the_committed_cells_give() -> None:
     reading = (ROOT / "docs" / "results" / "reading.md").read_text()
-    for name, text in render(Results.read(ROOT / "docs" / "results" / "cells"), reading).items():
+    for name, text in render(read_cells(ROOT / "docs" / "results" / "cells"), reading).items():
         path = ROOT / "docs" / ("results.md" if name == "results.md" else f"results/{name}")
         committed, remedy = (
             path.read_text(encoding="utf-8"),
@@ -172,8 +179,8 @@ def test_every_cell_of_the_comparison_is_committed() -> None:
 
 
 def test_conclusions_about_other_cells_are_left_out() -> None:
-    results = Results.read(ROOT / "docs" / "results" / "cells")
+    cells = read_cells(ROOT / "docs" / "results" / "cells")
     reading = (ROOT / "docs" / "results" / "reading.md").read_text()
-    assert "## Reading" in write_page(results, reading)
-    changed = Results({name: cell for name, cell in results.cells.items() if name != "static_2"})
+    assert "## Reading" in write_page(cells, reading)
+    changed = {name: cell for name, cell in cells.items() if name != "static_2"}
     assert "## Reading" not in write_page(changed, reading)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from playground.compare.cells import Cell, cells
+from playground.compare.arms import Cell, cells
 from playground.compare.run_cell import run_cell
-from playground.compare.summary import Results
+from playground.compare.summary import make_runs, pick, read_cells
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +50,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shorten(cell: Cell) -> Cell:
     """The cell with two steps in every stage that trains."""
-    stages = tuple(replace(training, steps=min(training.steps, 2)) for training in cell.stages)
-    return replace(cell, stages=stages)
+    stages = tuple(replace(training, steps=min(training.steps, 2)) for training in cell.arm.stages)
+    return replace(cell, arm=replace(cell.arm, stages=stages))
 
 
 def test_a_cell_says_what_was_run_and_what_came_of_it(ran: Path) -> None:
@@ -65,21 +65,21 @@ def test_a_cell_says_what_was_run_and_what_came_of_it(ran: Path) -> None:
 
 
 def test_the_same_questions_are_asked_of_all_and_routers_meet_their_rates(ran: Path) -> None:
-    results = Results.read(ran / "cells")
-    for name, rate in (("static_0", 0.33), ("random_0", 0.3), ("fuzzy_0", 0.3), ("linear_score_0", 0.3)):
-        run = results.run_at(results.cells[name], 0.3)
-        assert run.skip_rate == pytest.approx(rate, abs=0.12) and len(run.correct) == QUESTIONS
-    assert results.run_at(results.cells["dense_0"], None).correct.mean() > 0.8  # the base model knows the task
+    runs = make_runs(read_cells(ran / "cells"))
+    for method, rate in (("static", 0.33), ("random", 0.3), ("fuzzy", 0.3), ("linear_score", 0.3)):
+        run = pick(runs, method, 0.3).loc[0]
+        assert run.rate == pytest.approx(rate, abs=0.12) and len(run.correct) == QUESTIONS
+    assert pick(runs, "dense", "dense").loc[0].correct.mean() > 0.8  # the base model knows the task
 
 
 def test_the_oracle_answers_no_worse_than_the_model_that_it_routes(ran: Path) -> None:
-    results = Results.read(ran / "cells")
-    oracle, fuzzy = (results.cells[name] for name in ("oracle_0", "fuzzy_0"))
-    assert QUESTIONS * 53 <= oracle["search_passes"] <= QUESTIONS * 68  # rows of a batch may differ in what is left
+    cells = read_cells(ran / "cells")
+    assert (
+        QUESTIONS * 53 <= cells["oracle_0"]["search_passes"] <= QUESTIONS * 68
+    )  # rows of a batch may differ in what is left
     for rate in (0.2, 0.3, 0.4):
-        found = results.run_at(oracle, rate)
-        assert found.skip_rate == pytest.approx(rate, abs=0.03)
-        assert found.correct.mean() >= results.run_at(fuzzy, rate).correct.mean()
+        oracle, fuzzy = (pick(make_runs(cells), method, rate).loc[0] for method in ("oracle", "fuzzy"))
+        assert oracle.rate == pytest.approx(rate, abs=0.03) and oracle.correct.mean() >= fuzzy.correct.mean()
 
 
 def test_a_cell_that_is_there_is_left_alone_and_an_unknown_one_refused(ran: Path) -> None:
