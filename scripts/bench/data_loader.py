@@ -16,12 +16,10 @@ With --check the exit status is 1 if a bar is not met, and its line is named.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -34,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+import psutil
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -44,7 +43,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava.data import FORK_SERVER_MODULES
 from llava.data.dataset import SFTCollator, SFTDataset
 from llava.data.records import parse_record
-from scripts.bench.speed.lines import Line
+from scripts.bench.bench import Line, conditions, make_parser, report
 
 FEW, MANY = 1, 4
 """Workers that are compared."""
@@ -56,12 +55,14 @@ WORDS = tuple("".join(letters) for letters in itertools.product("bdklmnrst", "ae
 
 
 class PlainRecords(list):
-    """All records of a file as Python objects, with the face of ``RecordFile``."""
+    """All records of a file as Python objects, read like a ``RecordFile``."""
 
     def __init__(self, path: Path) -> None:
-        with open(path, encoding="utf-8") as handle:
-            super().__init__(json.load(handle))
+        super().__init__(json.loads(path.read_text(encoding="utf-8")))
         self.path = path
+
+    def __getitem__(self, index: int) -> Any:
+        return parse_record(super().__getitem__(index), index, self.path)
 
 
 class PlainDataset(SFTDataset):
@@ -70,23 +71,6 @@ class PlainDataset(SFTDataset):
     def __init__(self, path: Path, *options: Any) -> None:
         super().__init__(path, *options)
         self.records = PlainRecords(path)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        objects, self.records = self.records, _One(self.records, index)
-        try:
-            return super().__getitem__(index)
-        finally:
-            self.records = objects
-
-
-class _One:
-    """One record of a list, parsed as ``RecordFile`` parses it."""
-
-    def __init__(self, objects: PlainRecords, index: int) -> None:
-        self.path, self.record = objects.path, parse_record(objects[index], index, objects.path)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.record
 
 
 def write_records(path: Path, num_bytes: int, num_images: int) -> int:
@@ -134,21 +118,10 @@ def make_tokenizer(size: int = 32_000) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def process_tree(pid: int) -> Iterator[int]:
-    """A process and all below it."""
-    yield pid
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            yield from process_tree(int(child))
-
-
 def total_pss() -> float:
     """PSS of this process and all below it, in MB."""
-    total = 0
-    for pid in process_tree(os.getpid()):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total * 1024 / MEGABYTE
+    here = psutil.Process()
+    return sum(process.memory_full_info().pss for process in (here, *here.children(recursive=True))) / MEGABYTE
 
 
 def run_loader(dataset: Dataset, method: str, num_workers: int, num_samples: int) -> tuple[float, float]:
@@ -174,75 +147,51 @@ def run_loader(dataset: Dataset, method: str, num_workers: int, num_samples: int
     return most, speed
 
 
-def compare(name: str, dataset: Dataset, method: str, num_samples: int, bar: float | None = None) -> list[Line]:
+def compare(
+    name: str, dataset: Dataset, num_samples: int, method: str = "forkserver", bar: float | None = None
+) -> Iterator[Line]:
     """One worker and several over the same samples."""
     few, many = (run_loader(dataset, method, number, num_samples) for number in (FEW, MANY))
-    return [
-        Line(f"{name}: PSS of {MANY} workers by that of {FEW}", many[0] / few[0], at_most=bar, unit="x"),
-        Line(f"  {FEW} worker", few[0], unit=" MB"),
-        Line(f"  {MANY} workers", many[0], unit=" MB"),
-        Line(f"  {FEW} worker, speed", few[1], unit=" samples/s"),
-        Line(f"  {MANY} workers, speed", many[1], unit=" samples/s"),
-    ]
+    yield Line(f"{name}: PSS of {MANY} workers by that of {FEW}", many[0] / few[0], at_most=bar, unit="x")
+    for number, (memory, speed) in ((FEW, few), (MANY, many)):
+        yield Line(f"  workers: {number}", memory, unit=" MB")
+        yield Line(f"  workers: {number}, speed", speed, unit=" samples/s")
 
 
-def measure(num_bytes: int, num_samples: int, with_spawn: bool, folder: Path) -> list[Line]:
-    """All lines, over a file of some bytes made in a folder."""
+def measure(num_bytes: int, num_samples: int, with_spawn: bool) -> Iterator[Line]:
+    """All lines, over a file of some bytes made in a temporary folder."""
     multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)
-    write_images(folder / "images", 64)
-    count = write_records(folder / "data.json", num_bytes, 64)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    options = (folder / "images", make_tokenizer(), processor, "v1", 576, 4)
-    started = time.perf_counter()
-    dataset = SFTDataset(folder / "data.json", *options)
-    indexed = time.perf_counter()
-    dataset.modality_lengths()
-    lines = [
-        Line(f"indexing {count:,} records of {num_bytes / 1e6:,.0f} MB", indexed - started, unit=" s"),
-        Line("lengths of all records for the sampler", time.perf_counter() - indexed, unit=" s"),
-        *compare("records on disk, fork server", dataset, "forkserver", num_samples, BAR),
-    ]
-    if with_spawn:
-        lines += compare("records on disk, spawn", dataset, "spawn", num_samples)
-    plain = folder / "data.json"
-    if num_bytes > PLAIN_BYTES:
-        plain = folder / "plain.json"
-        write_records(plain, PLAIN_BYTES, 64)
-    size = plain.stat().st_size / 1e6
-    lines += compare(
-        f"json.load of {size:,.0f} MB, fork server", PlainDataset(plain, *options), "forkserver", num_samples
-    )
-    return lines
-
-
-def conditions() -> str:
-    """Machine and versions."""
-    return (
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch "
-        f"{torch.__version__}; workers at batch 8, PSS from /proc"
-    )
+    with tempfile.TemporaryDirectory(prefix="data_loader_") as name:
+        folder = Path(name)
+        write_images(folder / "images", 64)
+        count = write_records(folder / "data.json", num_bytes, 64)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+        options = (folder / "images", make_tokenizer(), processor, "v1", 576, 4)
+        started = time.perf_counter()
+        dataset = SFTDataset(folder / "data.json", *options)
+        indexed = time.perf_counter()
+        dataset.modality_lengths()
+        size = f"{count:,} records of {num_bytes / 1e6:,.0f} MB"
+        yield Line(f"indexing {size}", indexed - started, unit=" s")
+        yield Line("lengths of all records for the sampler", time.perf_counter() - indexed, unit=" s")
+        yield from compare("records on disk, fork server", dataset, num_samples, bar=BAR)
+        if with_spawn:
+            yield from compare("records on disk, spawn", dataset, num_samples, "spawn")
+        plain = folder / "data.json"
+        if num_bytes > PLAIN_BYTES:
+            plain = folder / "plain.json"
+            write_records(plain, PLAIN_BYTES, 64)
+        size = f"{plain.stat().st_size / 1e6:,.0f} MB"
+        yield from compare(f"json.load of {size}, fork server", PlainDataset(plain, *options), num_samples)
 
 
 def main() -> None:
     """Measure, print, check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a file of 100 MB, fewer samples, no spawn")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, "a file of 100 MB, fewer samples, no spawn").parse_args()
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     torch.set_num_threads(1)
     size = (100_000_000, 256, False) if arguments.quick else (1_000_000_000, 320, True)
-    print(conditions(), flush=True)
-    with tempfile.TemporaryDirectory(prefix="data_loader_") as folder:
-        lines = measure(*size, Path(folder))
-    print(*lines, sep="\n")
-    if arguments.json:
-        numbers = {"conditions": conditions(), "lines": [line.to_dict() for line in lines]}
-        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")
-    missed = [line for line in lines if not line.is_met]
-    if arguments.check and missed:
-        sys.exit("bars not met:\n" + "\n".join(map(str, missed)))
+    report(arguments, measure(*size), conditions(what="workers at batch 8, PSS of the process tree"))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ With --check the exit status is 1 if a bar is not met or was not measured, and i
 from __future__ import annotations
 
 import argparse
-import json
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,17 +29,19 @@ import torch
 
 from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
-from scripts.bench.speed import bars, checkpoint, grid, overhead, pruning, report
-from scripts.bench.speed.lines import Line
-from scripts.bench.speed.passes import Bench
-from scripts.bench.speed.shapes import SHAPES
-from scripts.bench.speed.timing import cpu_seconds
+from scripts.bench.bench import Line, conditions, make_parser, markdown, report
+from scripts.bench.speed import bars, checkpoint, grid, overhead
+from scripts.bench.speed.decoders import SHAPES, Bench
 
 SKIP_RATES = (0.25, 0.5)
 
 
 def measure_lines(arguments: argparse.Namespace) -> Iterator[Line]:
-    """Bars and overheads of one shape."""
+    """Bars and overheads of one shape, or the prefill of a checkpoint."""
+    if arguments.model:
+        asked = (arguments.model, arguments.data, arguments.template, arguments.skip_rate, arguments.quick)
+        yield from checkpoint.measure_checkpoint(*asked)
+        return
     shape = SHAPES[arguments.shape or ("quick" if arguments.quick else "bar")]
     effort = bars.QUICK if arguments.quick else bars.FULL
     policy = FuzzyRouter(load_rule_base("default"), shape.layers)
@@ -52,43 +53,58 @@ def measure_lines(arguments: argparse.Namespace) -> Iterator[Line]:
     if not arguments.quick:
         yield from overhead.policy_overheads(bench, effort.length)
         yield from bars.published_rule(bench, effort, 0.5)
-        yield from pruning.skip_times_prune(shape, device=arguments.device)
+        yield from overhead.skip_times_prune(shape, device=arguments.device)
 
 
 def measure_cells(arguments: argparse.Namespace) -> list[grid.Cell]:
-    """The table."""
-    wanted = grid.Grid(
-        sizes=arguments.sizes,
-        dtypes=arguments.dtypes,
-        batches=arguments.batches,
-        prompts=arguments.prompts,
-        skip_rates=arguments.skip_rates,
-        device=arguments.device,
-        repeats=5,
-        max_seconds=arguments.max_seconds,
-    )
-    return list(grid.measure_grid(wanted))
+    """The table, printed."""
+    names = ("sizes", "dtypes", "batches", "prompts", "skip_rates", "device", "max_seconds")
+    cells = list(grid.measure_grid(**{name: getattr(arguments, name) for name in names}))
+    print(markdown([grid.to_row(cell) for cell in cells]))
+    return cells
+
+
+def plot(lines: list[Line], path: Path) -> None:
+    """Draw every line that says how much of the ideal is reached, with its quartiles and its bar."""
+    from matplotlib.figure import Figure
+
+    chosen = [line for line in lines if line.name.endswith(("ideal over routed", "of ideal throughput"))][::-1]
+    figure = Figure(figsize=(9, 0.36 * len(chosen) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    for row, line in enumerate(chosen):
+        low, high = line.value - line.spread.lower, line.spread.upper - line.value
+        axes.barh(row, line.value, height=0.62, color="#4477aa" if line.has_bar else "#bbbbbb")
+        axes.errorbar(line.value, row, xerr=[[low], [high]], color="#222222", capsize=2, linewidth=1)
+        if line.at_least is not None:
+            axes.plot([line.at_least] * 2, [row - 0.42, row + 0.42], color="#cc3311", linewidth=2)
+    axes.set_yticks(range(len(chosen)), [line.name.rsplit(":", 1)[0] for line in chosen], fontsize=8)
+    axes.axvline(1, color="#222222", linewidth=0.8, linestyle=":")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ideal time over routed time; red: bar, grey: no bar, whiskers: quartiles", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def parse() -> argparse.Namespace:
     """Read the command line; lists are separated by commas."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def several(kind: type) -> object:
+        return lambda text: tuple(kind(word) for word in text.split(","))
+
+    parser = make_parser(__doc__, "a small shape, bars lower by 0.05, no table")
     parser.add_argument("--shape", choices=list(SHAPES), help="shape that the bars are measured on")
-    parser.add_argument("--sizes", type=_words, default=("bar", "1b", "7b", "13b"), help="shapes of the table")
-    parser.add_argument("--batches", type=_numbers(int), default=(1, 4, 8))
-    parser.add_argument("--prompts", type=_numbers(int), default=(64, 640, 2048))
-    parser.add_argument("--skip-rates", type=_numbers(float), default=(0.0, 0.25, 0.5))
-    parser.add_argument("--dtypes", type=_words, default=("float32",), help="the first is that of the bars")
+    parser.add_argument("--sizes", type=several(str), default=("bar", "1b", "7b", "13b"), help="shapes of the table")
+    parser.add_argument("--batches", type=several(int), default=(1, 4, 8))
+    parser.add_argument("--prompts", type=several(int), default=(64, 640, 2048))
+    parser.add_argument("--skip-rates", type=several(float), default=(0.0, 0.25, 0.5))
+    parser.add_argument("--dtypes", type=several(str), default=("float32",), help="the first is that of the bars")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="leave out cells of the table that take longer")
     parser.add_argument("--model", help="measure the prefill of this checkpoint instead")
     parser.add_argument("--data", type=Path, default=Path("playground/data/digits"), help="its test set")
     parser.add_argument("--template", default="digits")
     parser.add_argument("--skip-rate", type=float, default=0.25, help="mean skip rate asked of the checkpoint")
-    parser.add_argument("--quick", action="store_true", help="a small shape, bars lower by 0.05, no table")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
     parser.add_argument("--plot", type=Path, help="PNG file to draw the reached shares to")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
     return parser.parse_args()
 
 
@@ -97,43 +113,15 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result: dict[str, Any] = {"conditions": report.conditions(arguments.device)}
-    print(result["conditions"])
-    if arguments.model:
-        asked = (arguments.model, arguments.data, arguments.template, arguments.skip_rate, arguments.quick)
-        result["checkpoint"] = checkpoint.measure_checkpoint(*asked)
-        print(result["checkpoint"])
-        lines = [result["checkpoint"].line()]
-    else:
-        lines = [_shown(line) for line in measure_lines(arguments)]
-    result["lines"] = lines
-    if not (arguments.quick or arguments.model):
-        result["cells"] = measure_cells(arguments)
-        print(report.table(result["cells"]))
-    if arguments.plot:
-        report.plot(lines, arguments.plot)
-    if arguments.json:
-        result["cpu_seconds"] = round(cpu_seconds())
-        arguments.json.write_text(json.dumps(result, indent=1, default=report.as_json) + "\n", encoding="utf-8")
-    missed = [line for line in lines if not line.is_met]
-    if arguments.check and missed:
-        sys.exit("bars not met:\n" + "\n".join(map(str, missed)))
 
+    def finish(lines: list[Line]) -> dict[str, object]:
+        cells = [] if arguments.quick or arguments.model else measure_cells(arguments)
+        if arguments.plot:
+            plot(lines, arguments.plot)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {"cells": cells, "cpu_seconds": round(usage.ru_utime + usage.ru_stime)}
 
-def _shown(line: Line) -> Line:
-    print(line, flush=True)
-    return line
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(kind: type) -> object:
-    def parse(text: str) -> tuple:
-        return tuple(kind(word) for word in text.split(","))
-
-    return parse
+    report(arguments, measure_lines(arguments), conditions(arguments.device), finish)
 
 
 if __name__ == "__main__":

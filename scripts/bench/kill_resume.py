@@ -14,13 +14,12 @@ Bars: largest difference of a loss and of a weight <= 1e-6; no faulty checkpoint
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from safetensors.torch import load_file
 from launching import ROOT, launch_environment
 from llava.train.arguments import takes
 from llava.train.stages import STAGES
+from scripts.bench.bench import Line, make_parser, report
 from tiny_training import Tiny, make_tiny
 
 ZERO3 = ROOT / "scripts" / "zero3.json"
@@ -74,39 +74,27 @@ CASES = {
 QUICK = ("dense", "router", "adapter")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Flags of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three stages, two kills each")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
-    parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Kill, compare, print, check."""
-    arguments = parse_arguments()
+    parser = make_parser(__doc__, "three stages, two kills each")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
+    arguments = parser.parse_args()
     names, kills = (QUICK, 2) if arguments.quick else (tuple(CASES), 8)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        tiny = make_tiny(Path(folder) / "tiny")
-        (Path(folder) / "runs").mkdir()
-        plan = build_plan(tiny, Path(folder) / "runs", names, kills, arguments.seed)
-        run_plan(plan, Path(folder) / "runs", lambda line: print(line, flush=True))
-        results = {name: compare(Path(folder) / "runs", name) for name in names}
-    for name, result in results.items():
-        print(describe(name, result))
-    seconds = round(time.monotonic() - started)
-    print(f"{len(results)} stages killed {kills} times each in {seconds} s")
-    if arguments.json:
-        found = {"seed": arguments.seed, "kills": kills, "steps": STEPS, "seconds": seconds, "cases": results}
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
-    missed = [f"{name}: {fault}" for name, result in results.items() for fault in find_missed(name, result)]
-    for line in missed:
-        print(f"bar not met: {line}", file=sys.stderr)
-    if arguments.check and missed:
-        sys.exit(1)
+    results: dict[str, Any] = {}
+
+    def measure() -> Iterator[Line]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tiny = make_tiny(folder / "tiny")
+            (folder / "runs").mkdir()
+            plan = build_plan(tiny, folder / "runs", names, kills, arguments.seed)
+            run_plan(plan, folder / "runs", lambda line: print(line, flush=True))
+            for case in names:
+                results[case] = compare(folder / "runs", case)
+                yield from judge(case, results[case])
+
+    asked = {"seed": arguments.seed, "kills": kills, "steps": STEPS}
+    report(arguments, measure(), finish=lambda lines: {**asked, "cases": results})
 
 
 def build_plan(tiny: Tiny, folder: Path, names: tuple[str, ...], kills: int, seed: int) -> list[dict[str, Any]]:
@@ -192,34 +180,33 @@ def compare(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def find_missed(name: str, result: dict[str, Any]) -> list[str]:
-    """Bars that a case misses, in words."""
-    steps = list(range(1, STEPS + 1)) if STAGES[CASES[name].stage].trains else []
-    faults = [kill["faults"] for kill in result["kills"] if kill["faults"]]
-    missed = {
-        f"it logged the steps {result['steps']}": result["steps"] != steps,
-        f"losses differ by {result['loss_difference']:.2g}, bar {BAR}": not result["loss_difference"] <= BAR,
-        f"weights differ by {result['weight_difference']:.2g}, bar {BAR}": not result["weight_difference"] <= BAR,
-        f"a kill left faulty checkpoints: {faults}": bool(faults),
-        # one kill may come before the first save; of several, one waits for it
-        "no kill left a step to go on from": len(result["kills"]) > 1
-        and bool(steps)
-        and not any(kill["steps"] for kill in result["kills"]),
-        "it wrote other files": not result["same_files"],
-        f"it left {result['left_over']}": bool(result["left_over"]),
-    }
-    return [line for line, is_missed in missed.items() if is_missed]
+def judge(name: str, result: dict[str, Any]) -> list[Line]:
+    """The bars of a case."""
+    kills, trains = result["kills"], STAGES[CASES[name].stage].trains
+    steps = list(range(1, STEPS + 1)) if trains else []
+    faults = [kill["faults"] for kill in kills if kill["faults"]]
+    resumed, torn = (sum(bool(kill[key]) for kill in kills) for key in ("steps", "unfinished"))
+    # one kill may come before the first save; of several, one waits for it
+    needed = 1 if trains and len(kills) > 1 else None
+    whole = f"undisturbed {result['seconds']['whole']:.1f} s"
+    return [
+        Line(
+            f"{name}: kills that left a step to go on from", resumed, needed, note=f"of {len(kills)}, {torn} in saves"
+        ),
+        Line(f"{name}: largest difference of a loss", result["loss_difference"], at_most=BAR, note=whole),
+        Line(f"{name}: largest difference of a weight", result["weight_difference"], at_most=BAR),
+        Line(f"{name}: kills that left faulty checkpoints", len(faults), at_most=0, note=str(faults or "")),
+        Line(f"{name}: logged other steps", result["steps"] != steps, at_most=0, note=f"logged {result['steps']}"),
+        Line(f"{name}: wrote other files", not result["same_files"], at_most=0),
+        Line(
+            f"{name}: unfinished files left", len(result["left_over"]), at_most=0, note=str(result["left_over"] or "")
+        ),
+    ]
 
 
-def describe(name: str, result: dict[str, Any]) -> str:
-    """One line on a case."""
-    resumed = sum(bool(kill["steps"]) for kill in result["kills"])
-    torn = sum(bool(kill["unfinished"]) for kill in result["kills"])
-    return (
-        f"{name:14} {len(result['kills'])} kills, {resumed} left a step to go on from, {torn} fell into a save; "
-        f"largest difference of a loss {result['loss_difference']:.1g}, of a weight {result['weight_difference']:.1g}; "
-        f"undisturbed {result['seconds']['whole']:.1f} s"
-    )
+def find_missed(name: str, result: dict[str, Any]) -> list[Line]:
+    """Bars that a case misses."""
+    return [line for line in judge(name, result) if not line.is_met]
 
 
 if __name__ == "__main__":

@@ -14,116 +14,70 @@ lossless, the median over prompts with the quartiles. Bar: all answers identical
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fuzzyroe import set_skip_rate
 from llava.conversation import get_template
 from llava.inference.generator import Generator
-from llava.inference.speculative import LosslessReport, generate_lossless
+from llava.inference.speculative import generate_lossless
 from llava.model.builder import load_checkpoint
-from scripts.bench.speed.prompts import load_prompts
-from scripts.bench.speed.report import conditions
-
-Inputs = dict[str, Tensor]
+from scripts.bench.bench import Clock, Line, conditions, make_parser, markdown, report
+from scripts.bench.speed.checkpoint import Inputs, load_prompts
 
 MIN_PROMPTS, MIN_TOKENS = 200, 32
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table, over all prompts.
+def compare(model: nn.Module, prompts: list[Inputs], skip_rate: float, generate: dict, drafting: dict) -> dict:
+    """Answer every prompt twice and put the two beside each other.
 
-    Attributes:
-        answers: Whether the answers are "fixed" in length or as "free" as the model gives them.
-        skip_rate: Mean skip rate asked of the drafts.
-        draft_skip_rate: Share of layers that the drafts skipped, mean over prompts.
-        prompts, identical: Prompts, and those whose lossless answer is the dense one, token for token.
-        new_tokens: Tokens per answer, mean.
-        acceptance: Accepted share of the drafted tokens.
-        tokens_per_verification: Tokens per pass of the full model, the prefill and its token left out.
-        speed_ratio, lower, upper: Dense time over lossless time: median and quartiles over prompts.
-        smallest_lead: Smallest lead of a chosen token over the runner-up, in logits.
+    Returns:
+        ``identical``: how many answers are the dense ones, token for token; ``reports`` of all drafts; and ``ratios``,
+        dense time over lossless time of each prompt.
     """
-
-    answers: str
-    skip_rate: float
-    draft_skip_rate: float
-    prompts: int
-    identical: int
-    new_tokens: float
-    acceptance: float
-    tokens_per_verification: float
-    speed_ratio: float
-    lower: float
-    upper: float
-    smallest_lead: float
-
-
-def timed(device: torch.device, function: Callable[[], Any]) -> tuple[Any, float]:
-    """Result and seconds: process time on a CPU, synchronised wall time on a GPU."""
-    is_cuda = device.type == "cuda"
-    clock = time.perf_counter if is_cuda else time.process_time
-    if is_cuda:
-        torch.cuda.synchronize(device)
-    started = clock()
-    result = function()
-    if is_cuda:
-        torch.cuda.synchronize(device)
-    return result, clock() - started
-
-
-def compare(
-    model: nn.Module, prompts: list[Inputs], answers: str, skip_rate: float, generate: dict, drafting: dict
-) -> Row:
-    """Answer every prompt twice and put the two beside each other."""
-    identical, ratios, reports = 0, [], []
+    identical, ratios, reports, clock = 0, [], [], Clock(model.device)
     set_skip_rate(model, None)
     for prompt in prompts:
-        dense, dense_seconds = timed(model.device, lambda: model.generate(**prompt, **generate))  # noqa: B023
-        (tokens, report), seconds = timed(
-            model.device,
-            lambda: generate_lossless(model, skip_rate=skip_rate, **drafting, **prompt, **generate),  # noqa: B023
-        )
-        identical += torch.equal(tokens, dense)
+        asked = {**prompt, **generate}
+        dense, dense_seconds = clock.run(lambda: model.generate(**asked))  # noqa: B023
+        answer, seconds = clock.run(lambda: generate_lossless(model, skip_rate=skip_rate, **drafting, **asked))  # noqa: B023
+        identical += torch.equal(answer[0], dense)
         ratios.append(dense_seconds / seconds)
-        reports.append(report)
-    return summarise(answers, skip_rate, identical, ratios, reports)
+        reports.append(answer[1])
+    return {"identical": identical, "reports": reports, "ratios": ratios}
 
 
-def summarise(
-    answers: str, skip_rate: float, identical: int, ratios: list[float], reports: list[LosslessReport]
-) -> Row:
-    """One line from what each prompt gave."""
+def summarise(answers: str, skip_rate: float, found: dict) -> tuple[dict[str, Any], list[Line]]:
+    """A row of the table, and its lines, from what each prompt gave."""
+    reports, what = found["reports"], f"{answers} answers, skip rate {skip_rate:.2f}"
     drafted, passes = sum(report.drafted for report in reports), sum(report.verifications for report in reports)
+    # the prefill and its token are no verification
     later_tokens = sum(report.num_new_tokens - 1 for report in reports)
-    lower, median, upper = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return Row(
-        answers=answers,
-        skip_rate=skip_rate,
-        draft_skip_rate=statistics.mean(1 - float(report.kept_layers.float().mean()) for report in reports),
-        prompts=len(reports),
-        identical=identical,
-        new_tokens=statistics.mean(report.num_new_tokens for report in reports),
-        acceptance=sum(report.accepted for report in reports) / max(drafted, 1),
-        tokens_per_verification=later_tokens / max(passes, 1),
-        speed_ratio=median,
-        lower=lower,
-        upper=upper,
-        smallest_lead=min(report.smallest_lead for report in reports),
-    )
+    observed = statistics.mean(1 - float(report.kept_layers.float().mean()) for report in reports)
+    acceptance = sum(report.accepted for report in reports) / max(drafted, 1)
+    speed = Line.of(f"{what}: dense over lossless time", found["ratios"], unit="x")
+    lines = [
+        Line(f"{what}: identical of {len(reports)}", found["identical"], at_least=len(reports)),
+        speed,
+        Line(f"{what}: smallest lead of a token", min(report.smallest_lead for report in reports), unit=" logits"),
+    ]
+    return {
+        "answers": answers,
+        "skip rate: target, observed": f"{skip_rate:.2f}, {observed:.2f}",
+        "identical": f"{found['identical']} of {len(reports)}",
+        "tokens": f"{statistics.mean(report.num_new_tokens for report in reports):.1f}",
+        "acceptance": f"{acceptance:.3f}",
+        "tokens per full pass": f"{later_tokens / max(passes, 1):.2f}",
+        "dense / lossless time": f"{speed.value:.2f} ({speed.spread.lower:.2f} to {speed.spread.upper:.2f})",
+    }, lines
 
 
 @torch.no_grad()
@@ -143,23 +97,9 @@ def rounding(model: nn.Module, prompts: list[Inputs], generate: dict, width: int
     return largest
 
 
-def print_table(rows: list[Row]) -> None:
-    """Print the lines as a table."""
-    print(
-        "| answers | skip rate asked, drafted | identical | tokens | acceptance | tokens per pass | dense / lossless |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row.answers} | {row.skip_rate:.2f}, {row.draft_skip_rate:.2f} | {row.identical} of {row.prompts} "
-            f"| {row.new_tokens:.1f} | {row.acceptance:.3f} | {row.tokens_per_verification:.2f} "
-            f"| {row.speed_ratio:.2f} ({row.lower:.2f} to {row.upper:.2f}) |"
-        )
-
-
 def main() -> None:
     """Measure, print, check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "40 prompts and the largest skip rate only")
     parser.add_argument("--model", default="outputs/quickstart/finetune")
     parser.add_argument("--data", type=Path, default=Path("playground/data/digits"))
     parser.add_argument("--template", default="digits")
@@ -170,57 +110,38 @@ def main() -> None:
     parser.add_argument("--min-confidence", type=float, default=0.6)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="40 prompts and the largest skip rate only")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true", help="exit 1 where an answer differs")
     arguments = parser.parse_args()
-    number, skip_rates = arguments.prompts, arguments.skip_rates
-    if arguments.quick:
-        number, skip_rates = min(number, 40), [max(skip_rates)]
+    number, length = min(arguments.prompts, 40 if arguments.quick else arguments.prompts), arguments.tokens
+    skip_rates = [max(arguments.skip_rates)] if arguments.quick else arguments.skip_rates
     torch.set_num_threads(1)
-    print(conditions(arguments.device))
-    checkpoint = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
-    model = checkpoint.model.eval().to(arguments.device)
-    generator = Generator(checkpoint, get_template(arguments.template))
-    prompts = load_prompts(generator, arguments.data, number)
-    length = arguments.tokens
-    free = {
-        "do_sample": False,
-        "use_cache": True,
-        "max_new_tokens": length,
-        "pad_token_id": generator.padding,
-    }
-    drafting = {"num_draft_tokens": arguments.num_draft_tokens, "min_confidence": arguments.min_confidence}
-    kinds = {"fixed": {**free, "min_new_tokens": length}, "free": free}
-    rows = [compare(model, prompts, kind, rate, kinds[kind], drafting) for kind in kinds for rate in skip_rates]
-    difference = rounding(model, prompts[:20], kinds["fixed"], arguments.num_draft_tokens + 1)
-    print_table(rows)
-    print(
-        f"smallest lead of a chosen token {min(row.smallest_lead for row in rows):.1e} logits; tokens one by one and "
-        f"{arguments.num_draft_tokens + 1} at once differ by at most {difference:.1e}"
-    )
-    if arguments.json:
-        asked = {
-            name: value
-            for name, value in vars(arguments).items()
-            if name not in ("model", "data", "device", "json", "check", "quick")
-        }
-        result = {
-            "conditions": conditions(arguments.device),
-            **asked,
-            "rounding": difference,
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    missed = [
-        f"{row.answers} answers, skip rate {row.skip_rate:.2f}: {row.identical} of {row.prompts} identical"
-        for row in rows
-        if row.identical < row.prompts
-    ]
-    if not arguments.quick and (len(prompts) < MIN_PROMPTS or length < MIN_TOKENS):
-        missed.append(f"{len(prompts)} prompts of {length} tokens; {MIN_PROMPTS} of {MIN_TOKENS} are needed")
-    if arguments.check and missed:
-        sys.exit("bars not met:\n" + "\n".join(missed))
+    rows: list[dict[str, Any]] = []
+
+    def measure() -> Iterator[Line]:
+        checkpoint = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype))
+        model = checkpoint.model.eval().to(arguments.device)
+        generator = Generator(checkpoint, get_template(arguments.template))
+        prompts = load_prompts(generator, arguments.data, number)
+        free = {"do_sample": False, "use_cache": True, "max_new_tokens": length, "pad_token_id": generator.padding}
+        drafting = {"num_draft_tokens": arguments.num_draft_tokens, "min_confidence": arguments.min_confidence}
+        kinds = {"fixed": {**free, "min_new_tokens": length}, "free": free}
+        for answers, generate in kinds.items():
+            for rate in skip_rates:
+                row, lines = summarise(answers, rate, compare(model, prompts, rate, generate, drafting))
+                rows.append(row)
+                yield from lines
+        width = arguments.num_draft_tokens + 1
+        difference = rounding(model, prompts[:20], kinds["fixed"], width)
+        yield Line(f"tokens one by one and {width} at once, largest difference", difference, unit=" logits")
+        if not arguments.quick:
+            yield Line("prompts", len(prompts), at_least=MIN_PROMPTS)
+            yield Line("tokens of a fixed answer", length, at_least=MIN_TOKENS)
+
+    def finish(lines: list[Line]) -> dict[str, Any]:
+        print(markdown(rows))
+        own = ("model", "data", "device", "json", "check", "quick")
+        return {"rows": rows, **{name: value for name, value in vars(arguments).items() if name not in own}}
+
+    report(arguments, measure(), conditions(arguments.device), finish)
 
 
 if __name__ == "__main__":

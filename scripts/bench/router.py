@@ -10,15 +10,9 @@ carry over to other machines. With --check the exit status is 1 if a bar is not 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +35,7 @@ from fuzzyroe.rules import (
     skfuzzy_bridge,
 )
 from fuzzyroe.rules.monotone import project_missing
+from scripts.bench.bench import Clock, Line, conditions, make_parser, report
 
 NUM_LAYERS, BATCH, WIDTH, TOKENS = 32, 64, 4096, 640
 THREE_TERMS = ("low", "medium", "high")
@@ -50,42 +45,13 @@ EQUAL_MASS = (1 / 6, 1 / 2, 5 / 6)
 """Knots at which three terms share uniform features equally."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """One measured number with its bar.
-
-    Attributes:
-        name: What was measured.
-        value: The number.
-        bar: What it must not exceed; None if it only stands beside others.
-        unit: Unit of both.
-    """
-
-    name: str
-    value: float
-    bar: float | None = None
-    unit: str = ""
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the bar is met."""
-        return self.bar is None or bool(self.value <= self.bar)
-
-    def __str__(self) -> str:
-        bar = "" if self.bar is None else f"  bar {self.bar:g}{self.unit}  {'met' if self.is_met else 'NOT MET'}"
-        return f"{self.name:<78} {self.value:>11.4g}{self.unit}{bar}"
-
-
-def median_seconds(repeats: int, block: int, **calls: Callable[[], Any]) -> dict[str, float]:
+def medians(repeats: int, block: int, **calls: Callable[[], Any]) -> dict[str, float]:
     """Median CPU seconds of each call; blocks of calls take turns, and the first call of a block is not timed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             call()
-            started = time.process_time()
-            for _ in range(block):
-                call()
-            times[name].append((time.process_time() - started) / block)
+            times[name].append(Clock().seconds(lambda call=call: [call() for _ in range(block)]) / block)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -140,30 +106,27 @@ def time_decisions(repeats: int) -> list[Line]:
     rules, points = published_rules(), raw[:, 0].tolist()
     names = list(router.antecedents)
     system = skfuzzy_bridge.to_control_system(router.rule_base)
-    fast = median_seconds(
+    fast = medians(
         repeats,
         10,
         fuzzy=lambda: router.keep_weights(router.rules(router.scale(raw))),
         linear=lambda: [linear(states).softmax(dim=-1) for linear in linears],
     )
-    slow = median_seconds(
+    slow = medians(
         max(2, repeats // 20),
         1,
         loop=lambda: published_loop(points, rules),
         skfuzzy=lambda: skfuzzy_bridge.evaluate(system, np.array(points), names, "execute_weight"),
     )
+    share, what = 100 * fast["fuzzy"] / fast["linear"], f"{NUM_LAYERS} x (Linear({2 * WIDTH}, 2) + softmax)"
+    decisions = f"decisions of {NUM_LAYERS} layers, B = {BATCH}, features given, of {what}"
+    per_layer = f"per layer x {NUM_LAYERS}"
     return [
-        Line(
-            f"decisions of {NUM_LAYERS} layers, B = {BATCH}, features given, of {NUM_LAYERS} x (Linear({2 * WIDTH}, 2) "
-            "+ softmax)",
-            100 * fast["fuzzy"] / fast["linear"],
-            5.0,
-            " %",
-        ),
+        Line(decisions, share, at_most=5.0, unit=" %"),
         Line("  fuzzy router, all layers", 1e3 * fast["fuzzy"], unit=" ms"),
         Line(f"  {NUM_LAYERS} linear routers", 1e3 * fast["linear"], unit=" ms"),
-        Line(f"  published loop over elements, per layer x {NUM_LAYERS}", 1e3 * NUM_LAYERS * slow["loop"], unit=" ms"),
-        Line(f"  scikit-fuzzy, per layer x {NUM_LAYERS}", 1e3 * NUM_LAYERS * slow["skfuzzy"], unit=" ms"),
+        Line(f"  published loop over elements, {per_layer}", 1e3 * NUM_LAYERS * slow["loop"], unit=" ms"),
+        Line(f"  scikit-fuzzy, {per_layer}", 1e3 * NUM_LAYERS * slow["skfuzzy"], unit=" ms"),
     ]
 
 
@@ -180,7 +143,7 @@ def time_planning(repeats: int) -> list[Line]:
     def plan() -> None:
         router.plan(states, RoutingState((~image).long(), image, ~image, "hard", num_turns=1))
 
-    planning = median_seconds(10, 5, plan=plan)["plan"]
+    planning = medians(10, 5, plan=plan)["plan"]
     config = LlamaConfig(hidden_size=WIDTH, intermediate_size=11008, num_attention_heads=32)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -189,10 +152,10 @@ def time_planning(repeats: int) -> list[Line]:
     for parameter in layer.parameters():
         parameter.fill_(1e-3)
     rotary = LlamaRotaryEmbedding(config)(states, torch.arange(TOKENS).unsqueeze(0))
-    forward = median_seconds(repeats, 1, layer=lambda: layer(states, position_embeddings=rotary))["layer"]
+    forward = medians(repeats, 1, layer=lambda: layer(states, position_embeddings=rotary))["layer"]
     share = 100 * planning / (NUM_LAYERS * forward)
     return [
-        Line(f"router with its features, one prompt, of {NUM_LAYERS} decoder layers", share, 1.0, " %"),
+        Line(f"router with its features, one prompt, of {NUM_LAYERS} decoder layers", share, at_most=1.0, unit=" %"),
         Line("  features and decisions", 1e3 * planning, unit=" ms"),
         Line(f"  one decoder layer, width {WIDTH}, {TOKENS} tokens", 1e3 * forward, unit=" ms"),
     ]
@@ -211,8 +174,8 @@ def planted_measurements() -> Measurements:
 def time_fit() -> list[Line]:
     """The whole fit of a router to measured examples: knots, 27 consequents, quantiles, L thresholds per budget."""
     base, measured = load_rule_base("default"), planted_measurements()
-    seconds = median_seconds(3, 1, fit=lambda: FuzzyRouter(base, NUM_LAYERS).calibrate(measured, 0.3))["fit"]
-    return [Line(f"fit of 27 consequents and {NUM_LAYERS} layers to 500 examples", seconds, 1.0, " s")]
+    seconds = medians(3, 1, fit=lambda: FuzzyRouter(base, NUM_LAYERS).calibrate(measured, 0.3))["fit"]
+    return [Line(f"fit of 27 consequents and {NUM_LAYERS} layers to 500 examples", seconds, at_most=1.0, unit=" s")]
 
 
 @torch.no_grad()
@@ -222,9 +185,8 @@ def firing_error(count: int = 10_000) -> list[Line]:
     points = np.random.default_rng(0).random((count, 3)).astype(np.float32)
     expected = skfuzzy_bridge.firing_strengths(rule_base, points.astype(np.float64))
     actual = compile_rule_base(rule_base).firing_strengths(torch.from_numpy(points)).double().numpy()
-    return [
-        Line(f"firing strengths against scikit-fuzzy, float32, {count} points", np.abs(actual - expected).max(), 1e-6)
-    ]
+    error = np.abs(actual - expected).max()
+    return [Line(f"firing strengths against scikit-fuzzy, float32, {count} points", error, at_most=1e-6)]
 
 
 def recover(repeats: int) -> list[Line]:
@@ -244,8 +206,9 @@ def recover(repeats: int) -> list[Line]:
     bars, lines = {100: 0.060, 500: 0.040, 1000: 0.030}, []
     for size, pairs in errors.items():
         fitted, before = np.mean(pairs, axis=0)
-        lines.append(Line(f"recovery from {size} examples, RMSE, mean of {repeats}", fitted, bars.get(size)))
-        lines.append(Line("  as a share of the error of the expert's rules alone", 100 * fitted / before, 100.0, " %"))
+        lines.append(Line(f"recovery from {size} examples, RMSE, mean of {repeats}", fitted, at_most=bars.get(size)))
+        share = 100 * fitted / before
+        lines.append(Line("  as a share of the error of the expert's rules alone", share, at_most=100.0, unit=" %"))
     return lines
 
 
@@ -283,54 +246,30 @@ def completion(draws: int) -> list[Line]:
     """Default completion of random monotone rule bases."""
     structured, unstructured = complete(draw_structured, draws), complete(draw_unstructured, draws)
     return [
-        Line(f"completion of {draws} random monotone rule bases, RMSE of missing rules", structured[0], 0.085),
-        Line("  rules in the wrong order", structured[1] + unstructured[1], 0),
+        Line(f"completion of {draws} random monotone rule bases, RMSE of missing rules", structured[0], at_most=0.085),
+        Line("  rules in the wrong order", structured[1] + unstructured[1], at_most=0),
         Line("  the same for tables of sorted uniform numbers, without main effects", unstructured[0]),
     ]
 
 
-def conditions() -> str:
-    """Machine and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return (
-        f"{models[0] if models else platform.processor() or 'unknown CPU'}, one of {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {np.__version__}, float32, CPU time"
-    )
-
-
-def measure(quick: bool) -> list[Line]:
+def measure(quick: bool) -> Iterator[Line]:
     """All lines."""
-    return [
-        *time_decisions(40 if quick else 200),
-        *time_planning(1 if quick else 5),
-        *time_fit(),
-        *firing_error(),
-        *recover(30 if quick else 100),
-        *completion(150),
-    ]
+    yield from time_decisions(40 if quick else 200)
+    yield from time_planning(1 if quick else 5)
+    yield from time_fit()
+    yield from firing_error()
+    yield from recover(30 if quick else 100)
+    yield from completion(150)
 
 
 def main() -> None:
     """Measure, print, check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__, "fewer repeats").parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(conditions())
-    lines = measure(arguments.quick)
-    print(*lines, sep="\n")
-    if arguments.json:
-        numbers = [{**asdict(line), "value": float(line.value), "met": line.is_met} for line in lines]
-        arguments.json.write_text(json.dumps({"conditions": conditions(), "lines": numbers}, indent=2) + "\n")
-    missed = [line for line in lines if not line.is_met]
-    if arguments.check and missed:
-        sys.exit("bars not met:\n" + "\n".join(map(str, missed)))
+    report(
+        arguments, measure(arguments.quick), conditions(what=f"numpy {np.__version__}, float32, CPU time of one thread")
+    )
 
 
 if __name__ == "__main__":

@@ -14,21 +14,22 @@ Bars: soft <= 1.15 of dense; hard at 30 % skip <= 0.85 of dense.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.bench.bench import Line, conditions, make_parser, report
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 MODES = ("dense", "soft", "hard")
 BARS = {"soft": 1.15, "hard": 0.85}
 SKIP_RATE = 0.3
@@ -58,36 +59,19 @@ FULL = Shape(layers=12, width=512, samples=4, positions=256, steps=15)
 QUICK = Shape(layers=6, width=512, samples=4, positions=256, steps=3)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Flags of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="6 layers and fewer steps")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar is not met")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Launch the ranks, print, check."""
-    arguments = parse_arguments()
+    arguments = make_parser(__doc__, "6 layers and fewer steps").parse_args()
     shape = QUICK if arguments.quick else FULL
-    result = launch(shape)
-    print(describe(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    missed = [
-        f"{mode}: {result['ratio'][mode]:.3f} of dense, bar {bar}"
-        for mode, bar in BARS.items()
-        if not result["ratio"][mode] <= bar
-    ]
-    for line in missed:
-        print(f"bar not met: {line}", file=sys.stderr)
-    if arguments.check and missed:
-        sys.exit(1)
+    stated = (
+        f"{shape.layers} layers of width {shape.width}, {shape.samples} x {shape.positions} tokens per rank, float32, "
+        f"ZeRO-3 on two CPU ranks, one thread each, {shape.steps} steps per mode in turns"
+    )
+    report(arguments, compare(launch(shape)), conditions(what=stated), lambda lines: {"shape": asdict(shape)})
 
 
-def launch(shape: Shape) -> dict:
-    """Write a random checkpoint, run this file on two ranks and give what rank 0 found."""
+def launch(shape: Shape) -> dict[str, Any]:
+    """Write a random checkpoint, run this file on two ranks and give what rank 0 measured."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -107,7 +91,7 @@ def launch(shape: Shape) -> dict:
         # DeepSpeed builds an operator on first use and calls ninja, which lies beside Python
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"shape"')]
+    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"skip_rate"')]
     if finished.returncode or not lines:
         sys.exit(f"the ranks failed:\n{finished.stderr[-8000:]}")
     return json.loads(lines[-1])
@@ -167,7 +151,7 @@ def run_rank(shape: Shape, folder: str) -> None:
     skip = 1 - keep.mean()
     distributed.all_reduce(skip)
     if rank == 0:
-        print(json.dumps(summarise(shape, seconds, busy, float(skip) / 2)), flush=True)
+        print(json.dumps({"skip_rate": float(skip) / 2, "seconds": seconds, "busy": busy}), flush=True)
 
 
 def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep):
@@ -244,36 +228,18 @@ def nested_plans(shape: Shape, rank: int):
     return keep
 
 
-def summarise(shape: Shape, seconds: dict[str, list[float]], busy: dict[str, list[float]], skip_rate: float) -> dict:
-    """Medians and ratios to the dense step just before; processor time besides, which a busy machine hurts less."""
-    pairs = {mode: [a / b for a, b in zip(seconds[mode], seconds["dense"], strict=True)] for mode in BARS}
-    return {
-        "shape": asdict(shape),
-        "skip_rate": round(skip_rate, 4),
-        "seconds": {mode: statistics.median(values) for mode, values in seconds.items()},
-        "ratio": {mode: statistics.median(values) for mode, values in pairs.items()},
-        "processor_seconds": {mode: statistics.median(values) for mode, values in busy.items()},
-        "spread": {mode: [min(values), max(values)] for mode, values in pairs.items()},
-    }
-
-
-def describe(result: dict) -> str:
-    """A table of the result with its conditions."""
-    shape = result["shape"]
-    head = (
-        f"{shape['layers']} layers of width {shape['width']}, {shape['samples']} x {shape['positions']} tokens per "
-        f"rank, float32, ZeRO-3 on two CPU ranks, one thread each, {shape['steps']} steps per mode in turns"
-    )
-    rows = [f"dense  {result['seconds']['dense']:7.3f} s"]
-    for mode in BARS:
-        low, high = result["spread"][mode]
-        what = "both branches" if mode == "soft" else f"skip {result['skip_rate']:.0%}"
-        rows.append(
-            f"{mode:5}  {result['seconds'][mode]:7.3f} s  {result['ratio'][mode]:.3f} of dense "
-            f"[{low:.3f}, {high:.3f}], bar {BARS[mode]}  ({what}; of processor time "
-            f"{result['processor_seconds'][mode] / result['processor_seconds']['dense']:.3f})"
-        )
-    return "\n".join([head, *rows])
+def compare(measured: dict[str, Any]) -> list[Line]:
+    """Ratios to the dense step just before; of processor time besides, which a busy machine hurts less."""
+    seconds, busy = measured["seconds"], measured["busy"]
+    lines = [Line.of("dense step", seconds["dense"], unit=" s")]
+    for mode, what in (("soft", "both branches"), ("hard", f"skip {measured['skip_rate']:.0%}")):
+        name = f"{mode} step ({what})"
+        lines += [
+            Line.ratio(f"{name}: of dense", seconds[mode], seconds["dense"], at_most=BARS[mode]),
+            Line.of("  time", seconds[mode], unit=" s"),
+            Line.ratio("  of dense, processor time", busy[mode], busy["dense"]),
+        ]
+    return lines
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava.data.dataset import SFTDataset
-from scripts.bench.speed.lines import Line
+from scripts.bench.bench import Line
 
 
 @pytest.fixture(scope="module")

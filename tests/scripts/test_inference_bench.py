@@ -13,12 +13,9 @@ from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routers import KeepAllRouter
 from routed_llava import route
-from scripts.bench.speed import bars, checkpoint, grid, overhead, report
-from scripts.bench.speed.lines import Line
-from scripts.bench.speed.passes import Bench, cache_bytes
-from scripts.bench.speed.plans import nested_plans, spread_skips
-from scripts.bench.speed.shapes import SHAPES, Shape
-from scripts.bench.speed.timing import Spread, take_turns
+from scripts.bench.bench import Line, Spread, markdown, take_turns
+from scripts.bench.speed import bars, checkpoint, grid, overhead
+from scripts.bench.speed.decoders import SHAPES, Bench, Shape, cache_bytes, nested_plans, spread_skips
 
 TINY = Shape("tiny", 64, 8, 4, 2, 96, 100)
 EFFORT = bars.Effort(length=24, prefills=2, alone=1, blocks=2, steps=2, queue=16, slack=0.93)
@@ -83,7 +80,7 @@ def test_every_bar_is_measured_and_named(bench) -> None:
 
 def test_the_published_rule_skips_only_where_all_rows_agree(bench) -> None:
     plans = nested_plans(8, spread_skips(8, 0.5))
-    lines = bars.published_rule(bench, EFFORT, 0.5)
+    lines = list(bars.published_rule(bench, EFFORT, 0.5))
     assert [line.note for line in lines] == ["skips 0.50 of the layers"] * 2 + ["skips 0.12 of the layers"] * 2
     assert float((~plans.any(dim=0)).float().mean()) == pytest.approx(0.125)
 
@@ -98,18 +95,16 @@ def test_overheads_are_measured_for_every_policy_and_decoding_asks_nothing(bench
 def test_a_table_names_what_does_not_fit_and_what_would_take_too_long(monkeypatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setitem(SHAPES, "huge", Shape("huge", 2**20, 100, 8, 8, 2**22, 100))
-    wanted = grid.Grid(("tiny", "huge"), ("float32",), (1, 4), (8,), (0.0, 0.5), "cpu", 5, 60.0)
-    cells = list(grid.measure_grid(wanted))
-    assert [cell.size for cell in cells] == ["tiny"] * 4 + ["huge"] * 4
-    assert all(cell.not_run is None and cell.prefill_routed.count == 5 for cell in cells[:4])
-    assert all("GiB" in cell.not_run for cell in cells[4:])
-    assert (cells[1].kv_share, cells[1].achieved_skip) == (0.5, 0.5) and cells[1].closed_form > 1.5
+    cells = list(grid.measure_grid(("tiny", "huge"), ("float32",), (1, 4), (8,), (0.0, 0.5), "cpu", 5, 60.0))
+    assert [cell["size"] for cell in cells] == ["tiny"] * 4 + ["huge"] * 4
+    assert all(cell["not_run"] is None and cell["prefill_routed"].count == 5 for cell in cells[:4])
+    assert all("GiB" in cell["not_run"] for cell in cells[4:])
+    assert (cells[1]["kv_share"], cells[1]["achieved_skip"]) == (0.5, 0.5) and cells[1]["closed_form"] > 1.5
     assert all(
-        cell.not_run
-        for cell in grid.measure_grid(grid.Grid(("tiny",), ("float32",), (1,), (8,), (0.0,), "cpu", 5, 0.0))
+        cell["not_run"] for cell in grid.measure_grid(("tiny",), ("float32",), (1,), (8,), (0.0,), "cpu", 5, 0.0)
     )
-    assert len(report.table(cells).splitlines()) == 10
-    assert len({row.count("|") for row in report.table(cells).splitlines()}) == 1
+    table = markdown([grid.to_row(cell) for cell in cells]).splitlines()
+    assert len(table) == 10 and len({row.count("|") for row in table}) == 1
 
 
 def test_a_checkpoint_is_measured_by_its_own_plans(tiny_llava) -> None:
@@ -122,9 +117,9 @@ def test_a_checkpoint_is_measured_by_its_own_plans(tiny_llava) -> None:
         pixels = torch.randn(1, 3, 32, 32, generator=generator)
         prompts.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels})
     found = checkpoint.measure_prompts(tiny_llava, prompts, 0.4, 2)
-    assert 0 < found.achieved_skip < 1 and found.ratio.count == 2 and found.prompts == 6
-    assert str(found).startswith("prefill, batch 1, 4 layers, skip 0.") and "(asked 0.4): dense" in str(found)
-    assert found.line().at_most == 1.0
+    assert 0 < found[-1].value < 1 and found[0].spread.count == 2 and "of 6 prompts" in found[0].note
+    assert found[0].name.startswith("prefill, batch 1, 4 layers, skip 0.") and "(target 0.4)" in found[0].name
+    assert found[0].at_most == 1.0
 
 
 def test_calls_take_turns(bench) -> None:

@@ -49,12 +49,12 @@ def test_the_features_of_whole_tensors_give_the_original_keep_weights(bench, gol
 def test_exactness_recovery_and_completion_meet_their_bars(bench) -> None:
     lines = [*bench.firing_error(500), *bench.recover(30), *bench.completion(40)]
     assert [line.name for line in lines if not line.is_met] == []
-    assert sum(line.bar is not None for line in lines) >= 8
+    assert sum(line.has_bar for line in lines) >= 8
 
 
 def test_a_missed_bar_is_named_with_exit_status_one(bench, monkeypatch, tmp_path, capsys) -> None:
-    slow = bench.Line("slow thing", np.float64(7.0), 5.0, " %")
-    lines = [slow, bench.Line("quick thing", 1.0, 5.0), bench.Line("other", 9.0)]
+    slow = bench.Line("slow thing", np.float64(7.0), at_most=5.0, unit=" %")
+    lines = [slow, bench.Line("quick thing", 1.0, at_most=5.0), bench.Line("other", 9.0)]
     monkeypatch.setattr(bench, "measure", lambda quick: lines)
     monkeypatch.setattr(sys, "argv", ["router.py", "--check", "--json", str(tmp_path / "numbers.json")])
     with pytest.raises(SystemExit, match="slow thing") as stopped:

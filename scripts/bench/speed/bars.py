@@ -8,8 +8,9 @@ is that of one turn. On a GPU decoding has no bar: without CUDA graphs it is bou
 from __future__ import annotations
 
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +20,27 @@ from fuzzyroe.routers.roe.compat import RoECompat
 from fuzzyroe.routers.roe.schedule import Relaxation
 from fuzzyroe.routers.roe.tokens import RoEPass
 from llava.inference.scheduler import form_batches
-from scripts.bench.speed.lines import Line
-from scripts.bench.speed.passes import Bench, Form, cache_bytes, prompt_state
-from scripts.bench.speed.plans import NUM_LEVELS, nested_plans, spread_skips
-from scripts.bench.speed.timing import take_turns
+from scripts.bench.bench import Line, take_turns
+from scripts.bench.speed.decoders import (
+    NUM_LEVELS,
+    Bench,
+    Form,
+    cache_bytes,
+    nested_plans,
+    prompt_state,
+    spread_skips,
+)
 
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class Effort:
+class Effort(NamedTuple):
     """How much is measured.
 
     Attributes:
         length: Positions of the prompt.
-        prefills: Turns of prefills at batch 8; at batch 1 each of the 8 plans has ``alone`` turns.
+        prefills: Turns of prefills at batch 8; at batch 1 each of the 8 plans has ``alone`` turns, of decoding twice as
+            many.
         alone: See there.
         blocks, steps: Turns of decoding, and tokens of each.
         queue: Requests of the queue.
@@ -53,113 +60,100 @@ FULL = Effort(length=640, prefills=5, alone=1, blocks=5, steps=4, queue=64, slac
 QUICK = Effort(length=160, prefills=5, alone=1, blocks=5, steps=4, queue=16, slack=0.05)
 
 
+class Pass(NamedTuple):
+    """One kind of pass: what it is called, its batch, whether all rows have the mean plan, and its bar."""
+
+    name: str
+    is_prefill: bool
+    batch: int
+    has_equal_plans: bool
+    bar: float | None
+
+
+PASSES = (
+    Pass("prefill, batch 1", True, 1, False, 0.93),
+    Pass("decode, batch 1", False, 1, False, 0.93),
+    Pass(f"prefill, batch {BATCH}", True, BATCH, False, 0.93),
+    Pass(f"decode, batch {BATCH}, equal plans", False, BATCH, True, 0.90),
+    Pass(f"decode, batch {BATCH}, mixed plans", False, BATCH, False, None),
+)
+
+
 def measure_bars(bench: Bench, effort: Effort, skip_rates: Sequence[float]) -> Iterator[Line]:
     """All lines of some skip rates, whose passes take turns too."""
-    yield from alone(bench, effort, skip_rates, "prefill")
-    yield from alone(bench, effort, skip_rates, "decode")
-    yield from prefill_batch(bench, effort, skip_rates)
-    yield from decode_batch(bench, effort, skip_rates)
+    for kind in PASSES:
+        yield from measure_pass(bench, effort, skip_rates, kind)
     for rate in skip_rates:
+        yield cache_share(bench, rate)
         yield from queue(bench, effort, rate)
 
 
-def alone(bench: Bench, effort: Effort, skip_rates: Sequence[float], what: str) -> list[Line]:
-    """Batch 1, every plan in its turn; a dense pass beside each."""
-    is_prefill = what == "prefill"
-    adapter = _adapter(bench, 1, effort.length if is_prefill else 1)
-    dense, routed, ideal = ({rate: [] for rate in skip_rates} for _ in range(3))
-    levels = {rate: spread_skips(bench.shape.layers, rate) for rate in skip_rates}
-    for level in range(NUM_LEVELS):
-        forms = {"dense": bench.whole()}
-        for rate in skip_rates:
-            forms[f"routed {rate}"] = bench.planned(nested_plans(bench.shape.layers, levels[rate][level : level + 1]))
-            forms[f"ideal {rate}"] = bench.ideal(levels[rate][level])
-        turns = effort.alone if is_prefill else 2 * effort.alone
-        times = _prefills(bench, forms, 1, effort, turns) if is_prefill else _decodes(bench, forms, 1, effort, turns)
-        for rate in skip_rates:
-            dense[rate] += times["dense"]
-            routed[rate] += times[f"routed {rate}"]
-            ideal[rate] += [seconds + levels[rate][level] * adapter for seconds in times[f"ideal {rate}"]]
-    bar = 0.93 - effort.slack if is_prefill else _decode_bar(bench, effort, 0.93)
-    return [
-        line
-        for rate in skip_rates
-        for line in _against(f"{what}, batch 1", rate, dense[rate], routed[rate], ideal[rate], bar)
-    ]
-
-
-def prefill_batch(bench: Bench, effort: Effort, skip_rates: Sequence[float]) -> list[Line]:
-    """Batch 8, a plan of its own for every row."""
-    adapter, forms = _adapter(bench, BATCH, effort.length), {"dense": bench.whole()}
+def measure_pass(bench: Bench, effort: Effort, skip_rates: Sequence[float], kind: Pass) -> Iterator[Line]:
+    """A routed pass against its ideal and the dense model; at batch 1 every plan in its turn."""
     skips = {rate: spread_skips(bench.shape.layers, rate) for rate in skip_rates}
+    adapter = bench.adapter_seconds(kind.batch, effort.length if kind.is_prefill else 1)
+    turns = effort.alone if kind.is_prefill else 2 * effort.alone
+    if kind.batch > 1:
+        turns = effort.prefills if kind.is_prefill else effort.blocks
+    seconds: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
+    for level in range(NUM_LEVELS if kind.batch == 1 else 1):
+        forms: dict[tuple[str, float], Form] = {("dense", 0): bench.whole()}
+        removed: Counter[tuple[str, float]] = Counter()
+        for rate, levels in skips.items():
+            rows = levels[level : level + 1] if kind.batch == 1 else levels
+            forms["routed", rate] = bench.skipping(*([_mean(rows)] * len(rows) if kind.has_equal_plans else rows))
+            removed["ideal", rate] = _mean(rows)
+            forms["ideal", rate] = bench.ideal(_mean(rows))
+        timed = _prefills if kind.is_prefill else _decodes
+        for form, values in timed(bench, forms, kind.batch, effort, turns).items():
+            seconds[form] += [value + removed[form] * adapter for value in values]
+    dense = seconds["dense", 0]
     for rate in skip_rates:
-        forms[f"routed {rate}"] = bench.planned(nested_plans(bench.shape.layers, skips[rate]))
-        forms[f"ideal {rate}"] = bench.ideal(_mean(skips[rate]))
-    times, lines = _prefills(bench, forms, BATCH, effort, effort.prefills), []
-    whole = cache_bytes(bench.filled(forms["dense"], BATCH, 64))
-    for rate in skip_rates:
-        ideal = [seconds + _mean(skips[rate]) * adapter for seconds in times[f"ideal {rate}"]]
-        lines += _against(
-            f"prefill, batch {BATCH}", rate, times["dense"], times[f"routed {rate}"], ideal, 0.93 - effort.slack
-        )
-        share = cache_bytes(bench.filled(forms[f"routed {rate}"], BATCH, 64)) / whole
-        bar = 0.52 if _mean(skips[rate]) * 2 == bench.shape.layers else None
-        lines.append(Line(f"skip {rate:.0%}, KV bytes, batch {BATCH}: of dense", share, at_most=bar))
-    return lines
+        what, routed, ideal = f"skip {rate:.0%}, {kind.name}", seconds["routed", rate], seconds["ideal", rate]
+        bar = _bar(bench, effort, kind.bar, kind.is_prefill)
+        yield Line.ratio(f"{what}: ideal over routed", ideal, routed, at_least=bar)
+        yield Line.ratio(f"{what}: routed of dense", routed, dense)
+        yield Line.ratio(f"{what}: ideal of dense", ideal, dense)
+        yield Line.of(f"{what}: dense", dense, 1e3, unit=" ms")
+        yield Line.of(f"{what}: routed", routed, 1e3, unit=" ms")
 
 
-def decode_batch(bench: Bench, effort: Effort, skip_rates: Sequence[float]) -> list[Line]:
-    """Batch 8: all rows of one plan, then a plan of its own for every row, as they come."""
-    adapter, forms, num_layers = _adapter(bench, BATCH, 1), {"dense": bench.whole()}, bench.shape.layers
-    skips = {rate: spread_skips(num_layers, rate) for rate in skip_rates}
-    for rate in skip_rates:
-        forms[f"equal {rate}"] = bench.planned(nested_plans(num_layers, [_mean(skips[rate])] * BATCH))
-        forms[f"mixed {rate}"] = bench.planned(nested_plans(num_layers, skips[rate]))
-        forms[f"ideal {rate}"] = bench.ideal(_mean(skips[rate]))
-    times, lines = _decodes(bench, forms, BATCH, effort, effort.blocks), []
-    for rate in skip_rates:
-        ideal = [seconds + _mean(skips[rate]) * adapter for seconds in times[f"ideal {rate}"]]
-        for kind, bar in (("equal", _decode_bar(bench, effort, 0.90)), ("mixed", None)):
-            what = f"decode, batch {BATCH}, {kind} plans"
-            lines += _against(what, rate, times["dense"], times[f"{kind} {rate}"], ideal, bar)
-    return lines
+def cache_share(bench: Bench, skip_rate: float) -> Line:
+    """Bytes of keys and values of mixed plans, of those of the dense model."""
+    skips = spread_skips(bench.shape.layers, skip_rate)
+    routed, dense = (cache_bytes(bench.filled(form, BATCH, 64)) for form in (bench.skipping(*skips), bench.whole()))
+    bar = 0.52 if _mean(skips) * 2 == bench.shape.layers else None
+    return Line(f"skip {skip_rate:.0%}, KV bytes, batch {BATCH}: of dense", routed / dense, at_most=bar)
 
 
-def queue(bench: Bench, effort: Effort, skip_rate: float) -> list[Line]:
+def queue(bench: Bench, effort: Effort, skip_rate: float) -> Iterator[Line]:
     """Throughput of a queue whose skips are drawn from the levels: with the scheduler, and in the order of arrival."""
-    generator = torch.Generator().manual_seed(0)
-    levels = spread_skips(bench.shape.layers, skip_rate)
-    skips = torch.tensor(levels)[torch.randint(0, NUM_LEVELS, (effort.queue,), generator=generator)]
-    plans = nested_plans(bench.shape.layers, skips.tolist())
+    levels = torch.tensor(spread_skips(bench.shape.layers, skip_rate))
+    drawn = torch.randint(0, NUM_LEVELS, (effort.queue,), generator=torch.Generator().manual_seed(0))
+    skips = levels[drawn].tolist()
+    plans = nested_plans(bench.shape.layers, skips)
     arrival = [list(range(start, start + BATCH)) for start in range(0, effort.queue, BATCH)]
     orders = {"scheduled": form_batches(plans, [effort.length] * effort.queue, BATCH), "as they come": arrival}
-    forms: dict[str, Form] = {f"ideal {skip}": bench.ideal(skip) for skip in sorted(set(skips.tolist()))}
+    forms: dict[object, Form] = {skip: bench.ideal(skip) for skip in sorted(set(skips))}
     for name, batches in orders.items():
-        forms |= {f"{name} {number}": bench.planned(plans[batch]) for number, batch in enumerate(batches)}
-    times, adapter = _decodes(bench, forms, BATCH, effort, effort.blocks, steps=2), _adapter(bench, BATCH, 1)
+        forms |= {(name, number): bench.planned(plans[batch]) for number, batch in enumerate(batches)}
+    times = _decodes(bench, forms, BATCH, effort._replace(steps=2), effort.blocks)
+    adapter, turns = bench.adapter_seconds(BATCH, 1), range(effort.blocks)
     # a request takes an eighth of a batch of its own kind
-    ideal = [
-        sum(times[f"ideal {skip}"][turn] + skip * adapter for skip in skips.tolist()) / BATCH
-        for turn in range(effort.blocks)
-    ]
-    lines = []
+    ideal = [sum(times[skip][turn] + skip * adapter for skip in skips) / BATCH for turn in turns]
     for name, batches in orders.items():
-        taken = [sum(times[f"{name} {n}"][turn] for n in range(len(batches))) for turn in range(effort.blocks)]
+        taken = [sum(times[name, number][turn] for number in range(len(batches))) for turn in turns]
+        bar = _bar(bench, effort, 0.80 if name == "scheduled" else None)
         what = f"skip {skip_rate:.0%}, decode, queue of {effort.queue}, batch {BATCH}, {name}: of ideal throughput"
-        ratios = [best / seconds for best, seconds in zip(ideal, taken, strict=True)]
-        bar = _decode_bar(bench, effort, 0.80) if name == "scheduled" else None
-        lines.append(Line.of(what, ratios, at_least=bar))
-    return lines
+        yield Line.ratio(what, ideal, taken, at_least=bar)
 
 
-def published_rule(bench: Bench, effort: Effort, skip_rate: float) -> list[Line]:
+def published_rule(bench: Bench, effort: Effort, skip_rate: float) -> Iterator[Line]:
     """RoE's rule at batch 8, timed beside ours: a layer is skipped only if every row skips it.
 
     The linear router runs with ``batch_decides_together`` on logits that say what our plans say.
     """
-    skips = spread_skips(bench.shape.layers, skip_rate)
-    plans = nested_plans(bench.shape.layers, skips)
-    lines = []
+    plans = nested_plans(bench.shape.layers, spread_skips(bench.shape.layers, skip_rate))
     for name, together in (("each row its own (ours)", False), ("skip if all agree (published)", True)):
         compat = RoECompat(batch_decides_together=together)
         bench.set_policy(LinearRouter(bench.shape.layers, bench.shape.width, "pooled", compat).to(bench.dtype))
@@ -168,10 +162,9 @@ def published_rule(bench: Bench, effort: Effort, skip_rate: float) -> list[Line]
         prefills = _prefills(bench, forms, BATCH, effort, 1 if effort.length > 320 else 3)
         decodes = _decodes(bench, forms, BATCH, effort, effort.blocks)
         for what, times in (("prefill", prefills), ("decode", decodes)):
-            ratios = [mine / other for mine, other in zip(times["routed"], times["dense"], strict=True)]
             text = f"skip {skip_rate:.0%}, {what}, batch {BATCH}, {name}: of dense"
-            lines.append(Line.of(text, ratios, note=f"skips {1 - float(keep.float().mean()):.2f} of the layers"))
-    return lines
+            note = f"skips {1 - float(keep.float().mean()):.2f} of the layers"
+            yield Line.ratio(text, times["routed"], times["dense"], note=note)
 
 
 def _decide(bench: Bench, plans: Tensor, length: int) -> Tensor:
@@ -186,48 +179,20 @@ def _decide(bench: Bench, plans: Tensor, length: int) -> Tensor:
     return state.kept_layers()
 
 
-def _prefills(bench: Bench, forms: dict[str, Form], batch: int, effort: Effort, repeats: int) -> dict[str, list[float]]:
-    calls = {name: lambda form=form: bench.prefill(form, batch, effort.length) for name, form in forms.items()}
-    return take_turns(bench.clock, repeats, calls)
+def _prefills(bench: Bench, forms: dict, batch: int, effort: Effort, turns: int) -> dict:
+    return take_turns(bench.clock, turns, bench.prefills(forms, batch, effort.length))
 
 
-def _decodes(
-    bench: Bench, forms: dict[str, Form], batch: int, effort: Effort, repeats: int, steps: int | None = None
-) -> dict[str, list[float]]:
+def _decodes(bench: Bench, forms: dict, batch: int, effort: Effort, turns: int) -> dict:
     """Seconds per step."""
-    steps = steps or effort.steps
-    caches = {name: bench.filled(form, batch, effort.length) for name, form in forms.items()}
-    calls = {
-        name: lambda form=form, cache=caches[name]: bench.decode(form, cache, batch, steps)
-        for name, form in forms.items()
-    }
-    take_turns(bench.clock, 1, calls)
-    times = take_turns(bench.clock, repeats, calls)
-    return {name: [seconds / steps for seconds in values] for name, values in times.items()}
+    calls = bench.decodes(forms, batch, effort.length, effort.steps)
+    times = take_turns(bench.clock, turns, calls, warm_up=True)
+    return {name: [seconds / effort.steps for seconds in values] for name, values in times.items()}
 
 
-def _adapter(bench: Bench, batch: int, length: int) -> float:
-    """Median seconds of one skipped layer."""
-    return statistics.median(bench.adapter_seconds(batch, length, 5 if length == 1 else 1) for _ in range(5))
+def _bar(bench: Bench, effort: Effort, bar: float | None, is_prefill: bool = False) -> float | None:
+    return None if bar is None or (bench.clock.is_cuda and not is_prefill) else bar - effort.slack
 
 
-def _decode_bar(bench: Bench, effort: Effort, bar: float) -> float | None:
-    return None if bench.clock.is_cuda else bar - effort.slack
-
-
-def _mean(skips: list[int]) -> int:
+def _mean(skips: Sequence[int]) -> int:
     return round(statistics.mean(skips))
-
-
-def _against(
-    what: str, skip_rate: float, dense: list[float], routed: list[float], ideal: list[float], bar: float | None
-) -> list[Line]:
-    """A routed pass against its ideal and the dense model, turn by turn."""
-    what, reached = f"skip {skip_rate:.0%}, {what}", [best / mine for best, mine in zip(ideal, routed, strict=True)]
-    return [
-        Line.of(f"{what}: ideal over routed", reached, at_least=bar),
-        Line.of(f"{what}: routed of dense", [mine / whole for mine, whole in zip(routed, dense, strict=True)]),
-        Line.of(f"{what}: ideal of dense", [best / whole for best, whole in zip(ideal, dense, strict=True)]),
-        Line.of(f"{what}: dense", [1e3 * seconds for seconds in dense], unit=" ms"),
-        Line.of(f"{what}: routed", [1e3 * seconds for seconds in routed], unit=" ms"),
-    ]

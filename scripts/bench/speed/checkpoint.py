@@ -2,66 +2,46 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fuzzyroe import detach, set_skip_rate
+from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from llava.conversation import get_template
-from llava.inference.generator import Generator
+from llava.data.images import open_rgb, resolve_image
+from llava.data.records import RecordFile
+from llava.inference.generator import Generator, make_message
 from llava.model.builder import load_checkpoint
-from scripts.bench.speed.lines import Line
-from scripts.bench.speed.prompts import load_prompts
-from scripts.bench.speed.shapes import shorten
-from scripts.bench.speed.timing import Clock, Spread
+from scripts.bench.bench import Clock, Line, take_turns
+from scripts.bench.speed.decoders import shorten
+
+Inputs = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class CheckpointPrefill:
-    """What was measured.
+def load_prompts(generator: Generator, data: Path, number: int, with_image: bool = False) -> list[Inputs]:
+    """Questions of the digits test set as inputs of batch 1, drawn with a fixed seed.
 
-    Attributes:
-        layers: Decoder layers.
-        achieved_skip: Skipped share of them, mean over prompts.
-        asked_skip: The mean skip rate that was asked for.
-        prompts: Prompts of each turn.
-        dense, routed: Milliseconds of a prompt.
-        ratio, ideal_ratio: Routed over dense, and ideal over dense.
+    Args:
+        generator: The checkpoint.
+        data: Folder of the dataset, with ``digits_test.json`` and ``images``.
+        number: Prompts to draw.
+        with_image: Draw from questions about images only.
     """
-
-    layers: int
-    achieved_skip: float
-    asked_skip: float
-    prompts: int
-    dense: Spread
-    routed: Spread
-    ratio: Spread
-    ideal_ratio: Spread
-
-    def __str__(self) -> str:
-        return (
-            f"prefill, batch 1, {self.layers} layers, skip {self.achieved_skip:.3f} (asked {self.asked_skip:g}): "
-            f"dense {self.dense.median:.2f} ms, routed {self.routed.median:.2f} ms, ratio {self.ratio.median:.3f} "
-            f"({self.ratio.lower:.3f} to {self.ratio.upper:.3f}), ideal {self.ideal_ratio.median:.3f}; medians over "
-            f"{self.ratio.count} turns of {self.prompts} prompts"
-        )
-
-    def line(self) -> Line:
-        """The bar: routed is faster than dense."""
-        what = f"prefill, batch 1, {self.layers} layers, skip {self.achieved_skip:.3f}: routed of dense"
-        return Line(what, self.ratio.median, at_most=1.0, spread=self.ratio)
+    records = [record for record in RecordFile(data / "digits_test.json") if record.images or not with_image]
+    prompts = []
+    for record in random.Random(0).sample(records, number):
+        images = [open_rgb(resolve_image(data / "images", name)) for name in record.images]
+        prompts.append(generator.encode([make_message(record.turns[0].question, images)]))
+    return prompts
 
 
-def measure_checkpoint(model: str, data: Path, template: str, skip_rate: float, quick: bool) -> CheckpointPrefill:
-    """Dense, routed and ideal prefill over questions about images; vision tower and projector are part of all.
-
-    The ideal is the dense time less what the skipped layers take, by a copy of fewer layers, plus their adapters.
-    """
+def measure_checkpoint(model: str, data: Path, template: str, skip_rate: float, quick: bool) -> list[Line]:
+    """Dense, routed and ideal prefill over questions about images; vision tower and projector are part of all."""
     checkpoint = load_checkpoint(model)
     generator = Generator(checkpoint, get_template(template))
     prompts = load_prompts(generator, data, 40 if quick else 100, with_image=True)
@@ -69,39 +49,41 @@ def measure_checkpoint(model: str, data: Path, template: str, skip_rate: float, 
 
 
 @torch.inference_mode()
-def measure_prompts(
-    model: nn.Module, prompts: list[dict[str, Tensor]], skip_rate: float, repeats: int
-) -> CheckpointPrefill:
-    """The same, for a loaded model and prompts of batch 1."""
-    layers, clock = find_decoder_layers(model), Clock("cpu")
+def measure_prompts(model: nn.Module, prompts: list[Inputs], skip_rate: float, repeats: int) -> list[Line]:
+    """The same, for a loaded model and prompts of batch 1.
+
+    The ideal is the dense time less what the skipped layers take, by a copy of fewer layers, plus their adapters.
+    """
+    layers, clock = find_decoder_layers(model), Clock()
     removed = max(1, round(skip_rate * len(layers)))
-    short = shorten(model, len(layers) - removed, detach)
+    short = shorten(model, len(layers) - removed)
     set_skip_rate(model, skip_rate)
     caches = [model(**prompt, use_cache=True, logits_to_keep=1).past_key_values for prompt in prompts]
     skipped = statistics.mean(int((~kept_layers(cache, 1)).sum()) for cache in caches)
-    times: dict[str, list[float]] = {"dense": [], "routed": [], "short": []}
-    for _ in range(repeats):
-        for name, variant, rate in (("dense", model, None), ("routed", model, skip_rate), ("short", short, None)):
-            if variant is model:
-                set_skip_rate(model, rate)
-            times[name].append(clock.seconds(lambda m=variant: [_prefill(m, prompt) for prompt in prompts]))
+
+    def prefill(variant: nn.Module, rate: float | None) -> None:
+        if variant is model:
+            set_skip_rate(model, rate)
+        for prompt in prompts:
+            variant(**prompt, use_cache=True, logits_to_keep=1)
+
+    variants = {"dense": (model, None), "routed": (model, skip_rate), "short": (short, None)}
+    times = take_turns(clock, repeats, {name: lambda v=variant: prefill(*v) for name, variant in variants.items()})
     states = torch.randn(1, prompts[0]["input_ids"].shape[1], layers[0].input_layernorm.weight.shape[0])
     adapter = statistics.median(
         clock.seconds(lambda: [layer.skip_output(states) for layer in layers]) / len(layers) for _ in range(repeats)
     )
-    per_layer = [(whole - short) / removed for whole, short in zip(times["dense"], times["short"], strict=True)]
-    gain = [skipped * (layer - len(prompts) * adapter) for layer in per_layer]
-    return CheckpointPrefill(
-        layers=len(layers),
-        achieved_skip=skipped / len(layers),
-        asked_skip=skip_rate,
-        prompts=len(prompts),
-        dense=Spread.of([1e3 * seconds / len(prompts) for seconds in times["dense"]]),
-        routed=Spread.of([1e3 * seconds / len(prompts) for seconds in times["routed"]]),
-        ratio=Spread.of([mine / whole for mine, whole in zip(times["routed"], times["dense"], strict=True)]),
-        ideal_ratio=Spread.of([1 - saved / whole for saved, whole in zip(gain, times["dense"], strict=True)]),
-    )
-
-
-def _prefill(model: nn.Module, prompt: dict[str, Tensor]) -> None:
-    model(**prompt, use_cache=True, logits_to_keep=1)
+    ideal = [
+        whole - skipped * ((whole - less) / removed - len(prompts) * adapter)
+        for whole, less in zip(times["dense"], times["short"], strict=True)
+    ]
+    what = f"prefill, batch 1, {len(layers)} layers, skip {skipped / len(layers):.3f} (target {skip_rate:g})"
+    note = f"medians over {repeats} turns of {len(prompts)} prompts"
+    milliseconds = 1e3 / len(prompts)
+    return [
+        Line.ratio(f"{what}: routed of dense", times["routed"], times["dense"], at_most=1.0, note=note),
+        Line.ratio("  ideal of dense", ideal, times["dense"]),
+        Line.of("  dense", times["dense"], milliseconds, unit=" ms"),
+        Line.of("  routed", times["routed"], milliseconds, unit=" ms"),
+        Line("  skip rate", skipped / len(layers)),
+    ]

@@ -1,12 +1,16 @@
-"""What routing itself costs: the router of each policy, and the routed forward where nothing is skipped."""
+"""What routing itself costs: the router of each policy, and the routed forward where nothing is skipped; and pruning
+of image tokens beside skipped layers."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fuzzyroe.routers import (
     FuzzyRouter,
@@ -19,13 +23,13 @@ from fuzzyroe.routers import (
 )
 from fuzzyroe.routers.roe.compat import PUBLISHED
 from fuzzyroe.rules import load_rule_base
-from scripts.bench.speed.lines import Line
-from scripts.bench.speed.passes import Bench, prompt_state
-from scripts.bench.speed.plans import nested_plans, spread_skips
-from scripts.bench.speed.shapes import Shape
-from scripts.bench.speed.timing import take_turns
+from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
+from llava.model.token_pruning import prune_inputs, set_token_pruning
+from scripts.bench.bench import Clock, Line, take_turns
+from scripts.bench.speed.decoders import Bench, Replayed, Shape, nested_plans, prompt_state, random_pixels, spread_skips
 
 TESTS = Path(__file__).resolve().parents[3] / "tests" / "support"
+IMAGE_TOKEN, NUM_TEXT, KEPT = 3, 64, 192
 
 
 def policies(num_layers: int, width: int) -> dict[str, Router]:
@@ -48,8 +52,7 @@ def policies(num_layers: int, width: int) -> dict[str, Router]:
 def router_share(bench: Bench, length: int) -> list[Line]:
     """The fuzzy router with its features, of a routed prefill that skips half the layers, the quickest prefill here."""
     bench.set_policy(policies(bench.shape.layers, bench.shape.width)["fuzzy"])
-    router, skip = bench.router.router.to(bench.device), bench.shape.layers // 2
-    plans = nested_plans(bench.shape.layers, [skip])
+    router, form = bench.router.router.to(bench.device), bench.skipping(bench.shape.layers // 2)
     states = torch.randn(1, length, bench.shape.width, device=bench.device, dtype=bench.dtype)
 
     @torch.inference_mode()
@@ -57,37 +60,37 @@ def router_share(bench: Bench, length: int) -> list[Line]:
         for _ in range(5):
             router.plan(states, prompt_state(1, length, bench.device))
 
-    calls = {"plan": plan, "prefill": lambda: bench.prefill(bench.planned(plans), 1, length)}
-    take_turns(bench.clock, 1, calls)
-    times = take_turns(bench.clock, 5, calls)
-    shares = [100 * one / 5 / whole for one, whole in zip(times["plan"], times["prefill"], strict=True)]
+    times = take_turns(bench.clock, 5, {"plan": plan, **bench.prefills({"prefill": form}, 1, length)}, warm_up=True)
+    seconds = [five / 5 for five in times["plan"]]
+    shares = [100 * one / whole for one, whole in zip(seconds, times["prefill"], strict=True)]
     bar = 1.0 if bench.shape.width >= 1024 else None
     return [
         Line.of("router and features, of a prefill at skip 50%, batch 1", shares, at_most=bar, unit=" %"),
-        Line.of("  router and features", [1e3 * seconds / 5 for seconds in times["plan"]], unit=" ms"),
+        Line.of("  router and features", seconds, 1e3, unit=" ms"),
     ]
 
 
 def policy_overheads(bench: Bench, length: int, repeats: int = 5) -> list[Line]:
     """A prefill at batch 1 under every policy, of one with the same plan and a router that does nothing."""
-    sizes = bench.shape.layers, bench.shape.width
-    plans = nested_plans(sizes[0], spread_skips(sizes[0], 0.5, 1))
-    routers = {"nothing": KeepAllRouter(sizes[0]), **policies(*sizes)}
-    seconds: dict[str, list[float]] = {name: [] for name in routers}
-    for turn in range(repeats + 1):
-        for name, router in routers.items():
-            bench.set_policy(router.to(bench.device, bench.dtype).eval())
-            taken = bench.clock.seconds(lambda: bench.prefill(bench.planned(plans), 1, length))
-            if turn:  # the first warms up
-                seconds[name].append(taken)
+    num_layers = bench.shape.layers
+    form = bench.skipping(*spread_skips(num_layers, 0.5, 1))
+
+    def prefill(router: Router) -> None:
+        bench.set_policy(router)
+        bench.prefill(form, 1, length)
+
+    routers = {"nothing": KeepAllRouter(num_layers), **policies(num_layers, bench.shape.width)}
+    routers = {name: router.to(bench.device, bench.dtype).eval() for name, router in routers.items()}
+    calls = {name: functools.partial(prefill, router) for name, router in routers.items()}
+    seconds = take_turns(bench.clock, repeats, calls, warm_up=True)
+    nothing = seconds.pop("nothing")
     return [
         Line.of(
             f"policy {name}: overhead of a prefill at skip 50%, batch 1",
-            [100 * (mine / base - 1) for mine, base in zip(seconds[name], seconds["nothing"], strict=True)],
+            [100 * (mine / base - 1) for mine, base in zip(taken, nothing, strict=True)],
             unit=" %",
         )
-        for name in routers
-        if name != "nothing"
+        for name, taken in seconds.items()
     ]
 
 
@@ -100,7 +103,7 @@ def decode_counts(bench: Bench, length: int, steps: int = 8) -> list[Line]:
         return [Line("decode: host transfers", None, at_most=0, note=f"{TESTS} is needed to count them")]
     finally:
         sys.path.remove(str(TESTS))
-    form = bench.planned(nested_plans(bench.shape.layers, spread_skips(bench.shape.layers, 0.5)))
+    form = bench.skipping(*spread_skips(bench.shape.layers, 0.5))
     cache = bench.prefill(form, len(form.plans), length)
     calls = bench.router.calls
     with HostTransfers(("fuzzyroe", "llava")) as transfers:
@@ -114,28 +117,59 @@ def decode_counts(bench: Bench, length: int, steps: int = 8) -> list[Line]:
 
 def forward_overhead(bench: Bench, length: int) -> list[Line]:
     """Decoding where nothing is skipped, routed against stock, on layers too small to cost anything themselves."""
-    small = Bench(Shape("tiny", 64, bench.shape.layers, 4, 4, 128, 100), KeepAllRouter(bench.shape.layers))
-    step = _step_difference(small, 64, 20)
-    whole = statistics.median(_step_seconds(bench, length)) / bench.shape.layers
+    num_layers, steps = bench.shape.layers, 20
+    small = Bench(Shape("tiny", 64, num_layers, 4, 4, 128, 100), KeepAllRouter(num_layers))
+    calls = small.decodes({"stock": small.whole(), "routed": small.skipping(0)}, 1, 64, steps)
+    times = take_turns(small.clock, 15, calls, warm_up=True)
+    more = [(a - b) / steps / num_layers for a, b in zip(times["routed"], times["stock"], strict=True)]
+    whole = take_turns(bench.clock, 5, bench.decodes({"": bench.whole()}, 1, length, 2))[""]
+    layer = statistics.median(whole) / 2 / num_layers
     bar = 1.0 if bench.shape.width >= 1024 and not bench.clock.is_cuda else None
     return [
-        Line.of("routed forward in decoding, per layer", [1e6 * seconds for seconds in step], unit=" us"),
-        Line("  of a dense layer", 100 * max(statistics.median(step), 0.0) / whole, at_most=bar, unit=" %"),
+        Line.of("routed forward in decoding, per layer", more, 1e6, unit=" us"),
+        Line("  of a dense layer", 100 * max(statistics.median(more), 0.0) / layer, at_most=bar, unit=" %"),
     ]
 
 
-def _step_difference(bench: Bench, length: int, steps: int) -> list[float]:
-    """Seconds per layer that a routed step takes more than a stock one, of repeated turns."""
-    forms = {"stock": bench.whole(), "routed": bench.planned(nested_plans(bench.shape.layers, [0]))}
-    caches = {name: bench.filled(form, 1, length) for name, form in forms.items()}
-    calls = {name: lambda n=name: bench.decode(forms[n], caches[n], 1, steps) for name in forms}
-    take_turns(bench.clock, 1, calls)
-    times = take_turns(bench.clock, 15, calls)
-    layers = steps * bench.shape.layers
-    return [(mine - stock) / layers for mine, stock in zip(times["routed"], times["stock"], strict=True)]
+def skip_times_prune(shape: Shape, num_text: int = NUM_TEXT, repeats: int = 5, device: str = "cpu") -> list[Line]:
+    """Prefill at batch 1 with all 576 or 192 image tokens, dense or with half the layers skipped, of the first."""
+    # a small tower of LLaVA-1.5's resolution, so that the decoder is what matters
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=shape.config(), image_token_id=IMAGE_TOKEN, image_seq_length=576
+    )
+    model = LlavaLlamaForCausalLM.adopt(LlavaForConditionalGeneration(config).eval())
+    router = Replayed(FuzzyRouter(load_rule_base("default"), shape.layers), shape.layers)
+    attach_routing(model, router, shape.width // 4, "xavier")
+    model = model.eval().to(device)
+    text = torch.randint(4, shape.vocabulary, (1, num_text), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([torch.full((1, 576), IMAGE_TOKEN), text], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": random_pixels()}
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    set_token_pruning(model, KEPT)
+    shorter = prune_inputs(model, inputs, KEPT)
+    half = nested_plans(shape.layers, spread_skips(shape.layers, 0.5, 1)).float().to(device)
 
+    @torch.inference_mode()
+    def prefill(batch: dict[str, Any], is_routed: bool) -> None:
+        router.enabled, router.plans = is_routed, half
+        model(**batch, use_cache=True, logits_to_keep=1)
 
-def _step_seconds(bench: Bench, length: int) -> list[float]:
-    form = bench.whole()
-    cache = bench.filled(form, 1, length)
-    return [seconds / 2 for seconds in take_turns(bench.clock, 5, {"": lambda: bench.decode(form, cache, 1, 2)})[""]]
+    forms = {
+        "dense, all 576 tokens": (inputs, False),
+        "skip 50%": (inputs, True),
+        f"prune to {KEPT} tokens": (shorter, False),
+        f"skip 50% x prune to {KEPT}": (shorter, True),
+    }
+    calls = {name: functools.partial(prefill, *form) for name, form in forms.items()}
+    times = take_turns(Clock(device), repeats, calls, warm_up=True)
+    what = f"LLaVA prefill, batch 1, {576 + num_text} positions"
+    whole = times["dense, all 576 tokens"]
+    return [Line.ratio(f"{what}, {name}: speed-up", whole, values, unit="x") for name, values in times.items()]
