@@ -32,7 +32,7 @@ from fuzzyroe.routers import get_router_name
 from fuzzyroe.state_dict import routing_names, routing_state_dict, save_routing
 from llava.files import flush_to_disk, write_json
 from llava.model.builder import Checkpoint
-from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.model.checkpoints.routing import ROUTING_FILE
 from llava.model.families import family_of
 from llava.report.page import write_stage_page
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, StageArguments, stage_of

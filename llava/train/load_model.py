@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from llava.model.builder import Checkpoint, build_checkpoint, load_checkpoint
-from llava.model.checkpoints.compose import compose
 from llava.model.checkpoints.contents import read_projector
 from llava.model.checkpoints.files import is_language_model, read_config_dict
+from llava.model.checkpoints.reading import compose
 from llava.model.families import SELECT_FEATURES, VisionSettings, family_of
 from llava.train.arguments import ModelArguments
 from llava.train.zero3 import assign_parameters

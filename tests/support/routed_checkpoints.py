@@ -11,7 +11,7 @@ from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers.fuzzy import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from fuzzyroe.state_dict import routing_state_dict, save_routing
-from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.model.checkpoints.routing import ROUTING_FILE
 from llava.model.llava_llama import attach_routing
 
 

@@ -1,8 +1,10 @@
-"""Contents of a checkpoint, read but not yet in a model."""
+"""Contents of a checkpoint, read but not yet in a model: weights, LoRA weights, projector, and whether they fit."""
 
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,45 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationConfig
 
-from llava.model.checkpoints.lora import LoraWeights
-from llava.model.checkpoints.names import EMBEDDINGS, HEAD, TOWER, Shape, check_fit, list_names, to_hf_names
-from llava.model.checkpoints.stored_routing import StoredRouting
-from llava.model.checkpoints.weights import read_tensors
-from llava.model.families import family_of
-from llava.model.families.host import HostProjector
+from llava.model.checkpoints.routing import StoredRouting
+from llava.model.checkpoints.weights import (
+    EMBEDDINGS,
+    HEAD,
+    PEFT_PREFIX,
+    TOWER,
+    Shape,
+    check_fit,
+    list_names,
+    read_tensors,
+    to_hf_names,
+)
+from llava.model.families import Family, family_of
+from llava.model.families.base import HostProjector
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+NOT_PLAIN = ("use_dora", "fan_in_fan_out", "alpha_pattern", "megatron_config", "use_qalora", "arrow_config")
+"""Keys of peft's configuration under which LoRA computes something else."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The change ``scale * up @ down`` of one weight.
+
+    Attributes:
+        down: LoRA's A, (rank, in).
+        up: LoRA's B, (out, rank).
+        scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` where the checkpoint says so.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """Give the merged weight, (out, in), in the data type of ``weight``; rounded once."""
+        # in float32: a small change would round away in half precision
+        return (weight.float() + self.scale * (self.up.float() @ self.down.float())).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,13 +113,14 @@ def check_complete(weights: Mapping[str, Tensor], config: Any, source: str, new_
     Raises:
         ValueError: Listing missing, unexpected and misshapen weights.
     """
-    family, shapes = family_of(config), {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    family = family_of(config)
     wanted = {
         name: shape
         for name, shape in parameter_shapes(config).items()
-        if name in shapes or family.part_of(name) != new_part  # a part that is to be drawn may be missing
+        if name in weights or family.part_of(name) != new_part
     }
-    check_fit(shapes, wanted, source)
+    remedy = "Complete the checkpoint or correct config.json."
+    check_fit(_shapes(weights), wanted, f"The weights of {source}", "its config.json", remedy)
 
 
 def parameter_shapes(config: Any) -> dict[str, Shape]:
@@ -106,8 +142,7 @@ def parameter_shapes(config: Any) -> dict[str, Shape]:
     parameters = {
         prefix + name: parameter for prefix, module in modules.items() for name, parameter in module.named_parameters()
     }
-    named = to_hf_names(parameters, family_of(config), "the configuration")
-    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    shapes = _shapes(to_hf_names(parameters, family_of(config), "the configuration"))
     if config.tie_word_embeddings:
         shapes.pop(HEAD, None)
     return shapes
@@ -124,20 +159,77 @@ def read_projector(file: str | Path, config: Any) -> dict[str, Tensor]:
         Name in Hugging Face's files -> tensor.
 
     Raises:
-        ValueError: If other tensors are there, some are missing, or they are of another size than the model's.
+        ValueError: Listing missing, unexpected and misshapen tensors.
     """
     family = family_of(config)
     wanted = {name: shape for name, shape in parameter_shapes(config).items() if family.part_of(name) == "projector"}
     tensors = to_hf_names(read_tensors(file), family, str(file))
-    if tensors.keys() != wanted.keys():
-        raise ValueError(
-            f"{file} is no projector of {family.title}: {list_names(tensors.keys() ^ wanted)} missing or unexpected; "
-            f"exactly {list_names(wanted)}, or the original names of these, are needed. Name another file."
-        )
-    misfits = {name: (tuple(t.shape), wanted[name]) for name, t in tensors.items() if tuple(t.shape) != wanted[name]}
-    if misfits:
-        raise ValueError(
-            f"The projector {file} does not fit the model (its shape, the model's): {misfits}; name the one that was "
-            "trained for this vision tower and language model."
-        )
+    remedy = "Name the projector that was trained for this vision tower and language model."
+    check_fit(_shapes(tensors), wanted, f"The weights of {file}", "the model", remedy)
     return tensors
+
+
+def read_lora(
+    file: str, settings: Mapping[str, Any], family: Family
+) -> tuple[dict[str, LoraWeights], dict[str, Tensor]]:
+    """Read a file of LoRA weights.
+
+    Args:
+        file: ``adapter_model.safetensors`` or ``.bin``, as peft writes it.
+        settings: Content of the ``adapter_config.json`` beside it.
+        family: Family of the model they belong to.
+
+    Returns:
+        LoRA weights by the weight that they change, and what was saved whole in the same file; both under names in
+        Hugging Face's files.
+
+    Raises:
+        ValueError: If they are not plain LoRA, incomplete, or of parts that the family does not have.
+
+    Reference:
+        LoRA (arXiv:2106.09685); rank-stabilised scale: arXiv:2312.03732.
+    """
+    kind, other = settings.get("peft_type", "LORA"), {key: settings[key] for key in NOT_PLAIN if settings.get(key)}
+    if kind != "LORA" or other or "lora_alpha" not in settings:
+        raise ValueError(
+            f"{file} is described as {kind} with {other or 'no lora_alpha'}; plain LoRA with lora_alpha is read. "
+            "Merge it with peft where it was trained, and load the merged model."
+        )
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(file).items():
+        name = name.removeprefix(PEFT_PREFIX)
+        factor = _FACTOR.fullmatch(name)  # peft also saves whole modules into the same file
+        if factor is None:
+            whole[name] = tensor
+        else:
+            factors.setdefault(f"{factor['module']}.weight", {})[factor["side"]] = tensor
+    halves = [name for name, sides in factors.items() if len(sides) < 2]
+    if halves:
+        raise ValueError(
+            f"{file}: LoRA weights of {list_names(halves)} lack a half; pairs lora_A and lora_B are read. Merge it "
+            "where it was trained."
+        )
+    lora = {}
+    for name, sides in to_hf_names(factors, family, file).items():
+        # rank of the factors, not of the configuration: rank_pattern may set it layer by layer
+        rank = sides["A"].shape[0]
+        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        lora[name] = LoraWeights(sides["A"], sides["B"], scale)
+    return lora, to_hf_names(whole, family, file)
+
+
+def check_lora(lora: Mapping[str, LoraWeights], weights: Mapping[str, Tensor], source: str) -> None:
+    """Compare LoRA weights with the weights they belong to.
+
+    Raises:
+        ValueError: Listing all whose weight is missing or of another shape.
+    """
+    shapes = {name: (each.up.shape[0], each.down.shape[1]) for name, each in lora.items()}
+    wanted = {name: shape for name, shape in _shapes(weights).items() if name in lora}
+    remedy = "Name the base they were trained from as model_base."
+    check_fit(shapes, wanted, f"The LoRA weights of {source}", "the base model", remedy)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

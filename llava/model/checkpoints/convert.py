@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,23 @@ import torch
 
 from llava.files import write_json
 from llava.model.checkpoints.contents import CheckpointContents
-from llava.model.checkpoints.names import EMBEDDINGS, HEAD
 from llava.model.checkpoints.reading import read_checkpoint
 from llava.model.checkpoints.tokenizer import has_same_ids, original_vocab_size, save_tokenizer
-from llava.model.checkpoints.weights import Progress, TensorSpec, compare_weights, write_weights
+from llava.model.checkpoints.weights import EMBEDDINGS, HEAD, TensorSpec, compare_weights, write_weights
 from llava.model.families import family_of, get_image_token_id
-from llava.model.families.host import locate
+from llava.model.families.base import locate
 
 LAYOUTS = ("transformers", "original")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 NOT_COMPUTED = ("architectures", "dtype", "pad_token_id", "transformers_version", "use_cache", "vocab_size")
 """Keys of the language model's configuration that may differ between layouts."""
+
+COMPUTED = (
+    *("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act", "image_aspect_ratio"),
+    *("num_visual_tokens", "token_pruner"),
+)
+"""Keys of the whole model's configuration that may not."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def convert(
     output: Path,
     options: ConvertOptions,
     model_base: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConvertResult:
     """Write a checkpoint anew, whole, and compare what is read back with it.
 
@@ -113,8 +119,14 @@ def convert(
     contents = read_checkpoint(source, model_base)
     specs = _plan(contents, options)
     num_bytes = sum(spec.num_bytes for spec in specs.values())
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    _check_room(output, num_bytes)
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise OSError(
+            f"{parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} GiB are needed; make room, or name a "
+            "folder on another disk."
+        )
     with _whole_folder(output) as folder:
         _write_descriptions(contents, specs, options, folder, str(source))
         num_files = _write_parts(contents, specs, options, folder, progress)
@@ -148,17 +160,14 @@ def _write_parts(
     specs: dict[str, TensorSpec],
     options: ConvertOptions,
     folder: Path,
-    progress: Progress,
+    progress: Callable[[int, int], None],
 ) -> int:
     """Write the weights of each part to the folder that its family keeps it in; gives the number of files."""
     parts = family_of(contents.config).parts if options.layout == "original" else {"": ""}
     num_files = num_done = 0
-
-    def tell(num_written: int, _: int) -> None:
-        progress(num_done + num_written, len(specs))
-
     for prefix, part in parts.items():
         own = {name.removeprefix(prefix): spec for name, spec in specs.items() if name.startswith(prefix)}
+        tell = partial(lambda before, done: progress(before + done, len(specs)), num_done)
         (folder / part).mkdir(exist_ok=True)
         num_files += write_weights(own, contents.tensor, folder / part, options.max_shard_size, tell)
         num_done += len(own)
@@ -178,8 +187,16 @@ def _write_descriptions(
     if contents.routing is not None:
         config.fuzzyroe = contents.routing.save(folder, config.text_config)
     if options.layout == "original":
-        vision_tower = _name_tower(config, options, source)
-        settings = family_of(config).original_config(config, vision_tower, embeddings.shape[0])
+        named = options.vision_tower or getattr(config, "mm_vision_tower", None)
+        if named is None:
+            raise ValueError(
+                "The original layout takes the architecture of the vision tower from a CLIP checkpoint, and this "
+                "checkpoint names none; name it with --vision-tower, LLaVA-1.5's is openai/clip-vit-large-patch14-336."
+            )
+        tower = locate(named, source)
+        # a folder by its whole path, as the output lies elsewhere
+        tower = str(Path(tower).resolve()) if Path(tower).is_dir() else tower
+        settings = family_of(config).original_config(config, tower, embeddings.shape[0])
         write_json(folder / "config.json", dict(sorted(settings.items())))
     else:
         config.save_pretrained(folder)
@@ -187,18 +204,6 @@ def _write_descriptions(
     contents.image_processor.save_pretrained(folder)
     if contents.generation_config is not None:
         contents.generation_config.save_pretrained(folder)
-
-
-def _name_tower(config: Any, options: ConvertOptions, source: str) -> str:
-    named = options.vision_tower or getattr(config, "mm_vision_tower", None)
-    if named is None:
-        raise ValueError(
-            "The original layout takes the architecture of the vision tower from a CLIP checkpoint, and this "
-            "checkpoint names none; name it with --vision-tower, LLaVA-1.5's is openai/clip-vit-large-patch14-336."
-        )
-    located = locate(named, source)
-    # a folder by its whole path, as the output lies elsewhere
-    return str(Path(located).resolve()) if Path(located).is_dir() else located
 
 
 def _compare(contents: CheckpointContents, specs: dict[str, TensorSpec], options: ConvertOptions, folder: Path) -> None:
@@ -224,16 +229,9 @@ def _describe(contents: CheckpointContents) -> dict[str, Any]:
     config = contents.config
     text = {key: value for key, value in config.text_config.to_dict().items() if key not in NOT_COMPUTED}
     vision = {f"vision {key}": getattr(config.vision_config, key) for key in family_of(config).vision_keys}
-    keys = ("vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act")
-    extra = ("image_aspect_ratio", "num_visual_tokens", "token_pruner")
     routing = None if contents.routing is None else {**contents.routing.config.to_dict(), "base_model": None}
-    return {
-        **text,
-        **vision,
-        **{key: getattr(config, key, None) for key in (*keys, *extra)},
-        "image_token_id": get_image_token_id(config),
-        "fuzzyroe": routing,
-    }
+    own = {key: getattr(config, key, None) for key in COMPUTED}
+    return {**text, **vision, **own, "image_token_id": get_image_token_id(config), "fuzzyroe": routing}
 
 
 @contextmanager
@@ -246,12 +244,3 @@ def _whole_folder(output: Path) -> Iterator[Path]:
         os.rename(folder, output)  # fails if somebody has filled the place meanwhile
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_room(output: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(output.absolute().parent).free
-    if free < num_bytes:
-        raise OSError(
-            f"{output.absolute().parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} GiB are needed; make "
-            "room, or name a folder on another disk."
-        )

@@ -36,6 +36,7 @@ class CheckpointFiles:
         has_weights: Whether it holds the weights of a whole model.
         projector: File of a projector alone; None if there is none, or weights are there and hold it.
         lora: File of LoRA weights; None if there is none.
+        lora_config: Their ``adapter_config.json``; empty if there are none.
         others: File of what trained beside them; None if there is none.
     """
 
@@ -46,6 +47,7 @@ class CheckpointFiles:
     has_weights: bool
     projector: str | None
     lora: str | None
+    lora_config: Mapping[str, Any]
     others: str | None
 
     @property
@@ -75,17 +77,19 @@ def find_files(path: str | Path) -> CheckpointFiles:
     # every folder of the original layout must have its weights
     folders = family.parts.values() if family is not None and format == "original" else ("",)
     is_complete = all(has_weights(path, folder) for folder in folders)
-    has_lora = find_file(path, LORA_CONFIG) is not None
-    lora = find_file(path, *LORA_FILES) if has_lora else None
-    if has_lora and lora is None:
+    described = find_file(path, LORA_CONFIG)
+    if described is None:
+        # LLaVA writes mm_projector.bin beside whole weights as well, which hold it already
+        projector = None if is_complete else find_file(path, *PROJECTOR_FILES)
+        return CheckpointFiles(str(path), config, format, family, is_complete, projector, None, {}, None)
+    lora, lora_config = find_file(path, *LORA_FILES), json.loads(Path(described).read_text(encoding="utf-8"))
+    if lora is None:
         raise FileNotFoundError(
             f"{path} has {LORA_CONFIG} but none of {', '.join(LORA_FILES)}; the LoRA weights are needed. Complete "
             "the folder."
         )
-    others = find_file(path, *OTHERS_FILES) if has_lora else None
-    # LLaVA writes mm_projector.bin beside whole weights as well, which hold it already
-    projector = None if is_complete or has_lora else find_file(path, *PROJECTOR_FILES)
-    return CheckpointFiles(str(path), config, format, family, is_complete, projector, lora, others)
+    others = find_file(path, *OTHERS_FILES)
+    return CheckpointFiles(str(path), config, format, family, is_complete, None, lora, lora_config, others)
 
 
 def detect_format(config: Mapping[str, Any], path: str | Path) -> tuple[Family | None, str]:
@@ -102,15 +106,15 @@ def detect_format(config: Mapping[str, Any], path: str | Path) -> tuple[Family |
         ValueError: If it is none of these.
     """
     family = detect_family(config, path)
+    is_hosted = "text_config" in config or "vision_config" in config
     if family is not None:
-        return family, "transformers" if _is_hosted(config) else "original"
+        return family, "transformers" if is_hosted else "original"
     if is_language_model(config):
         return None, "language_model"
-    if _is_hosted(config):
-        raise ValueError(f"{path} is a model of type {config.get('model_type')}; a LLaVA (model_type llava) is needed.")
+    lack = "" if is_hosted else " without text_config and mm_vision_tower"
     raise ValueError(
-        f"{path} is a model of type {config.get('model_type')} without text_config and mm_vision_tower; a LLaVA-1.5 in "
-        "transformers' or the original layout is needed. Name its folder or hub id."
+        f"{path} is a model of type {config.get('model_type')}{lack}; a LLaVA-1.5 in transformers' or the original "
+        "layout is needed. Name its folder or hub id."
     )
 
 
@@ -128,16 +132,14 @@ def read_config_dict(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is none, saying what to name instead.
     """
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a checkpoint.")
+    file = Path(path, "config.json")
+    if Path(path).exists() and not file.is_file():
+        raise FileNotFoundError(f"{path} holds no config.json; name the folder of a checkpoint.")
     try:
         return PretrainedConfig.get_config_dict(str(path))[0]
     except OSError as error:
-        if folder.exists():
-            raise FileNotFoundError(
-                f"{folder / 'config.json'} cannot be read ({error}); write the checkpoint again."
-            ) from error
+        if file.is_file():
+            raise FileNotFoundError(f"{file} cannot be read ({error}); write the checkpoint again.") from error
         raise FileNotFoundError(
             f"{path} is no folder, and its configuration cannot be had from the hub either; "
             "name a checkpoint folder, as an earlier stage writes it, or a hub id (owner/name)."
@@ -158,8 +160,7 @@ def resolve_base_models(path: str | Path, model_base: str | None = None) -> list
         FileNotFoundError: If a base is not where it is said to be.
         ValueError: If a base is needed and not named, or named and not needed.
     """
-    chain = [find_files(path)]
-    top = chain[0]
+    top = find_files(path)
     if top.is_whole and model_base is not None:
         raise ValueError(
             f"{path} holds the weights of a whole model, model_base {model_base} has no part in it; a base belongs to "
@@ -171,6 +172,7 @@ def resolve_base_models(path: str | Path, model_base: str | None = None) -> list
             "projector or LoRA weights with this as model_base. To add a vision tower, train it with --vision_tower."
         )
     # LoRA weights may rest on a projector's folder, which rests on a language model
+    chain = [top]
     while not chain[-1].is_whole:
         base = _find_base(chain[-1], model_base if len(chain) == 1 else None)
         if base in [files.path for files in chain]:
@@ -189,10 +191,8 @@ def _find_base(files: CheckpointFiles, model_base: str | None) -> str:
     if model_base is not None:
         return model_base
     # what a stage wrote is relative to its own folder; what peft wrote, perhaps to the folder it was run in
-    recorded, is_beside = (files.config.get("fuzzyroe") or {}).get("base_model"), True
-    if recorded is None and files.lora is not None:
-        file = find_file(files.path, LORA_CONFIG)
-        recorded, is_beside = json.loads(Path(str(file)).read_text()).get("base_model_name_or_path"), False
+    by_stage = (files.config.get("fuzzyroe") or {}).get("base_model")
+    recorded = by_stage or files.lora_config.get("base_model_name_or_path")
     if recorded is None:
         held = "a projector" if files.projector else "LoRA weights" if files.lora else "no weights"
         raise ValueError(
@@ -202,16 +202,12 @@ def _find_base(files: CheckpointFiles, model_base: str | None) -> str:
     beside = Path(files.path) / recorded
     if beside.is_dir():
         return str(beside.resolve())
-    if recorded.startswith((".", "/")) and (is_beside or not Path(recorded).is_dir()):
+    if recorded.startswith((".", "/")) and (by_stage or not Path(recorded).is_dir()):
         raise FileNotFoundError(
             f"{files.path} holds no backbone weights and its base model is not at {beside}; put the base model there, "
             "or correct the name in its config.json or adapter_config.json."
         )
     return recorded
-
-
-def _is_hosted(config: Mapping[str, Any]) -> bool:
-    return "text_config" in config or "vision_config" in config
 
 
 def _holds_part(path: str | Path) -> bool:

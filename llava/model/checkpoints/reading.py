@@ -1,34 +1,36 @@
-"""Reading a checkpoint of any format, with the base models it builds on."""
+"""Reading a checkpoint of any format with the base models it builds on, or putting a new model together."""
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from llava.model.checkpoints.compose import compose_config, read_tower_weights
-from llava.model.checkpoints.contents import CheckpointContents, check_complete, extend_vocabulary, read_projector
+from llava.model.checkpoints.contents import (
+    CheckpointContents,
+    LoraWeights,
+    check_complete,
+    check_lora,
+    extend_vocabulary,
+    read_lora,
+    read_projector,
+)
 from llava.model.checkpoints.files import (
-    LORA_CONFIG,
+    LANGUAGE_MODELS,
     CheckpointFiles,
     is_language_model,
     read_config_dict,
     resolve_base_models,
 )
-from llava.model.checkpoints.lora import LoraWeights, check_lora, read_lora
-from llava.model.checkpoints.names import HEAD, TOWER, to_hf_names
-from llava.model.checkpoints.roe import import_routing, split_routing
-from llava.model.checkpoints.stored_routing import StoredRouting, read_routing
+from llava.model.checkpoints.routing import StoredRouting, import_routing, read_routing
 from llava.model.checkpoints.tokenizer import has_tokenizer, read_tokenizer
-from llava.model.checkpoints.weights import find_file, read_tensors, read_weights
-from llava.model.families import Family, HostConfig, VisionSettings, family_of
-from llava.model.families.host import locate
-
-logger = logging.getLogger(__name__)
+from llava.model.checkpoints.weights import HEAD, TOWER, find_file, read_tensors, read_weights, to_hf_names
+from llava.model.families import HostConfig, VisionSettings, default_family, family_of
+from llava.model.families.base import join_configs, locate
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -46,37 +48,62 @@ def read_checkpoint(path: str | Path, model_base: str | None = None) -> Checkpoi
     """
     chain = resolve_base_models(path, model_base)
     config, tokenizer = _read_config_and_tokenizer(chain)
-    family = family_of(config)
-    for trap in family.traps:
-        logger.warning("%s (%s): %s", path, family.title, trap)
-    weights, lora, added = _read_weights(chain, config)
-    tower = _find_tower(chain)
-    # the original code reads a frozen tower from its own checkpoint, so it may not be in this one
-    if tower is not None and not any(name.startswith(TOWER) for name in weights):
-        weights |= read_tower_weights(tower, family)
+    weights, lora, routing = _read_weights(chain, config)
+    towers = [
+        locate(files.config["mm_vision_tower"], files.path) for files in chain if files.config.get("mm_vision_tower")
+    ]
+    # a folder that is there before a hub id
+    tower = next(filter(os.path.isdir, towers), towers[0] if towers else None)
     # only transformers' layout has a row for the image token already
     if any(files.format != "transformers" for files in chain):
         extend_vocabulary(weights, config.text_config.vocab_size)
-    if config.tie_word_embeddings:
-        weights.pop(HEAD, None)  # stored or not, it is the embeddings
-    check_complete(weights, config, " with ".join(files.path for files in chain))
+    _complete(weights, config, tower, " with ".join(files.path for files in chain))
     for each in lora:
-        check_lora({name: tuple(tensor.shape) for name, tensor in weights.items()}, each, str(path))
-    routing = _read_routing(chain, added)
+        check_lora(each, weights, str(path))
+    # routing that a configuration describes overrides what RoE's code added to the weights
+    described = _first(chain, lambda files: files.config.get("fuzzyroe"))
+    if described is not None:
+        routing = read_routing(described.path, described.config["fuzzyroe"])
     if routing is not None:
         config.fuzzyroe = routing.config.to_dict()
-    holder = next(files for files in chain if files.has_weights or files.projector or files.lora)
     generation = _first(chain, lambda files: find_file(files.path, "generation_config.json"))
+    processor = _first(chain, lambda files: find_file(files.path, *PROCESSOR_FILES))
+    if processor is None and tower is None:
+        raise FileNotFoundError(
+            f"{path} has no {PROCESSOR_FILES[0]}; it says how images are resized. Copy it from the vision tower's "
+            "checkpoint."
+        )
     return CheckpointContents(
         config,
         weights,
         tokenizer,
-        _read_image_processor(chain, family, tower),
-        holder.path,
+        family_of(config).image_processor(str(tower) if processor is None else processor.path),
+        next(files.path for files in chain if files.has_weights or files.projector or files.lora),
         lora,
         routing,
         None if generation is None else GenerationConfig.from_pretrained(generation.path),
     )
+
+
+def compose(language_model: str | Path, settings: VisionSettings) -> CheckpointContents:
+    """Put a model together; weights stay in their files, and those of the projector are left to be drawn.
+
+    Token ids that the language model lacks, the image token's among them, get the mean of its embeddings.
+
+    Args:
+        language_model: Folder or hub id of a Llama checkpoint, such as Vicuna.
+        settings: Vision tower, and which of its features are read.
+
+    Raises:
+        ValueError: If a part is of another kind, or lacks weights.
+    """
+    config, tokenizer = _compose_config(language_model, settings)
+    family, tower = family_of(config), settings.vision_tower
+    # a language model keeps its own names in its files, which mean the same in any layout
+    weights = to_hf_names(read_weights(language_model), family, str(language_model))
+    extend_vocabulary(weights, config.text_config.vocab_size)
+    _complete(weights, config, tower, f"{language_model} with {tower}", new_part="projector")
+    return CheckpointContents(config, weights, tokenizer, family.image_processor(tower), path=str(language_model))
 
 
 def read_config_and_tokenizer(
@@ -91,16 +118,27 @@ def read_config_and_tokenizer(
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If a language model comes without ``settings``.
+        ValueError: If a language model comes without ``settings``, or parts are of another kind.
     """
-    if model_base is None and is_language_model(read_config_dict(path)):
-        if settings is None:
-            raise ValueError(
-                f"{path} is a language model; a CLIP checkpoint must be named as its vision tower, LLaVA-1.5's is "
-                "openai/clip-vit-large-patch14-336."
-            )
-        return compose_config(path, settings)
-    return _read_config_and_tokenizer(resolve_base_models(path, model_base))
+    if model_base is not None or not is_language_model(read_config_dict(path)):
+        return _read_config_and_tokenizer(resolve_base_models(path, model_base))
+    if settings is None:
+        raise ValueError(
+            f"{path} is a language model; a CLIP checkpoint must be named as its vision tower, LLaVA-1.5's is "
+            "openai/clip-vit-large-patch14-336."
+        )
+    return _compose_config(path, settings)
+
+
+def _compose_config(language_model: str | Path, settings: VisionSettings) -> tuple[Any, Any]:
+    text = AutoConfig.from_pretrained(language_model)
+    if text.model_type not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"{language_model} is a model of type {text.model_type}; {' or '.join(LANGUAGE_MODELS)} can be given a "
+            "vision tower. Name another --model_name_or_path."
+        )
+    family, tokenizer = default_family(), read_tokenizer(language_model)
+    return join_configs(family, text, family.read_tower_config(settings), settings, tokenizer), tokenizer
 
 
 def _first(chain: Sequence[CheckpointFiles], has: Callable[[CheckpointFiles], Any]) -> CheckpointFiles | None:
@@ -123,7 +161,7 @@ def _read_config_and_tokenizer(chain: Sequence[CheckpointFiles]) -> tuple[Any, A
 
 def _read_weights(
     chain: Sequence[CheckpointFiles], config: Any
-) -> tuple[dict[str, Tensor], tuple[dict[str, LoraWeights], ...], dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], tuple[dict[str, LoraWeights], ...], StoredRouting | None]:
     """Weights of the last of a chain with what the others replace, LoRA weights, and what RoE added to the last."""
     family, base = family_of(config), chain[-1]
     parts = family.parts if base.format == "original" else {"": ""}
@@ -132,7 +170,7 @@ def _read_weights(
         for prefix, folder in parts.items()
         for name, tensor in read_weights(base.path, folder).items()
     }
-    added, stored = split_routing(stored)
+    routing, stored = import_routing(stored, base.path)
     weights = to_hf_names(stored, family, base.path)
     lora: list[dict[str, LoraWeights]] = []
     # from the base upwards: what is nearer to the top overrides
@@ -144,35 +182,23 @@ def _read_weights(
         if files.others is not None:
             replaced |= to_hf_names(read_tensors(files.others), family, files.others)
         if files.lora is not None:
-            own, whole = read_lora(files.lora, str(find_file(files.path, LORA_CONFIG)), family)
+            own, whole = read_lora(files.lora, files.lora_config, family)
             replaced |= whole
         weights |= replaced
         # a weight that is replaced as a whole forgets the LoRA weights below it
         lora = [{name: each for name, each in below.items() if name not in replaced} for below in lora] + [own]
-    return weights, tuple(each for each in lora if each), added
+    return weights, tuple(each for each in lora if each), routing
 
 
-def _read_routing(chain: Sequence[CheckpointFiles], added: dict[str, Tensor]) -> StoredRouting | None:
-    """Routing that a configuration describes, else what RoE's code added to the weights."""
-    described = _first(chain, lambda files: files.config.get("fuzzyroe"))
-    if described is not None:
-        return read_routing(described.path, described.config["fuzzyroe"])
-    return import_routing(added, chain[-1].path) if added else None
-
-
-def _find_tower(chain: Sequence[CheckpointFiles]) -> str | None:
-    """The vision tower that a checkpoint names; a folder that is there before a hub id."""
-    named = [(files.config.get("mm_vision_tower"), files.path) for files in chain]
-    towers = [locate(name, path) for name, path in named if name]
-    return next((tower for tower in towers if Path(tower).is_dir()), towers[0] if towers else None)
-
-
-def _read_image_processor(chain: Sequence[CheckpointFiles], family: Family, tower: str | None) -> Any:
-    described = _first(chain, lambda files: find_file(files.path, *PROCESSOR_FILES))
-    path = tower if described is None else described.path
-    if path is None:
-        raise FileNotFoundError(
-            f"{chain[0].path} has no {PROCESSOR_FILES[0]}; it says how images are resized. Copy it from the vision "
-            "tower's checkpoint."
-        )
-    return family.image_processor(path)
+def _complete(
+    weights: dict[str, Tensor], config: Any, tower: str | None, source: str, new_part: str | None = None
+) -> None:
+    """Add the vision tower's weights where its own checkpoint alone has them, in place; refuse what does not fit."""
+    family = family_of(config)
+    # the original code reads a frozen tower from its own checkpoint, so it may not be in this one
+    if tower is not None and not any(name.startswith(TOWER) for name in weights):
+        stored = {family.tower_to_hf.rename(name): tensor for name, tensor in read_weights(tower).items()}
+        weights |= to_hf_names({name: tensor for name, tensor in stored.items() if name is not None}, family, tower)
+    if config.tie_word_embeddings:
+        weights.pop(HEAD, None)  # stored or not, it is the embeddings
+    check_complete(weights, config, source, new_part)

@@ -1,12 +1,18 @@
-"""Files of weights: read as stored, whatever they are split into; written one file at a time and compared."""
+"""Weights of a checkpoint: files of any layout read and written, names brought to those of Hugging Face's files.
+
+Hugging Face's names are those of ``llava-hf``'s files: every version of transformers reads them, whatever its modules
+are called today.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -16,18 +22,28 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from llava.files import write_json
+from llava.model.families import Family
+
+Value = TypeVar("Value")
+Shape = tuple[int, ...]
+
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+TOWER = "vision_tower."
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts in front of a module's name."""
+
+NUM_LISTED = 40
+"""Names that an error lists before it only counts."""
 
 INDEX_FILE = "model.safetensors.index.json"
 
-WEIGHT_FILES = (
-    (INDEX_FILE, True),
-    ("model.safetensors", False),
-    ("pytorch_model.bin.index.json", True),
-    ("pytorch_model.bin", False),
-)
-"""Files that list or hold the weights, the safer ones first, with whether they are an index."""
+WEIGHT_FILES = (INDEX_FILE, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""Files that list or hold the weights, the safer ones first."""
 
-Progress = Callable[[int, int], None]
+
+# --- reading ---
 
 
 def find_file(path: str | Path, *names: str) -> str | None:
@@ -37,22 +53,13 @@ def find_file(path: str | Path, *names: str) -> str | None:
         path: Folder or hub id.
         names: Names of files, best first; may begin with a sub-folder.
     """
-    found = (cached_file(str(path), name, _raise_exceptions_for_missing_entries=False) for name in names)
-    return next((file for file in found if file is not None), None)
-
-
-def find_needed(path: str | Path, name: str) -> str:
-    """Give the local path of a file that a checkpoint must have.
-
-    Raises:
-        OSError: If it is missing.
-    """
-    return str(cached_file(str(path), name))
+    files = (cached_file(str(path), name, _raise_exceptions_for_missing_entries=False) for name in names)
+    return next((file for file in files if file is not None), None)
 
 
 def has_weights(path: str | Path, folder: str = "") -> bool:
     """Whether the weights of a whole model lie in a checkpoint, or in a sub-folder of it."""
-    return find_file(path, *(str(Path(folder, name)) for name, _ in WEIGHT_FILES)) is not None
+    return find_file(path, *(str(Path(folder, name)) for name in WEIGHT_FILES)) is not None
 
 
 def read_weights(path: str | Path, folder: str = "") -> dict[str, Tensor]:
@@ -68,22 +75,20 @@ def read_weights(path: str | Path, folder: str = "") -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If the checkpoint has no weights in a known layout, or lacks a file of them.
     """
-    for name, is_index in WEIGHT_FILES:
-        found = find_file(path, str(Path(folder, name)))
-        if found is None:
-            continue
-        if not is_index:
-            return read_tensors(found)
-        weights: dict[str, Tensor] = {}
-        for shard in dict.fromkeys(json.loads(Path(found).read_text())["weight_map"].values()):
-            file = find_file(path, str(Path(folder, shard)))
-            if file is None:
-                raise FileNotFoundError(f"{path} lacks {shard}, which its index names; download the checkpoint again.")
-            weights |= read_tensors(file)
-        return weights
-    raise FileNotFoundError(
-        f"{path} holds none of {', '.join(name for name, _ in WEIGHT_FILES)}; weights are needed. Download it again."
-    )
+    file = find_file(path, *(str(Path(folder, name)) for name in WEIGHT_FILES))
+    if file is None:
+        raise FileNotFoundError(
+            f"{path} holds none of {', '.join(WEIGHT_FILES)}; weights are needed. Download it again."
+        )
+    if not file.endswith(".index.json"):
+        return read_tensors(file)
+    weights: dict[str, Tensor] = {}
+    for name in dict.fromkeys(json.loads(Path(file).read_text())["weight_map"].values()):
+        shard = find_file(path, str(Path(folder, name)))
+        if shard is None:
+            raise FileNotFoundError(f"{path} lacks {name}, which its index names; download the checkpoint again.")
+        weights |= read_tensors(shard)
+    return weights
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
@@ -112,6 +117,72 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise ValueError(f"{file} holds more than named tensors; only these are read. Save the tensors alone.")
     return loaded
+
+
+# --- names ---
+
+
+def to_hf_names(weights: Mapping[str, Value], family: Family, source: str) -> dict[str, Value]:
+    """Give weights their names in Hugging Face's files, leaving out what the family does not use.
+
+    Args:
+        weights: Stored name -> tensor, of any layout.
+        family: Family whose names are known.
+        source: Where the weights come from, for messages.
+
+    Raises:
+        ValueError: If a name is unknown, or two become one.
+    """
+    is_unused = re.compile("|".join(family.unused) or r"(?!)").fullmatch
+    new_names = {name: family.to_hf.rename(name.removeprefix(PEFT_PREFIX)) for name in weights if not is_unused(name)}
+    unknown = [name for name, new in new_names.items() if new is None]
+    if unknown:
+        raise ValueError(
+            f"{source} holds unexpected weights {list_names(unknown)}; allowed are those of {family.title}'s vision "
+            "tower, projector and language model. Convert or remove them: nothing is dropped silently."
+        )
+    # a checkpoint that was merged by hand may hold both layouts' names
+    renamed = {new: weights[name] for name, new in new_names.items() if new is not None}
+    if len(renamed) < len(new_names):
+        twice = [name for name, new in new_names.items() if list(new_names.values()).count(new) > 1]
+        raise ValueError(f"{source} holds {list_names(twice)} twice under two names; remove one set of them.")
+    return renamed
+
+
+def check_fit(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], subject: str, target: str, remedy: str) -> None:
+    """Compare the shapes of weights with those they should have, both under Hugging Face's names.
+
+    Args:
+        shapes: Name -> shape as stored.
+        wanted: Name -> shape as needed.
+        subject, target, remedy: What does not fit what, and what to do, for the message.
+
+    Raises:
+        ValueError: Listing missing, unexpected and misshapen weights (of very many the first ones).
+    """
+    missing, unexpected = wanted.keys() - shapes.keys(), shapes.keys() - wanted.keys()
+    misshapen = [
+        f"{name} {shapes[name]}, not {wanted[name]}" for name in shapes.keys() & wanted if shapes[name] != wanted[name]
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{subject} do not fit {target}: missing {list_names(missing)}, unexpected {list_names(unexpected)}, wrong "
+            f"shape {list_names(misshapen)}; they must agree exactly. {remedy}"
+        )
+
+
+def list_names(names: Iterable[str]) -> str:
+    """List names in order, in brackets; of very many the first ones and their number.
+
+    >>> list_names(["b", "a"])
+    '[a, b]'
+    """
+    ordered = sorted(names)
+    more = f" and {len(ordered) - NUM_LISTED} more" if len(ordered) > NUM_LISTED else ""
+    return f"[{', '.join(ordered[:NUM_LISTED])}]{more}"
+
+
+# --- writing ---
 
 
 @dataclass(frozen=True)
@@ -143,7 +214,7 @@ def write_weights(
     tensor: Callable[[str], Tensor],
     folder: Path,
     max_shard_size: str | int,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Write weights; no more than one file's are in memory at a time.
 
@@ -152,7 +223,7 @@ def write_weights(
         tensor: Gives a weight by its name in Hugging Face's files.
         folder: Folder to write to.
         max_shard_size: Largest size of a file, in bytes or such as "5GB"; a larger tensor has one of its own.
-        progress: Told of the tensors written and all there are.
+        progress: Told of the tensors written.
 
     Returns:
         Number of files.
@@ -167,7 +238,7 @@ def write_weights(
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard  # before the next one is made
         done += len(names)
-        progress(done, len(specs))
+        progress(done)
     if split.is_sharded:
         write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return len(split.filename_to_tensors)
@@ -186,19 +257,19 @@ def compare_weights(
     Raises:
         RuntimeError: Naming the first that differs.
     """
+
+    def has_same_bits(expected: Tensor, actual: Tensor) -> bool:
+        if (expected.dtype, expected.shape) != (actual.dtype, actual.shape):
+            return False
+        # as bytes, because NaN differs from itself
+        return torch.equal(expected.view(torch.uint8), actual.contiguous().view(torch.uint8))
+
     wrong = [
         name
         for name, spec in specs.items()
-        if not _has_same_bits(spec.cast(tensor(spec.source)), written[spec.source][: spec.shape[0]])
+        if not has_same_bits(spec.cast(tensor(spec.source)), written[spec.source][: spec.shape[0]])
     ]
     if wrong:
         raise RuntimeError(
             f"Read back, {len(wrong)} of {len(specs)} weights differ, {wrong[0]} first; is the disk whole?"
         )
-
-
-def _has_same_bits(expected: Tensor, found: Tensor) -> bool:
-    if expected.dtype != found.dtype or expected.shape != found.shape:
-        return False
-    # as bytes, because NaN differs from itself
-    return torch.equal(expected.view(torch.uint8), found.contiguous().view(torch.uint8))

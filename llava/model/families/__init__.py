@@ -6,38 +6,44 @@ one: ask ``family_of(config)``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModel
 
-from llava.model.families.base import Family, KeyMap
-from llava.model.families.host import SELECT_FEATURES, HostConfig, HostInnerModel, HostModel, VisionSettings
+from llava.model.families.base import SELECT_FEATURES as SELECT_FEATURES
+from llava.model.families.base import Family as Family
+from llava.model.families.base import HostConfig as HostConfig
+from llava.model.families.base import HostInnerModel as HostInnerModel
+from llava.model.families.base import HostModel as HostModel
+from llava.model.families.base import KeyMap as KeyMap
+from llava.model.families.base import VisionSettings as VisionSettings
 from llava.model.families.llava15 import LLAVA15
-from llava.model.families.unsupported import UNSUPPORTED
-
-__all__ = [
-    "FAMILIES",
-    "SELECT_FEATURES",
-    "Family",
-    "HostConfig",
-    "HostInnerModel",
-    "HostModel",
-    "KeyMap",
-    "VisionSettings",
-    "count_image_features",
-    "count_image_tokens",
-    "default_family",
-    "detect_family",
-    "family_of",
-    "get_image_token_id",
-    "published_config",
-    "register_vision_classes",
-]
 
 FAMILIES: tuple[Family, ...] = (LLAVA15,)
 """All families; the first that recognises a checkpoint is taken, so the most general one stands last."""
+
+UNSUPPORTED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
+    (
+        "VILA-1.5 or NVILA, whose parts lie in three folders",
+        lambda settings: settings.get("llm_cfg"),
+        "Load a LLaVA-1.5 in transformers' or the original layout.",
+    ),
+    (
+        "LLaVA-HR, which has two vision towers",
+        lambda settings: settings.get("is_multipath_encoder") or settings.get("vision_tower_slow"),
+        "Load a LLaVA-1.5 in transformers' or the original layout.",
+    ),
+    (
+        "LLaVA-NeXT (its image_aspect_ratio or mm_patch_merge_type says so), which cuts images into tiles",
+        lambda settings: (
+            settings.get("mm_patch_merge_type", "flat") != "flat" or settings.get("image_aspect_ratio") == "anyres"
+        ),
+        "Load it with transformers' LlavaNextForConditionalGeneration.",
+    ),
+)
+"""Families that call themselves "llava" as well: title, how settings tell, what to do instead."""
 
 
 def detect_family(settings: Mapping[str, Any], path: str | Path) -> Family | None:
@@ -54,13 +60,9 @@ def detect_family(settings: Mapping[str, Any], path: str | Path) -> Family | Non
         ValueError: If it is of a family that is known and not supported.
     """
     # first, as their settings hold those of LLaVA-1.5 as well
-    for known in UNSUPPORTED:
-        if known.recognises(settings):
-            raise ValueError(f"{path} is a checkpoint of {known.title}; it is not supported. {known.remedy}")
-    return _recognise(settings)
-
-
-def _recognise(settings: Mapping[str, Any]) -> Family | None:
+    for title, recognises, remedy in UNSUPPORTED:
+        if recognises(settings):
+            raise ValueError(f"{path} is a checkpoint of {title}; it is not supported. {remedy}")
     return next((family for family in FAMILIES if family.recognises(settings)), None)
 
 
@@ -74,13 +76,14 @@ def family_of(config: Any) -> Family:
         ValueError: If no family recognises it.
     """
     # not to_dict(), which takes a millisecond: this is asked in every prefill
-    family = _recognise({"model_type": config.model_type, **vars(config)})
-    if family is None:
-        raise ValueError(
-            f"A configuration of type {config.model_type} belongs to none of {', '.join(f.title for f in FAMILIES)}; "
-            "load a checkpoint of one of these."
-        )
-    return family
+    settings = {"model_type": config.model_type, **vars(config)}
+    for family in FAMILIES:
+        if family.recognises(settings):
+            return family
+    raise ValueError(
+        f"A configuration of type {config.model_type} belongs to none of {', '.join(f.title for f in FAMILIES)}; load "
+        "a checkpoint of one of these."
+    )
 
 
 def default_family() -> Family:
@@ -103,13 +106,7 @@ def count_image_features(config: Any) -> int:
 
 
 def count_image_tokens(config: Any) -> int:
-    """Count the positions that a prompt gives to an image.
-
-    Args:
-        config: Configuration of a model; ``num_visual_tokens``, where token pruning has set it, is the number.
-
-    Returns:
-        All of ``count_image_features``, unless tokens are pruned.
+    """Count the positions that a prompt gives to an image: ``num_visual_tokens`` where token pruning has set it.
 
     Raises:
         ValueError: If the patch size does not divide the image size.
@@ -122,10 +119,7 @@ def count_image_tokens(config: Any) -> int:
 
 
 def published_config(size: str) -> Any:
-    """Build the configuration of a published size, without any file.
-
-    Args:
-        size: Such as "7b" or "13b".
+    """Build the configuration of a published size, such as "7b" or "13b", without any file.
 
     Raises:
         KeyError: If no family has this size.

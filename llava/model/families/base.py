@@ -1,4 +1,4 @@
-"""The record of a family of base models: everything that is particular to one, in one place.
+"""The record of a family of base models, which holds everything that is particular to one, and the families' host.
 
 Every family runs inside transformers' own LLaVA: vision tower, projector, decoder. A family that is more than that, a
 second vision tower for example, brings a vision model of its own and registers it (``vision_classes``).
@@ -9,11 +9,57 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from transformers import LlavaConfig as HostConfig
+from transformers import LlavaForConditionalGeneration as HostModel
+from transformers import LlavaModel as HostInnerModel
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector as HostProjector
 
-from llava.model.families.host import VisionSettings
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+__all__ = ["Family", "HostConfig", "HostInnerModel", "HostModel", "HostProjector", "KeyMap", "VisionSettings"]
+
+SELECT_FEATURES = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's name of the features taken from the vision tower -> transformers' name."""
+
+PROJECTOR_TYPES = ("mlp2x_gelu",)
+
+VOCABULARY_MULTIPLE = 64
+"""New token ids are rounded up to it, as in released checkpoints: matrix products like it."""
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """The vision tower of a model, and which of its features the projector reads.
+
+    Attributes:
+        vision_tower: Checkpoint of the vision tower, folder or hub id.
+        projector_type: LLaVA's name of the projector's form.
+        select_layer: Layer of the tower that features are taken from, counted from its end if negative.
+        select_feature: "patch" without, "cls_patch" with the class token.
+
+    Raises:
+        ValueError: If projector or features are of an unknown kind.
+    """
+
+    vision_tower: str
+    projector_type: str = "mlp2x_gelu"
+    select_layer: int = -2
+    select_feature: str = "patch"
+
+    def __post_init__(self) -> None:
+        if self.projector_type not in PROJECTOR_TYPES:
+            raise ValueError(
+                f"Projector type {self.projector_type} is not available, {', '.join(PROJECTOR_TYPES)} is: that of "
+                "LLaVA-1.5 and of transformers' LLaVA. Use it."
+            )
+        if self.select_feature not in SELECT_FEATURES:
+            raise ValueError(
+                f"Vision feature {self.select_feature} is unknown; {' and '.join(SELECT_FEATURES)} are known. Use one."
+            )
 
 
 @dataclass(frozen=True)
@@ -46,11 +92,9 @@ class Family:
         name: Key in ``FAMILIES``.
         title: Name in messages.
         recognises: Whether settings are those of this family; called with a loaded configuration's attributes too.
-        parts: Prefix given to the names of weights -> sub-folder of the original layout they lie in.
         to_hf: Names of weights in any layout -> names in Hugging Face's files of the host model. Total: a name that
             it does not know is an error.
         to_original: Names in Hugging Face's files -> names of the original repository. Inverts ``to_hf``.
-        unused: Regular expressions of names that may be dropped.
         build_config: ``(settings, path, tokenizer)`` of the original layout -> configuration of the host model.
         original_config: ``(config, vision_tower, vocab_size)`` -> settings of the original layout.
         read_tower_config: Configuration of the vision tower that ``VisionSettings`` names.
@@ -62,10 +106,10 @@ class Family:
         trainable_parts: Part -> prefixes of its weights in Hugging Face's files; the longest prefix that matches
             wins, and what none matches is the decoder's.
         recipe: How its authors finetune it: flags of the training script with their values.
+        parts: Prefix given to the names of weights -> sub-folder of the original layout they lie in.
+        unused: Regular expressions of names that may be dropped.
         sizes: Published size -> its configuration, built without any file.
         vision_classes: Configuration and model class of its own vision models, to be registered.
-        aliases: Hub ids of published checkpoints, for the documentation.
-        traps: What a user should be warned of when a checkpoint is loaded.
     """
 
     name: str
@@ -87,8 +131,6 @@ class Family:
     unused: tuple[str, ...] = ()
     sizes: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     vision_classes: tuple[tuple[type[PretrainedConfig], type[PreTrainedModel]], ...] = ()
-    aliases: tuple[str, ...] = ()
-    traps: tuple[str, ...] = ()
 
     def original_name(self, name: str) -> str:
         """Give the original repository's name of a weight of any layout.
@@ -113,16 +155,38 @@ class Family:
         return max(fitting)[1] if fitting else "decoder"
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """A family that is recognised in order to be refused by name.
+def join_configs(family: Family, text: Any, vision: Any, settings: VisionSettings, tokenizer: Any) -> Any:
+    """Make the configuration of a model out of those of its parts.
 
-    Attributes:
-        title: Name, with what is different about it.
-        recognises: As for ``Family``.
-        remedy: What to do instead.
+    Args:
+        family: Family of the model.
+        text: The language model's; its vocabulary grows until it holds the tokenizer's.
+        vision: The vision tower's.
+        settings: How features are taken from the tower.
+        tokenizer: Has an image token; gets a padding token if it has none.
     """
+    if tokenizer.pad_token_id is None:  # as in LLaVA; it is masked wherever it pads
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if len(tokenizer) > text.vocab_size:
+        text.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text.pad_token_id = tokenizer.pad_token_id
+    config: Any = HostConfig(
+        text_config=text,
+        vision_config=vision,
+        projector_hidden_act="gelu",
+        vision_feature_layer=settings.select_layer,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    config.image_token_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    config.vision_feature_select_strategy = SELECT_FEATURES[settings.select_feature]
+    config.bos_token_id, config.eos_token_id = text.bos_token_id, text.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    config.image_seq_length = family.count_image_features(config)
+    config.mm_vision_tower = settings.vision_tower  # so that a later command may name it again
+    return config
 
-    title: str
-    recognises: Callable[[Mapping[str, Any]], bool]
-    remedy: str = "Load a LLaVA-1.5 in transformers' or the original layout."
+
+def locate(name: str, folder: str | Path) -> str:
+    """Find what a checkpoint names: in its own folder if it is there, else where the name says, as folder or hub id."""
+    beside = Path(folder) / name
+    return str(beside.resolve()) if beside.is_dir() else name

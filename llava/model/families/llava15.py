@@ -13,8 +13,15 @@ from typing import Any
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MistralConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.model.families.base import Family, KeyMap
-from llava.model.families.host import SELECT_FEATURES, HostConfig, VisionSettings, join_configs, locate
+from llava.model.families.base import (
+    SELECT_FEATURES,
+    Family,
+    HostConfig,
+    KeyMap,
+    VisionSettings,
+    join_configs,
+    locate,
+)
 
 TOWER = "vision_tower.vision_model."
 PROJECTOR = "multi_modal_projector."
@@ -71,7 +78,17 @@ def build_config(settings: Mapping[str, Any], path: str, tokenizer: Any) -> Any:
     Raises:
         ValueError: If keys are missing, or something is of a kind that LLaVA-1.5 does not have.
     """
-    text = _build_text_config(settings, path)
+    kind, missing = settings.get("model_type"), [key for key in NEEDED_KEYS if key not in settings]
+    if kind not in TEXT_CONFIGS:
+        raise ValueError(
+            f"{path} is a model of type {kind} in the original layout; {', '.join(TEXT_CONFIGS)} are read. LLaVA-1.5 "
+            "is built on Llama."
+        )
+    if missing:
+        raise ValueError(f"config.json of {path} lacks {', '.join(missing)}; add them as in the base model's.")
+    known = {key: settings[key] for key in TEXT_KEYS if settings.get(key) is not None}
+    if kind != "llava_mistral":
+        known.pop("sliding_window", None)  # Llama's attention has none, whatever a copied config.json says
     vision_settings = VisionSettings(
         locate(settings["mm_vision_tower"], path),
         settings.get("mm_projector_type", "linear"),  # the value that the original assumes where none is given
@@ -79,28 +96,12 @@ def build_config(settings: Mapping[str, Any], path: str, tokenizer: Any) -> Any:
         settings.get("mm_vision_select_feature", "patch"),
     )
     vision = read_tower_config(vision_settings)
-    config = join_configs(text, vision, vision_settings, tokenizer, count_image_features)
+    config = join_configs(LLAVA15, TEXT_CONFIGS[kind](**known), vision, vision_settings, tokenizer)
     for key, value in settings.items():
         if (key.startswith("mm_") and key != "mm_vision_tower") or key in KEPT_KEYS:
             setattr(config, key, value)
     config.architectures = ["LlavaForConditionalGeneration"]
     return config
-
-
-def _build_text_config(settings: Mapping[str, Any], path: str) -> LlamaConfig | MistralConfig:
-    kind = settings.get("model_type")
-    if kind not in TEXT_CONFIGS:
-        raise ValueError(
-            f"{path} is a model of type {kind} in the original layout; {', '.join(TEXT_CONFIGS)} are read. LLaVA-1.5 "
-            "is built on Llama."
-        )
-    missing = [key for key in NEEDED_KEYS if key not in settings]
-    if missing:
-        raise ValueError(f"config.json of {path} lacks {', '.join(missing)}; add them as in the base model's.")
-    known = {key: settings[key] for key in TEXT_KEYS if settings.get(key) is not None}
-    if kind != "llava_mistral":
-        known.pop("sliding_window", None)  # Llama's attention has none, whatever a copied config.json says
-    return TEXT_CONFIGS[kind](**known)
 
 
 def original_config(config: Any, vision_tower: str, vocab_size: int) -> dict[str, Any]:
@@ -114,8 +115,7 @@ def original_config(config: Any, vision_tower: str, vocab_size: int) -> dict[str
     Raises:
         ValueError: If something cannot be said in the original layout.
     """
-    _check_translatable(config)
-    _check_tower(config, vision_tower)
+    _check_translatable(config, vision_tower)
     text = config.text_config
     model_type, architecture = WRITTEN_TYPES[text.model_type]
     known = {key: getattr(text, key, None) for key in TEXT_KEYS if not key.startswith("rope_")}
@@ -125,10 +125,10 @@ def original_config(config: Any, vision_tower: str, vocab_size: int) -> dict[str
     known["rope_scaling"] = rope if rope.get("rope_type") != "default" else None
     pad = text.pad_token_id
     known |= {"vocab_size": vocab_size, "pad_token_id": pad if pad is not None and pad < vocab_size else None}
+    known |= {key: getattr(config, key, None) for key in KEPT_KEYS}
     features = {name: feature for feature, name in SELECT_FEATURES.items()}
-    kept = {key: getattr(config, key, None) for key in KEPT_KEYS}
     return {
-        **{key: value for key, value in (known | kept).items() if value is not None},
+        **{key: value for key, value in known.items() if value is not None},
         "architectures": [architecture],
         "model_type": model_type,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
@@ -144,7 +144,8 @@ def original_config(config: Any, vision_tower: str, vocab_size: int) -> dict[str
     }
 
 
-def _check_translatable(config: Any) -> None:
+def _check_translatable(config: Any, vision_tower: str) -> None:
+    """Raise ValueError if the original layout has no words for a part, or the named tower differs from the stored."""
     wanted: dict[str, tuple[Any, tuple]] = {
         "projector_hidden_act": (config, ("gelu",)),
         "multimodal_projector_bias": (config, (True,)),
@@ -160,22 +161,13 @@ def _check_translatable(config: Any) -> None:
             f"The original layout cannot say {wrong}; LLaVA-1.5 has one feature layer, a GELU projector with biases, "
             f"and a language model of type {' or '.join(WRITTEN_TYPES)}. Keep the transformers layout."
         )
-
-
-def _check_tower(config: Any, vision_tower: str) -> None:
-    """Raise ValueError if the named tower differs from the stored one: its weights would not fit."""
-    found, wanted = (
-        read_tower_config(VisionSettings(vision_tower, select_layer=config.vision_feature_layer)),
-        config.vision_config,
-    )
-    wrong = [
-        f"{key} {getattr(found, key)}, not {getattr(wanted, key)}"
-        for key in VISION_KEYS
-        if getattr(found, key) != getattr(wanted, key)
-    ]
-    if wrong:
+    stored = config.vision_config
+    named = read_tower_config(VisionSettings(vision_tower, select_layer=config.vision_feature_layer))
+    pairs = {key: (getattr(named, key), getattr(stored, key)) for key in VISION_KEYS}
+    different = [f"{key} {theirs}, not {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours]
+    if different:
         raise ValueError(
-            f"Vision tower {vision_tower} differs from the one in the checkpoint: {', '.join(wrong)}; the original "
+            f"Vision tower {vision_tower} differs from the one in the checkpoint: {', '.join(different)}; the original "
             "layout takes the architecture from it. Name the CLIP checkpoint that the tower was trained from."
         )
 
@@ -275,10 +267,4 @@ LLAVA15 = Family(
             _published, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
         ),
     },
-    aliases=(
-        "llava-hf/llava-1.5-7b-hf",
-        "llava-hf/llava-1.5-13b-hf",
-        "liuhaotian/llava-v1.5-7b",
-        "liuhaotian/llava-v1.5-13b",
-    ),
 )

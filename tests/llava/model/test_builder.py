@@ -22,7 +22,7 @@ from fuzzyroe.routers import FuzzyRouter
 from fuzzyroe.rules import load_rule_base
 from llava.model import builder
 from llava.model.builder import WHOLE_MODULES, Checkpoint, load_checkpoint, load_pretrained_model
-from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.model.checkpoints.routing import ROUTING_FILE
 from llava.model.llava_llama import attach_routing
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpointing import save_stage

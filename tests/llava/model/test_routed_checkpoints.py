@@ -17,7 +17,7 @@ from fuzzyroe.routed_layer import SKIP_UNITS
 from fuzzyroe.routers import KeepAllRouter, OracleRouter, RandomRouter, StaticRouter
 from fuzzyroe.routing_state import RoutingState
 from llava.model.builder import Checkpoint, load_checkpoint
-from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.model.checkpoints.routing import ROUTING_FILE
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpointing import save_stage
 from llava.train.stages import STAGES

@@ -12,8 +12,8 @@ import torch
 
 from layouts import build_parts, write_hub
 from llava.model.builder import Checkpoint, build_checkpoint, load_checkpoint
-from llava.model.checkpoints.compose import compose
 from llava.model.checkpoints.convert import ConvertOptions, convert
+from llava.model.checkpoints.reading import compose
 from llava.model.families import VisionSettings
 from llava.train.arguments import LlavaTrainingArguments
 from llava.train.checkpointing import save_stage

@@ -14,7 +14,7 @@ from golden_roe import ADAPTER_WIDTH, assert_close, golden, prompts
 from layouts import Parts
 from llava.model.builder import load_checkpoint, load_pretrained_model
 from llava.model.checkpoints.convert import ConvertOptions, convert
-from llava.model.checkpoints.stored_routing import ROUTING_FILE
+from llava.model.checkpoints.routing import ROUTING_FILE
 from roe_checkpoint import VOCAB_SIZE, write_roe
 
 PROMPTS = ("eval_b1_0", "eval_b1_1", "eval_b1_2")
