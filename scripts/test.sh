@@ -8,7 +8,7 @@
 #
 # It ends with the seconds that each part took. A skipped test fails the run unless it is marked gpu.
 # FUZZYROE_PYTHON=python tests in an environment of your own.
-# FUZZYROE_TEST_WORKERS=N sets the number of processes that share the unit tests (default 2; 0 for none).
+# FUZZYROE_TEST_WORKERS=N sets the number of processes that share the tests (default 2; 0 for none).
 set -euo pipefail
 
 # The oldest supported transformers, with the packages it needs in versions older than those of requirements.txt.
@@ -35,6 +35,8 @@ given=$# # arguments for pytest that the caller gave
 # tests that launch two ranks share the cores: more threads than one make them slower
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# the tests start some hundred programs; each would compile the two packages anew
+unset PYTHONDONTWRITEBYTECODE
 export PYTHONPATH="$PYTHONPATH:$FUZZYROE_ROOT/tests/support"
 
 # a file's tests stay in one process: they share what its fixtures have made
@@ -77,6 +79,7 @@ install_oldest() { # directory: goes onto PYTHONPATH for one tier; no environmen
     mkdir -p "$1" || return
     "$PYTHON" -m pip --quiet --disable-pip-version-check install --no-deps --no-compile \
       --target "$1" "${OLDEST_PACKAGES[@]}" || return
+    "$PYTHON" -m compileall -qq -j 0 "$1" || true # see env_compile in env.sh
     echo "$wanted" >"$1/complete"
   fi
   PYTHONPATH="$1:$PYTHONPATH" "$PYTHON" -c "
@@ -91,7 +94,7 @@ tier "mypy" "$PYTHON" -m mypy
 if [[ $# -eq 0 ]]; then tier "doctests" "$PYTHON" -m pytest -q --doctest-modules fuzzyroe llava; fi
 tier "unit tests" pytest_tier "not slow" "${parallel[@]}" "$@"
 if $all; then
-  tier "slow tests" pytest_tier slow "$@"
+  tier "slow tests" pytest_tier slow "${parallel[@]}" "$@"
   if [[ -n "${FUZZYROE_PYTHON:-}" ]]; then overlay=.cache; else overlay=.venv; fi
   overlay="$FUZZYROE_ROOT/$overlay/overlay-transformers-$OLDEST_TRANSFORMERS"
   tier "installing transformers $OLDEST_TRANSFORMERS beside the environment" install_oldest "$overlay"

@@ -68,7 +68,7 @@ def test_launchers_side_by_side_give_the_same_losses(trained: Path, launcher: st
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_one_launcher_finished_is_reused_by_another(tiny: Tiny, trained: Path, launcher: str) -> None:
-    code, output = start(tiny, trained / "torchrun", LAUNCHER=launcher).finish(120)
+    code, output = start(tiny, trained / "torchrun", LAUNCHER=launcher).finish(600)
     assert code == 0 and f"dense: finished before, reused from {trained / 'torchrun'}" in output, output
 
 
@@ -78,7 +78,7 @@ def test_two_nodes_train_as_two_ranks_of_one_and_node_0_writes(tiny: Tiny, train
     for is_first in (True, False):
         nodes = [start(tiny, output, **cluster, NODE_RANK=rank, MASTER_PORT=port) for rank in (1, 0)]
         try:
-            for code, printed in [node.finish(300) for node in nodes]:
+            for code, printed in [node.finish(600) for node in nodes]:
                 assert code == 0 and ("reused from" in printed) != is_first, printed[-6000:]
         finally:
             for node in nodes:

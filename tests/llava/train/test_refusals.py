@@ -108,7 +108,7 @@ def refusals(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         lines[name] = tiny.flags(stage, model, output, **values)
     (folder / "cases.json").write_text(json.dumps(lines))
     launch = Launch([sys.executable, "tests/support/refusal_cases.py", folder / "cases.json", folder / "results.json"])
-    code, output = launch.finish(300)
+    code, output = launch.finish(600)
     assert code == 0, output[-4000:]
     assert not list(folder.glob("*/output*"))
     return {name: tuple(result) for name, result in json.loads((folder / "results.json").read_text()).items()}

@@ -276,7 +276,7 @@ def test_bad_input_ends_both_ranks_with_code_2_and_one_message(tiny: Tiny, tmp_p
     records[3]["image"] = "single/missing.png"
     (tmp_path / "data.json").write_text(json.dumps(records))
     flags = tiny.flags("router", tiny.base, tmp_path / "output", deepspeed=ZERO3, data_path=tmp_path / "data.json")
-    code, output = launch_two_ranks(ROOT / "llava" / "train" / "train.py", *flags).finish(300)
+    code, output = launch_two_ranks(ROOT / "llava" / "train" / "train.py", *flags).finish(600)
     assert code == 2, output[-6000:]
     assert output.count("error: ") == 1 and "record 3" in output and "single/missing.png" in output
     assert "Traceback" not in output and "Loading weights" not in output
