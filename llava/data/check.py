@@ -15,21 +15,28 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.data.images import ImageState, find_other_extension, inspect_image
 from llava.data.preprocess import LengthMeter
-from llava.data.records import DataError, Record, RecordError, RecordFile, image_names, name_record, source_of
+from llava.data.records import (
+    DataError,
+    Record,
+    RecordError,
+    RecordFile,
+    check_choice,
+    image_names,
+    name_record,
+    source_of,
+)
 from llava.data.subset import OutputFile, check_output_path, make_manifest, sha256_of, to_json, write_outputs
 from llava.files import atomic_write
 
 ON_MISSING = ("error", "drop", "resolve")
-UNREADABLE = "unreadable"
-MAX_TRUNCATED = 0.2
-"""Largest share of records that may be cut without being asked for."""
-WARN_TRUNCATED = 0.01
-"""Share of cut records from which a warning is given."""
+MAX_TRUNCATED, WARN_TRUNCATED = 0.2, 0.01
+"""Largest share of records that may be cut without being asked for, and the share from which a warning is given."""
 NUM_BINS = 8
 """Parts of the maximum length in the histogram of lengths."""
 NUM_THREADS = 16
 """Threads that look at images: most of the time goes into waiting for a disk or a network."""
 _BLOCK = 1024
+_FOREIGN_TAGS = ("<video>", "<audio>", "<img>")
 _OWN_LIST = re.compile(r"[^\n]*\t(missing|empty|corrupt)\n")
 
 
@@ -65,11 +72,6 @@ class LengthCounts:
         """Share of truncated records, in [0, 1]."""
         return self.truncated / max(1, self.records)
 
-    def add_to_histogram(self, length: int) -> None:
-        """Count one sampled record."""
-        self.sampled += 1
-        self.histogram[min(NUM_BINS, (length - 1) * NUM_BINS // self.model_max_length)] += 1
-
     def bin_edges(self) -> list[int]:
         """Largest length of each part of the histogram but the last, which has none."""
         return [self.model_max_length * (number + 1) // NUM_BINS for number in range(NUM_BINS)]
@@ -84,12 +86,9 @@ class DataReport:
     on_missing: str = "error"  # what was asked for
     sources: dict[str, SourceCounts] = field(default_factory=dict)  # counts per source, sorted by name
     errors: list[str] = field(default_factory=list)  # the first bad records, one sentence each, in file order
-    num_bad: int = 0  # records that cannot be trained on as they stand
-    # every image that is missing, empty or corrupt, with its state
-    bad_images: dict[str, ImageState] = field(default_factory=dict)
+    bad_images: dict[str, ImageState] = field(default_factory=dict)  # all that are missing, empty or corrupt
     lengths: LengthCounts | None = None  # counts of lengths where they were asked for
-    # why the file as a whole cannot be trained on, though each record can; one sentence each
-    too_much: list[str] = field(default_factory=list)
+    too_much: list[str] = field(default_factory=list)  # why the file as a whole cannot be trained on
     warnings: list[str] = field(default_factory=list)  # what works but is probably a mistake
     missing_list: Path | None = None  # file that lists ``bad_images``, None if there is none
     output: Path | None = None  # file that ``on_missing`` wrote, None if there is none
@@ -101,6 +100,11 @@ class DataReport:
         return sum(counts.records for counts in self.sources.values())
 
     @property
+    def num_bad(self) -> int:
+        """Records that cannot be trained on as they stand."""
+        return sum(counts.bad for counts in self.sources.values())
+
+    @property
     def is_ok(self) -> bool:
         """Whether every record of ``usable_path`` can be trained on, and the file as a whole."""
         return (not self.num_bad or self.on_missing == "drop") and not self.too_much
@@ -110,20 +114,22 @@ class DataReport:
         """The file to train on: the one that ``on_missing`` wrote, where it wrote one."""
         return self.output or self.data_path
 
+    def problems(self) -> list[str]:
+        """The verdict on bad records, the first of them, and what is wrong with the file as a whole; one line each."""
+        lines = []
+        if self.num_bad:
+            verdict = "cannot be trained on; none may be. Mend them, or write a file without them: --on-missing drop."
+            verdict = "were dropped." if self.on_missing == "drop" else verdict
+            where = f" All bad images: {self.missing_list}." if self.missing_list else ""
+            more = self.num_bad - len(self.errors)
+            lines = [f"{self.num_bad:,} of {self.num_records:,} records {verdict}{where}", *self.errors]
+            lines += [f"... and {more:,} more"] if more else []
+        return [*lines, *self.too_much]
+
     def raise_if_bad(self) -> None:
-        """Raise DataError with the first bad records unless ``is_ok``."""
-        if self.is_ok:
-            return
-        if not self.num_bad or self.on_missing == "drop":
-            raise DataError(f"{self.data_path}: {' '.join(self.too_much)}")
-        more = self.num_bad - len(self.errors)
-        lines = [*self.errors, *([f"... and {more:,} more"] if more > 0 else []), *self.too_much]
-        where = f" All bad images: {self.missing_list}." if self.missing_list else ""
-        raise DataError(
-            f"{self.data_path}: {self.num_bad:,} of {self.num_records:,} records cannot be trained on; none may be. "
-            f"Mend them, or write a file without them: fuzzyroe check-data ... --on-missing drop.{where}\n"
-            + "\n".join(lines)
-        )
+        """Raise DataError with the ``problems`` unless ``is_ok``."""
+        if not self.is_ok:
+            raise DataError(f"{self.data_path}: " + "\n".join(self.problems()))
 
 
 def check_data(
@@ -177,51 +183,76 @@ def check_data(
     (False, 1)
     """
     data_path, image_folder = Path(data_path), Path(image_folder)
-    _check_arguments(image_folder, conv_template, on_missing, output)
+    if conv_template is not None:
+        check_choice("Conversation template", conv_template, sorted(conv_templates))
+    check_choice("on_missing", on_missing, ON_MISSING)
+    if output is not None and on_missing == "error":
+        raise DataError("on_missing='error' writes none, but an output was named; name it with drop or resolve only.")
+    if not image_folder.is_dir():
+        raise DataError(f"Image folder {image_folder} is not a folder; it must be. Check the path or get the images.")
     records = RecordFile(data_path)
     output = Path(output or data_path.with_name(f"{data_path.stem}.{on_missing}{data_path.suffix}"))
     if on_missing != "error":
         check_output_path(output, data_path)
     report = DataReport(data_path, image_folder, on_missing)
-    checks = _RecordChecks(report, decode, meter, max(1, len(records) // max(1, num_sampled)))
-    is_good = np.ones(len(records), dtype=bool)
+    report.lengths = LengthCounts(meter.max_length) if meter else None
+    images: dict[str, _Image] = {}
+    is_good, num_foreign, step = np.ones(len(records), dtype=bool), 0, max(1, len(records) // max(1, num_sampled))
+
+    def look_up(name: str) -> _Image:
+        state, reason = inspect_image(image_folder, name, decode)
+        is_lost = on_missing == "resolve" and state is not ImageState.GOOD
+        return _Image(state, reason, find_other_extension(image_folder, name) if is_lost else None)
+
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for start in range(0, len(records), _BLOCK):
-            stop = min(start + _BLOCK, len(records))
-            block = [_read(records, index) for index in range(start, stop)]
-            checks.look_up_images(block, pool)
+            block = [_read(records, index) for index in range(start, min(start + _BLOCK, len(records)))]
+            # Every image once, many at a time.
+            names = dict.fromkeys(name for record in block if isinstance(record, Record) for name in record.images)
+            unseen = [name for name in names if name not in images]
+            images.update(zip(unseen, pool.map(look_up, unseen), strict=True))
             for index, record in enumerate(block, start):
-                problem = checks.run(records, index, record)
+                counts = report.sources.setdefault(_source(records, index, record), SourceCounts())
+                counts.records += 1
+                if isinstance(record, RecordError):
+                    counts.invalid += 1
+                    problem = str(record)
+                else:
+                    # All checks run, so that everything is counted; the first problem speaks for the record.
+                    problems = [*_check_images(record, images, counts)]
+                    if meter and report.lengths:
+                        problems += _check_length(record, meter, report.lengths, index % step == 0)
+                    problem = str(name_record(data_path, index, record.id, problems[0])) if problems else ""
+                    num_foreign += not record.images and any(
+                        tag in turn.question for turn in record.turns for tag in _FOREIGN_TAGS
+                    )
                 is_good[index] = not problem
+                counts.bad += bool(problem)
                 if problem and len(report.errors) < max_shown:
                     report.errors.append(problem)
             if progress:
-                progress(stop, len(records))
+                progress(start + len(block), len(records))
     report.sources = dict(sorted(report.sources.items()))
-    report.num_bad = sum(counts.bad for counts in report.sources.values())
-    report.bad_images = {
-        name: state
-        for name, (state, _) in checks.states.items()
-        if state is not ImageState.GOOD and name not in checks.renamed
-    }
+    renamed = {name: image.other_name for name, image in images.items() if image.other_name}
+    bad = {name: image.state for name, image in images.items() if image.state is not ImageState.GOOD}
+    report.bad_images = {name: state for name, state in bad.items() if name not in renamed}
+    if num_foreign:
+        tags = ", ".join(_FOREIGN_TAGS)
+        report.warnings.append(f"{num_foreign:,} records without an image hold {tags}; they are trained on as text.")
     _judge_lengths(report, allow_truncation)
     if on_missing != "error":
-        _write_output(report, records, is_good, checks.renamed, output, overwrite, command)
+        _write_output(report, records, is_good, renamed, output, overwrite, command)
     _write_missing_list(report, Path(missing_list or report.usable_path.with_name("missing_images.txt")))
     return report
 
 
-def _check_arguments(image_folder: Path, conv_template: str | None, on_missing: str, output: str | Path | None) -> None:
-    if conv_template is not None and conv_template not in conv_templates:
-        known = ", ".join(sorted(conv_templates))
-        raise DataError(f"Conversation template '{conv_template}' is unknown; {known} are known. Choose one of them.")
-    if on_missing not in ON_MISSING:
-        known = ", ".join(ON_MISSING)
-        raise DataError(f"on_missing '{on_missing}' is unknown; {known} are allowed. Choose one of them.")
-    if output is not None and on_missing == "error":
-        raise DataError("on_missing='error' writes none, but an output was named; name it with drop or resolve only.")
-    if not image_folder.is_dir():
-        raise DataError(f"Image folder {image_folder} is not a folder; it must be. Check the path or get the images.")
+@dataclass(frozen=True)
+class _Image:
+    """What was found where a record names an image."""
+
+    state: ImageState
+    reason: str  # why it is not good
+    other_name: str | None  # the name it is there under, with another extension, where that was asked for
 
 
 def _read(records: RecordFile, index: int) -> Record | RecordError:
@@ -231,90 +262,42 @@ def _read(records: RecordFile, index: int) -> Record | RecordError:
         return error
 
 
-class _RecordChecks:
-    """Everything that is asked of one record; each check counts what it meets and yields what is wrong.
-
-    Attributes:
-        states: State of every image that was looked up, and the reason where it is not good.
-        renamed: Images that are there under another extension, where that was asked for.
-    """
-
-    def __init__(self, report: DataReport, decode: bool, meter: LengthMeter | None, step: int) -> None:
-        self.report, self.decode, self.meter, self.step = report, decode, meter, step
-        self.report.lengths = None if meter is None else LengthCounts(meter.max_length)
-        self.states: dict[str, tuple[ImageState, str]] = {}
-        self.renamed: dict[str, str] = {}
-
-    def run(self, records: RecordFile, index: int, record: Record | RecordError) -> str:
-        """Enter one record into the report; says why it cannot be trained on, or nothing."""
-        counts = self.report.sources.setdefault(_source(records, index, record), SourceCounts())
-        counts.records += 1
-        if isinstance(record, RecordError):
-            counts.invalid += 1
-            problem = str(record)
-        else:
-            # All checks run, so that everything is counted; the first problem speaks for the record.
-            problems = [problem for check in (self._images, self._length) for problem in check(record, counts)]
-            problem = str(name_record(records.path, index, record.id, problems[0])) if problems else ""
-        counts.bad += bool(problem)
-        return problem
-
-    def look_up_images(self, block: list[Record | RecordError], pool: ThreadPoolExecutor) -> None:
-        """Find the state of all images of some records, once each."""
-        names = dict.fromkeys(name for record in block if isinstance(record, Record) for name in record.images)
-        unseen = [name for name in names if name not in self.states]
-        for name, state, other in pool.map(self._look_up, unseen):
-            self.states[name] = state
-            if other:
-                self.renamed[name] = other
-
-    def _look_up(self, name: str) -> tuple[str, tuple[ImageState, str], str | None]:
-        folder = self.report.image_folder
-        state = inspect_image(folder, name, self.decode)
-        is_lost = self.report.on_missing == "resolve" and state[0] is not ImageState.GOOD
-        return name, state, find_other_extension(folder, name) if is_lost else None
-
-    def _images(self, record: Record, counts: SourceCounts) -> Iterator[str]:
-        for name in record.images:
-            state, reason = self.states[name]
-            counts.images += 1
-            if name in self.renamed:
-                counts.resolved += 1
-            elif state is not ImageState.GOOD:
-                setattr(counts, state.value, getattr(counts, state.value) + 1)
-                yield reason
-
-    def _length(self, record: Record, _: SourceCounts) -> Iterator[str]:
-        """Measure a record that could be too long, and every so many-th of the others."""
-        lengths, meter = self.report.lengths, self.meter
-        if lengths is None or meter is None:
-            return
-        lengths.records += 1
-        limit, is_sampled = lengths.model_max_length, record.index % self.step == 0
-        if not is_sampled and not meter.may_exceed(record):
-            return
-        try:
-            total, trained = meter.measure(record)
-            lengths.longest = max(lengths.longest, total)
-        except DataError as error:
-            total, trained = limit + 1, 0
-            yield str(error)
-        else:
-            if not trained:
-                yield f"no answer lies within {limit} tokens; one must. Raise model_max_length or drop the record."
-        lengths.truncated += total > limit
-        lengths.unlabelled += trained == 0
-        if is_sampled:
-            lengths.add_to_histogram(total)
-
-
 def _source(records: RecordFile, index: int, record: Record | RecordError) -> str:
-    if isinstance(record, Record):
-        return record.source
     try:
-        return source_of(image_names(records.raw(index)))
+        return record.source if isinstance(record, Record) else source_of(image_names(records.raw(index)))
     except DataError:
-        return UNREADABLE
+        return "unreadable"
+
+
+def _check_images(record: Record, images: dict[str, _Image], counts: SourceCounts) -> Iterator[str]:
+    for image in (images[name] for name in record.images):
+        counts.images += 1
+        if image.other_name:
+            counts.resolved += 1
+        elif image.state is not ImageState.GOOD:
+            setattr(counts, image.state.value, getattr(counts, image.state.value) + 1)
+            yield image.reason
+
+
+def _check_length(record: Record, meter: LengthMeter, lengths: LengthCounts, is_sampled: bool) -> Iterator[str]:
+    """Measure a record that could be too long, and those of the sample."""
+    lengths.records += 1
+    limit = lengths.model_max_length
+    if not is_sampled and not meter.may_exceed(record):
+        return
+    try:
+        total, trained = meter.measure(record)
+        lengths.longest = max(lengths.longest, total)
+        if not trained:
+            yield f"no answer lies within {limit} tokens; one must. Raise model_max_length or drop the record."
+    except DataError as error:
+        total, trained = limit + 1, 0
+        yield str(error)
+    lengths.truncated += total > limit
+    lengths.unlabelled += trained == 0
+    if is_sampled:
+        lengths.sampled += 1
+        lengths.histogram[min(NUM_BINS, (total - 1) * NUM_BINS // limit)] += 1
 
 
 def _judge_lengths(report: DataReport, allow_truncation: bool) -> None:
@@ -322,10 +305,8 @@ def _judge_lengths(report: DataReport, allow_truncation: bool) -> None:
     counts = report.lengths
     if counts is None or counts.truncated_ratio <= WARN_TRUNCATED:
         return
-    share = (
-        f"{counts.truncated_ratio:.1%} of the records are longer than {counts.model_max_length:,} tokens, images "
-        "included, and would be cut"
-    )
+    share = f"{counts.truncated_ratio:.1%} of the records are longer than {counts.model_max_length:,} tokens, images "
+    share += "included, and would be cut"
     if counts.truncated_ratio > MAX_TRUNCATED and not allow_truncation:
         remedy = "Raise model_max_length, or set allow_truncation."
         report.too_much.append(f"{share}; at most {MAX_TRUNCATED:.0%} may be. {remedy}")
@@ -357,9 +338,9 @@ def _write_output(
             names = image_names(raw)
         except DataError:
             return text
-        if not any(name in renamed for name in names):
-            return text
         new = [renamed.get(name, name) for name in names]
+        if new == [*names]:
+            return text
         return to_json({**raw, "image": new if isinstance(raw["image"], list) else new[0]})
 
     settings = {"on_missing": report.on_missing, "image_folder": str(report.image_folder)}
@@ -375,16 +356,17 @@ def _write_output(
 
 def _write_missing_list(report: DataReport, path: Path) -> None:
     """List the bad images, unless that would replace a file of the user's."""
-    if not report.bad_images and not path.exists():
-        return
     if path.exists():
         if os.path.samefile(path, report.data_path):
             raise DataError(f"{path} is the data itself; another file is needed for the list. Name another.")
         with open(path, encoding="utf-8", errors="replace") as handle:
-            if not all(_OWN_LIST.fullmatch(line) for line in handle):
-                if report.bad_images:
-                    report.warnings.append(f"{path} is no list of this check and is kept; bad images are not listed.")
-                return
+            is_own = all(_OWN_LIST.fullmatch(line) for line in handle)
+        if not is_own and report.bad_images:
+            report.warnings.append(f"{path} is no list of this check and is kept; bad images are not listed.")
+        if not is_own:
+            return
+    elif not report.bad_images:
+        return
     try:
         with atomic_write(path) as unfinished:
             lines = (f"{name}\t{state.value}\n" for name, state in report.bad_images.items())

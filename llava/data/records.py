@@ -64,6 +64,12 @@ class Record:
     raw: dict  # the JSON object as read
 
 
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is none of the known ones. Raises DataError."""
+    if value not in known:
+        raise DataError(f"{what} '{value}' is unknown; {', '.join(known)} are allowed. Choose one of them.")
+
+
 # ---- one record -----------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +91,7 @@ def parse_record(obj: Any, index: int, path: str | Path) -> Record:
     ('coco', (Turn(question='<image>\\nWhich colour?', answer='Red.'),))
     """
     try:
-        if not isinstance(obj, Mapping):
+        if not isinstance(obj, dict):
             raise _problem(f"it is {_kind(obj)}", "an object {...} is needed", "Wrap it as {'conversations': [...]}")
         identifier = obj.get("id")
         if isinstance(identifier, bool) or not isinstance(identifier, str | int | None):
@@ -95,7 +101,7 @@ def parse_record(obj: Any, index: int, path: str | Path) -> Record:
         images, turns = image_names(obj), _turns(obj)
         _check_media(images, turns, obj)
     except DataError as problem:
-        raise name_record(path, index, obj.get("id") if isinstance(obj, Mapping) else None, problem) from None
+        raise name_record(path, index, obj.get("id") if isinstance(obj, dict) else None, problem) from None
     return Record(index, str(index if identifier is None else identifier), images, turns, source_of(images), obj)
 
 
@@ -377,7 +383,7 @@ _SCANNER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 def _array_spans(path: Path, begin: int) -> array:
     """Begin and end of every record of a JSON array, in bytes, one after the other."""
     # In Latin-1 each byte is a character, so that positions are byte offsets; what JSON itself writes is ASCII.
-    text = str(np.memmap(path, np.uint8, "r"), "latin-1")
+    text = str(np.memmap(path, np.uint8, "r").data, "latin-1")
     spans, stop = array("q"), text.index("[", begin) + 1
     while True:
         gap = _GAP.match(text, stop)
