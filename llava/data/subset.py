@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llava.data.images import ImageState, inspect_image
-from llava.data.records import TEXT_SOURCE, DataError, RecordFile, image_names, name_record, source_of
+from llava.data.records import TEXT_SOURCE, DataError, RecordFile, check_choice, image_names, name_record, source_of
 from llava.files import atomic_write_all
 
 MODES = ("random", "modulo")
@@ -44,47 +44,49 @@ class SubsetSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn. Raises DataError."""
-        for value, known, what in ((self.mode, MODES, "Mode"), (self.stratify, STRATA, "Stratum")):
-            if value not in known:
-                raise DataError(f"{what} '{value}' is unknown; {', '.join(known)} are allowed. Choose one of them.")
-        if not 0 <= self.keep_ratio <= 1:
-            raise DataError(f"Keep ratio {self.keep_ratio} is out of range; 0 to 1 is allowed. Write half as 0.5.")
-        if self.max_per_source is not None and self.max_per_source < 1:
-            raise DataError(
-                f"Maximum per source {self.max_per_source} is too small; 1 or more is allowed. "
-                "To leave a source out, exclude it."
-            )
-        if self.require_images is not None and not Path(self.require_images).is_dir():
-            raise DataError(f"{self.require_images} is not a folder; the image folder is needed. Check the path.")
-        if self.split and self.mode == "modulo":
-            raise DataError("A split was asked for in mode modulo; only mode random draws one. Drop one of the two.")
-        names = [name for name, _ in self.split]
-        for name, ratio in self.split:
-            if not name or _FORBIDDEN_IN_NAMES & set(name):
-                raise DataError(
-                    f"Part name {name!r} cannot become part of a file name; letters, digits, '-' and '_' are allowed. "
-                    "Rename the part."
-                )
-            if not 0 < ratio <= 1:
-                raise DataError(f"Part '{name}' has ratio {ratio}; above 0 up to 1 is allowed. Correct the ratio.")
-            if names.count(name) > 1:
-                raise DataError(f"Part '{name}' is named twice; each part needs its own name. Rename one.")
+        check_choice("Mode", self.mode, MODES)
+        check_choice("Stratum", self.stratify, STRATA)
+        most, folder, names = self.max_per_source, self.require_images, [name for name, _ in self.split]
         total = math.fsum(ratio for _, ratio in self.split)
-        if total > 1 + 1e-9:
-            raise DataError(f"The parts sum to {total:g}; at most 1 is allowed, being disjoint. Make them smaller.")
+        checks = [
+            (
+                0 <= self.keep_ratio <= 1,
+                f"Keep ratio {self.keep_ratio} is out of range; 0 to 1 is allowed. Half is 0.5.",
+            ),
+            (
+                most is None or most >= 1,
+                f"Maximum per source {most} is too small; 1 or more is. Exclude a source instead.",
+            ),
+            (
+                folder is None or Path(folder).is_dir(),
+                f"{folder} is not a folder; the image folder is needed. Correct it.",
+            ),
+            (
+                not self.split or self.mode == "random",
+                "A split in mode modulo; only mode random draws one. Drop one of them.",
+            ),
+        ]
+        for name, ratio in self.split:
+            is_plain = bool(name) and not _FORBIDDEN_IN_NAMES & set(name)
+            allowed = "letters, digits, '-' and '_' are allowed. Rename the part."
+            checks += [
+                (is_plain, f"Part name {name!r} cannot become part of a file name; {allowed}"),
+                (0 < ratio <= 1, f"Part '{name}' has ratio {ratio}; above 0 up to 1 is allowed. Correct the ratio."),
+                (names.count(name) == 1, f"Part '{name}' is named twice; each needs its own name. Rename one."),
+            ]
+        checks += [
+            (total <= 1 + 1e-9, f"The parts sum to {total:g}; at most 1 is allowed, being disjoint. Shrink them.")
+        ]
+        for is_right, problem in checks:
+            if not is_right:
+                raise DataError(problem)
 
     def as_manifest(self) -> dict[str, Any]:
         """Give the settings that decide the result, as JSON values."""
-        settings: dict[str, Any] = {"mode": self.mode}
-        if self.mode == "random":
-            settings |= {"seed": self.seed, "stratify": self.stratify}
-        return settings | {
-            "keep_ratio": None if self.split else self.keep_ratio,
-            "exclude_sources": sorted(set(self.exclude_sources)),
-            "require_images": self.require_images,
-            "max_per_source": self.max_per_source,
-            "split": dict(self.split) or None,
-        }
+        values = {**asdict(self), "exclude_sources": sorted({*self.exclude_sources}), "split": dict(self.split) or None}
+        values["keep_ratio"] = None if self.split else self.keep_ratio
+        without_effect = ("seed", "stratify") if self.mode == "modulo" else ()
+        return {name: value for name, value in values.items() if name not in without_effect}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def draw_subset(
 
     Records of a stratum are ordered by a hash of (seed, index, id) and the first share of them is taken, so equal
     seeds give equal files and nested ratios give nested files. Every non-empty stratum keeps at least one record
-    unless the ratio is 0. Only byte offsets and 13 bytes per record are held in memory.
+    unless the ratio is 0.
 
     Args:
         input_path: JSON array or JSON Lines file; never touched.
@@ -131,9 +133,6 @@ def draw_subset(
         command: Command line to put into the manifest.
         overwrite: Whether other content at the output may be replaced.
         progress: Called now and then with (records read, records).
-
-    Returns:
-        Counts before and after, with warnings.
 
     Raises:
         DataError: If input, settings or output cannot be used; nothing is left behind then.
@@ -167,14 +166,13 @@ def parse_split(text: str) -> tuple[tuple[str, float], ...]:
     (('router', 0.067), ('adapter', 0.3))
     """
     parts = []
-    for item in text.split(","):
-        name, _, ratio = item.strip().partition("=")
+    for item in map(str.strip, text.split(",")):
+        name, _, ratio = item.partition("=")
         try:
             parts.append((name.strip(), float(ratio)))
         except ValueError:
-            raise DataError(
-                f"Split item {item.strip()!r} is not NAME=RATIO; such as router=0.067,adapter=0.3. Correct the item."
-            ) from None
+            example = "such as router=0.067,adapter=0.3"
+            raise DataError(f"Split item {item!r} is not NAME=RATIO; {example}. Correct the item.") from None
     return tuple(parts)
 
 
@@ -198,18 +196,19 @@ class _Headers:
             except DataError as problem:
                 raise name_record(records.path, index, raw.get("id"), problem) from None
             self.source[index] = names.setdefault(source_of(images), len(names))
-            self.order[index] = _rank_key(settings.seed, _key(index, raw))
+            key = f"{settings.seed}\t{_key(index, raw)}".encode("utf-8", "surrogatepass")
+            self.order[index] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
             if settings.require_images is not None:
                 states = (inspect_image(settings.require_images, name)[0] for name in images)
                 self.is_eligible[index] = all(state is ImageState.GOOD for state in states)
             if progress and (index % 1000 == 999 or index + 1 == total):
                 progress(index + 1, total)
-        unknown = sorted(set(settings.exclude_sources) - set(names))
-        if unknown:
-            known = ", ".join(sorted(names))
-            raise DataError(f"Source '{unknown[0]}' is not in {records.path}; {known} are there. Name one of these.")
+        for name in settings.exclude_sources:
+            if name not in names:
+                known = ", ".join(sorted(names))
+                raise DataError(f"Source '{name}' is not in {records.path}; {known} are there. Name one of these.")
+            self.is_eligible &= self.source != names[name]
         self.names = list(names)  # sources in order of first appearance
-        self.is_eligible &= ~np.isin(self.source, [names[name] for name in settings.exclude_sources])
         if not self.is_eligible.any():
             raise DataError(
                 f"No record of {records.path} is left after exclusions; at least one is needed. "
@@ -221,43 +220,33 @@ class _Headers:
         numbers = np.bincount(self.source[indices], minlength=len(self.names)).tolist()
         return dict(sorted(zip(self.names, numbers, strict=True)))
 
-    def strata(self, stratify: str) -> np.ndarray:
-        """Stratum of every record."""
-        if stratify == "source":
-            return self.source
-        is_text = np.array([name == TEXT_SOURCE for name in self.names])[self.source]
-        return is_text if stratify == "modality" else np.zeros_like(self.source)
-
 
 def _key(index: int, raw: dict) -> str:
     """Name a record uniquely: ids repeat in LLaVA's mixture, indices do not."""
     return f"{index}\t{raw.get('id')}"
 
 
-def _rank_key(seed: int, key: str) -> int:
-    text = f"{seed}\t{key}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
 def _select(headers: _Headers, settings: SubsetSettings) -> dict[str, np.ndarray]:
     """Give the records of each part, ascending; the one part of an undivided subset has the name ''."""
+    chosen: dict[str, list[np.ndarray]] = {name: [] for name, _ in settings.split or (("", 1.0),)}
     if settings.mode == "modulo":
         indices = np.flatnonzero(headers.is_eligible)
-        chosen = {"": [indices[indices % 100 < round(settings.keep_ratio * 100, 9)]]}
+        chosen[""] = [indices[indices % 100 < round(settings.keep_ratio * 100, 9)]]
     else:
-        parts = settings.split or (("", settings.keep_ratio),)
-        chosen = {name: [] for name, _ in parts}
-        strata = headers.strata(settings.stratify)
+        is_text = np.array([name == TEXT_SOURCE for name in headers.names])[headers.source]
+        strata = {"source": headers.source, "modality": is_text, "none": np.zeros_like(is_text)}[settings.stratify]
         ranked = np.argsort(headers.order, kind="stable")
         ranked = ranked[headers.is_eligible[ranked]]
+        ratios = [ratio for _, ratio in settings.split] or [settings.keep_ratio]
         for stratum in np.unique(strata[ranked]):
             members = ranked[strata[ranked] == stratum]
-            bounds = _bounds(len(members), [ratio for _, ratio in parts])
-            for (name, _), start, stop in zip(parts, bounds[:-1], bounds[1:], strict=True):
-                chosen[name].append(members[start:stop])
+            # What lies behind the last bound is in no part.
+            for pieces, piece in zip(
+                chosen.values(), np.split(members, _bounds(len(members), ratios)[1:]), strict=False
+            ):
+                pieces.append(piece)
     return {
-        name: np.sort(_cap(np.concatenate(members), headers, settings.max_per_source))
-        for name, members in chosen.items()
+        name: np.sort(_cap(np.concatenate(pieces), headers, settings.max_per_source)) for name, pieces in chosen.items()
     }
 
 
@@ -289,18 +278,16 @@ def _cap(chosen: np.ndarray, headers: _Headers, limit: int | None) -> np.ndarray
 
 
 def _warnings(part: SubsetPart, eligible: dict[str, int]) -> list[str]:
+    empty = [name for name, count in eligible.items() if count and not part.counts[name]]
     if not part.num_records:
         return [f"{part.path} holds no record; training on it is impossible."]
-    warnings = []
-    if not part.counts.get(TEXT_SOURCE):
-        warnings.append(f"{part.path} holds no text-only record; the model may lose language ability.")
-    empty = [name for name, count in eligible.items() if count and not part.counts[name]]
-    if empty:
-        warnings.append(f"{part.path} holds no record of {', '.join(empty)}: too few for this ratio or these parts.")
-    if part.num_records < SMALLEST_USEFUL:
-        batch = f"less than one global batch of {SMALLEST_USEFUL}"
-        warnings.append(f"{part.path} holds {part.num_records} records, {batch}.")
-    return warnings
+    warnings = {
+        "no text-only record; the model may lose language ability.": not part.counts.get(TEXT_SOURCE),
+        f"no record of {', '.join(empty)}: too few for this ratio or these parts.": bool(empty),
+        f"{part.num_records} records, less than one global batch of {SMALLEST_USEFUL}.": part.num_records
+        < SMALLEST_USEFUL,
+    }
+    return [f"{part.path} holds {problem}" for problem, is_there in warnings.items() if is_there]
 
 
 # ---- files with manifests --------------------------------------------------------------------------------------------
@@ -313,6 +300,20 @@ class OutputFile:
     path: Path  # where; ``.jsonl`` gives JSON Lines, ``.json`` an array, anything else the form of the input
     indices: np.ndarray  # records to take, ascending, int64
     manifest: dict[str, Any]  # how the file comes about; two files with equal manifests are taken to be the same
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where the manifest is."""
+        return Path(f"{self.path}.manifest.json")
+
+    def is_there(self) -> bool:
+        """Whether the very same result is at the target already."""
+        try:
+            old = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            differing = {key for key in {*old, *self.manifest} if old.get(key, ...) != self.manifest.get(key, ...)}
+            return differing <= {*_VOLATILE} and old["output_sha256"] == sha256_of(self.path)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            return False
 
 
 def make_manifest(
@@ -344,7 +345,7 @@ def check_output_path(path: Path, source: Path) -> None:
         raise DataError(f"{path} is a folder; the name of a file is needed. Add a file name to the output.")
     if not path.parent.is_dir():
         raise DataError(f"The output folder {path.parent} does not exist; it must. Create it: mkdir -p {path.parent}")
-    for target in (path, _manifest_path(path)):
+    for target in (path, Path(f"{path}.manifest.json")):
         if target.exists() and os.path.samefile(target, source):
             raise DataError(f"{target} is the input itself; another file is needed. Choose another output name.")
 
@@ -371,8 +372,8 @@ def write_outputs(
     """
     for file in files:
         check_output_path(file.path, source.path)
-    todo = [file for file in files if not _is_there(file)]
-    targets = [path for file in todo for path in (file.path, _manifest_path(file.path))]
+    todo = [file for file in files if not file.is_there()]
+    targets = [path for file in todo for path in (file.path, file.manifest_path)]
     taken = next((path for path in targets if path.exists()), None)
     if taken and not overwrite:
         raise DataError(
@@ -382,8 +383,8 @@ def write_outputs(
     try:
         with atomic_write_all(targets) as unfinished:
             for file, data, manifest in zip(todo, unfinished[::2], unfinished[1::2], strict=True):
-                digest = _write_records(data, file, source, rewrite)
-                values = {**file.manifest, "output": file.path.name, "output_sha256": digest}
+                _write_records(data, file, source, rewrite)
+                values = {**file.manifest, "output": file.path.name, "output_sha256": sha256_of(data)}
                 manifest.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(
@@ -410,27 +411,9 @@ def to_json(obj: dict[str, Any]) -> bytes:
         return json.dumps(obj).encode("ascii")
 
 
-def _manifest_path(path: Path) -> Path:
-    return Path(f"{path}.manifest.json")
-
-
-def _is_there(file: OutputFile) -> bool:
-    """Whether the very same result is at the target already."""
-
-    def stable(manifest: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in manifest.items() if key not in _VOLATILE}
-
-    try:
-        old = json.loads(_manifest_path(file.path).read_text(encoding="utf-8"))
-        return stable(old) == stable(file.manifest) and old.get("output_sha256") == sha256_of(file.path)
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _write_records(
     path: Path, file: OutputFile, source: RecordFile, rewrite: Callable[[int, bytes], bytes] | None
-) -> str:
-    """Write the records of one file and give its SHA-256."""
+) -> None:
     is_lines = {".jsonl": True, ".json": False}.get(file.path.suffix.lower(), source.is_lines)
     opening, separator, closing = (b"", b"\n", b"\n") if is_lines else (b"[\n", b",\n", b"\n]\n")
     with open(path, "wb") as handle:
@@ -442,4 +425,3 @@ def _write_records(
                 text = to_json(source.raw(index))
             handle.write(separator + text if number else text)
         handle.write(closing if len(file.indices) or not is_lines else b"")
-    return sha256_of(path)
