@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -27,48 +28,29 @@ class SeparatorStyle(Enum):
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a rendered prompt.
+    """A piece of a rendered prompt."""
 
-    Attributes:
-        text: The characters.
-        turn: 0 for the system prompt and examples, then 1 for the first question with its answer, and so on.
-        is_answer: Whether training learns these characters.
-    """
-
-    text: str
-    turn: int
-    is_answer: bool
+    text: str  # the characters
+    turn: int  # 0 for the system prompt and examples, then 1 for the first question with its answer, and so on
+    is_answer: bool  # whether training learns these characters
 
 
 @dataclass
 class Conversation:
-    """Messages with the template that renders them (LLaVA's class of the same name).
+    """Messages with the template that renders them (LLaVA's class of the same name)."""
 
-    Attributes:
-        system: System prompt, may be empty.
-        roles: Names of the person and of the assistant.
-        messages: ``[role, text or None]`` pairs; ``None``, or an empty text, asks the model to continue. A text may be
-            a tuple whose first item is the text (LLaVA's form for a message with an attached image, which then leads
-            the first message).
-        offset: Number of leading messages that are examples, part of the prompt and never learned.
-        sep_style: How messages are joined.
-        sep: Separator after questions (after every message where the style knows one separator only).
-        sep2: Separator after answers.
-        version: Family of the template.
-        skip_next: LLaVA's mark of a conversation that its web server need not answer; unused here.
-        image_markup: What training writes for ``<image>``.
-    """
-
-    system: str
-    roles: tuple[str, str]
+    system: str  # system prompt, may be empty
+    roles: tuple[str, str]  # names of the user and of the assistant
+    # ``[role, text or None]``; None, or an empty text, asks the model to continue. A text may be a tuple whose first item
+    # is the text: LLaVA's form for a message with an attached image, which then leads the first message.
     messages: list = field(default_factory=list)
-    offset: int = 0
+    offset: int = 0  # leading messages that are examples, part of the prompt and never learned
     sep_style: SeparatorStyle = SeparatorStyle.SINGLE
-    sep: str = "###"
-    sep2: str | None = None
-    version: str = "Unknown"
-    skip_next: bool = False
-    image_markup: str = DEFAULT_IMAGE_TOKEN
+    sep: str = "###"  # after questions; after every message where the style knows one separator only
+    sep2: str | None = None  # after answers
+    version: str = "Unknown"  # family of the template
+    skip_next: bool = False  # LLaVA's mark of a conversation that its web server need not answer; unused here
+    image_markup: str = DEFAULT_IMAGE_TOKEN  # what training writes for ``<image>``
 
     def append_message(self, role: str, message: str | tuple | None) -> None:
         """Add one message; ``None`` leaves the place of the answer open."""
@@ -91,7 +73,7 @@ class Conversation:
     def segments(self) -> Iterator[Segment]:
         """Yield the prompt in pieces that know their turn, and whether they are learned.
 
-        An answer's piece begins with the blank before it, which some tokenizers make a token of its own, and ends with
+        An answer's piece begins with the space before it, which some tokenizers make a token of its own, and ends with
         the separator behind it; the model learns both. What leads up to it ("ASSISTANT:") belongs to the question, so
         an open prompt ends exactly where the answer's piece begins.
         """
@@ -102,27 +84,30 @@ class Conversation:
             turn, is_answer = max(0, (index - num_examples) // 2 + 1), index % 2 == 1
             before, after = self._surroundings(role, text, is_answer, is_first=index == 0)
             if not is_answer:
-                yield Segment(before + self._question_text(text) + after, turn, False)
+                # A caption is learned without the words that ask for it.
+                if self.sep_style is SeparatorStyle.PLAIN and DEFAULT_IMAGE_TOKEN in text:
+                    text = DEFAULT_IMAGE_TOKEN * text.count(DEFAULT_IMAGE_TOKEN)
+                yield Segment(before + text + after, turn, False)
                 continue
             if before:
                 yield Segment(before, turn, False)
             if text:
-                blank = "" if self.sep_style in (SeparatorStyle.PLAIN, SeparatorStyle.MPT) else " "
-                yield Segment(blank + text + after, turn, turn > 0)
+                space = "" if self.sep_style in (SeparatorStyle.PLAIN, SeparatorStyle.MPT) else " "
+                yield Segment(space + text + after, turn, turn > 0)
 
-    def _messages_as_text(self) -> tuple[list[tuple[str, str | None]], int]:
+    def _messages_as_text(self) -> tuple[list[tuple[str, str]], int]:
         """Roles with texts, and how many of them are examples; an image attached to the first message leads it."""
-        messages = [(role, _text_of(message)) for role, message in self.messages]
+        messages = [(role, _text_of(message) or "") for role, message in self.messages]
         if not messages or not isinstance(self.messages[0][1], tuple):
             return messages, self.offset
         role, text = messages[0]
-        text = (text or "").replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
         if self.image_markup == DEFAULT_IMAGE_TOKEN:
             return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *messages[1:]], self.offset
         shown = [(self.roles[0], self.image_markup), (self.roles[1], "Received.")]
         return [*shown, (role, text), *messages[1:]], self.offset + len(shown)
 
-    def _surroundings(self, role: str, text: str | None, is_answer: bool, is_first: bool) -> tuple[str, str]:
+    def _surroundings(self, role: str, text: str, is_answer: bool, is_first: bool) -> tuple[str, str]:
         """What stands before and after a message's own text."""
         end = (self.sep2 or self.sep) if is_answer else self.sep
         if self.sep_style is SeparatorStyle.PLAIN:
@@ -139,24 +124,16 @@ class Conversation:
         lead = f"{role}:" if is_answer else f"{role}: "
         return lead, end if self.sep_style is SeparatorStyle.TWO else self.sep
 
-    def _question_text(self, text: str | None) -> str:
-        num_images = (text or "").count(DEFAULT_IMAGE_TOKEN)
-        is_caption = self.sep_style is SeparatorStyle.PLAIN and num_images
-        return DEFAULT_IMAGE_TOKEN * num_images if is_caption else text or ""
-
 
 def _text_of(message: str | tuple | None) -> str | None:
     return message[0] if isinstance(message, tuple) else message
 
 
-_HUMAN_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+_CHAT = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 )
-_USER_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+_HUMAN_SYSTEM, _USER_SYSTEM = _CHAT.format("human"), _CHAT.format("user")
 _TAGGED_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant is able to understand the visual content that the user provides, and assist the user with a "
@@ -209,31 +186,25 @@ _VICUNA_V0_EXAMPLE = (
     "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
     "are not, and their depletion can lead to economic and social instability.\n"
 )
+_ROLES = ("USER", "ASSISTANT")
 _IMAGE_TAGS = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
 
 
-def _hash_separated(system: str, version: str = "Unknown", **options: Any) -> Conversation:
-    return Conversation(system, ("Human", "Assistant"), version=version, **options)
-
-
-def _vicuna(system: str, version: str = "v1", **options: Any) -> Conversation:
-    style: dict[str, Any] = {"sep_style": SeparatorStyle.TWO, "sep": " ", "sep2": "</s>"}
-    return Conversation(system, ("USER", "ASSISTANT"), version=version, **style, **options)
-
-
-def _llama_2(system: str, sep: str = "<s>") -> Conversation:
-    style: dict[str, Any] = {"sep_style": SeparatorStyle.LLAMA_2, "sep": sep, "sep2": "</s>"}
-    return Conversation(system, ("USER", "ASSISTANT"), version="llama_v2", **style)
+_v0 = partial(Conversation, roles=("Human", "Assistant"))
+_vicuna = partial(Conversation, roles=_ROLES, version="v1", sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>")
+_llama_2 = partial(
+    Conversation, roles=_ROLES, version="llama_v2", sep_style=SeparatorStyle.LLAMA_2, sep="<s>", sep2="</s>"
+)
 
 
 def _chatml(system: str) -> Conversation:
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    style: dict[str, Any] = {"sep_style": SeparatorStyle.MPT, "sep": "<|im_end|>"}
-    return Conversation(f"<|im_start|>system\n{system}", roles, version="mpt", **style)
+    system = f"<|im_start|>system\n{system}"
+    return Conversation(system, roles, version="mpt", sep_style=SeparatorStyle.MPT, sep="<|im_end|>")
 
 
 conv_plain = Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n", version="plain")
-conv_vicuna_v0 = _hash_separated(
+conv_vicuna_v0 = _v0(
     _HUMAN_SYSTEM,
     messages=[
         ["Human", "What are the key differences between renewable and non-renewable energy sources?"],
@@ -264,10 +235,10 @@ conv_templates = _Templates(
     mistral_direct=conv_chatml_direct,
     plain=conv_plain,
     v0_plain=conv_plain,
-    llava_v0=_hash_separated(_HUMAN_SYSTEM),
-    v0_mmtag=_hash_separated(_TAGGED_SYSTEM, "v0_mmtag", image_markup=_IMAGE_TAGS),
+    llava_v0=_v0(_HUMAN_SYSTEM),
+    v0_mmtag=_v0(_TAGGED_SYSTEM, version="v0_mmtag", image_markup=_IMAGE_TAGS),
     llava_v1=_vicuna(_HUMAN_SYSTEM),
-    v1_mmtag=_vicuna(_TAGGED_SYSTEM, "v1_mmtag", image_markup=_IMAGE_TAGS),
+    v1_mmtag=_vicuna(_TAGGED_SYSTEM, version="v1_mmtag", image_markup=_IMAGE_TAGS),
     llava_llama_2=_llama_2(_LLAVA_LLAMA_2_SYSTEM),
     mpt=_chatml(_MPT_SYSTEM),
     mpt_text=_chatml(_MPT_TEXT_SYSTEM),

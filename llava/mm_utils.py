@@ -9,28 +9,28 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
+ASPECTS = ("pad", "square", "original", "anyres")
+"""Values of ``image_aspect_ratio``: how an image is fitted to the vision tower."""
+
 
 def load_image_from_base64(image: str | bytes) -> Any:
     """Decode a base64 string, as LLaVA's web server gets images, to a PIL image."""
-    from PIL import Image
-
     return Image.open(io.BytesIO(base64.b64decode(image)))
 
 
 def expand2square(image: Any, background_color: tuple[int, ...]) -> Any:
     """Centre a PIL image on a square canvas of its longer side, filled with ``background_color``.
 
-    >>> from PIL import Image
     >>> expand2square(Image.new("RGB", (40, 30)), (0, 0, 0)).size
     (40, 40)
     """
-    from PIL import Image
-
     width, height = image.size
     if width == height:
         return image
@@ -46,10 +46,10 @@ def process_images(images: list, image_processor: Any, model_cfg: Any) -> Any:
     Args:
         images: PIL images of any size.
         image_processor: A CLIP image processor.
-        model_cfg: Configuration with ``image_aspect_ratio``, a key of ``_HOW_TO_FIT`` or absent: "pad" centres each
-            image on a square of the processor's mean colour; "anyres" gives an overview and tiles of each image, for
-            one of its ``image_grid_pinpoints``; "square" and "original" (as lmms-eval's tasks say it), as where it is
-            absent, leave resizing and cropping to the processor.
+        model_cfg: Configuration with ``image_aspect_ratio``, one of ``ASPECTS`` or absent: "pad" centres each image on a
+            square of the processor's mean colour; "anyres" gives an overview and tiles of each image, for one of its
+            ``image_grid_pinpoints``; "square" and "original" (as lmms-eval's tasks say it), as where it is absent,
+            leave resizing and cropping to the processor.
 
     Returns:
         Pixel values, float32: (images, 3, H, W); for "anyres" (images, tiles, 3, H, W), or a list of (tiles, 3, H, W)
@@ -58,10 +58,25 @@ def process_images(images: list, image_processor: Any, model_cfg: Any) -> Any:
     Raises:
         ValueError: If ``image_aspect_ratio`` is unknown, or "anyres" has no resolutions to choose from.
     """
-    fit = getattr(model_cfg, "image_aspect_ratio", None) or "square"
-    if fit not in _HOW_TO_FIT:
-        raise ValueError(f"image_aspect_ratio is {fit!r}; use {', '.join(_HOW_TO_FIT)}. Correct config.json.")
-    return _HOW_TO_FIT[fit]([image.convert("RGB") for image in images], image_processor, model_cfg)
+    aspect, resolutions = (
+        getattr(model_cfg, "image_aspect_ratio", None),
+        getattr(model_cfg, "image_grid_pinpoints", None),
+    )
+    if aspect not in (None, *ASPECTS):
+        raise ValueError(f"image_aspect_ratio is {aspect!r}; use {', '.join(ASPECTS)}. Correct config.json.")
+    images = [image.convert("RGB") for image in images]
+    if aspect == "pad":
+        background = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        images = [expand2square(image, background) for image in images]
+    if aspect != "anyres":
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+    if not resolutions:
+        raise ValueError(
+            "image_aspect_ratio is 'anyres', but the configuration has no image_grid_pinpoints; give the resolutions, "
+            "[[336, 672], [672, 336]] for example, or use 'pad' as LLaVA-1.5 does."
+        )
+    tiled = [process_anyres_image(image, image_processor, resolutions) for image in images]
+    return torch.stack(tiled) if len({tiles.shape for tiles in tiled}) == 1 else tiled
 
 
 def select_best_resolution(original_size: tuple[int, int], possible_resolutions: Sequence) -> tuple[int, int]:
@@ -103,11 +118,8 @@ def process_anyres_image(image: Any, processor: Any, grid_pinpoints: str | Seque
     Returns:
         Pixel values, (1 + tiles, 3, H, W), float32.
     """
-    import torch
-    from PIL import Image
-
-    resolutions = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
     # an old config.json has the list as a text
+    resolutions = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
     width, height = select_best_resolution(image.size, resolutions)
     scale = min(width / image.width, height / image.height)
     fitted = (min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height))
@@ -118,32 +130,6 @@ def process_anyres_image(image: Any, processor: Any, grid_pinpoints: str | Seque
     tiles = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
     views = [image.resize((edge, edge)), *tiles]
     return torch.stack([processor(view, return_tensors="pt")["pixel_values"][0] for view in views])
-
-
-def _fit_square(images: list, image_processor: Any, model_cfg: Any) -> Any:
-    return image_processor(images, return_tensors="pt")["pixel_values"]
-
-
-def _fit_padded(images: list, image_processor: Any, model_cfg: Any) -> Any:
-    background = tuple(int(channel * 255) for channel in image_processor.image_mean)
-    padded = [expand2square(image, background) for image in images]
-    return image_processor(padded, return_tensors="pt")["pixel_values"]
-
-
-def _fit_tiled(images: list, image_processor: Any, model_cfg: Any) -> Any:
-    import torch
-
-    resolutions = getattr(model_cfg, "image_grid_pinpoints", None)
-    if not resolutions:
-        raise ValueError(
-            "image_aspect_ratio is 'anyres', but the configuration has no image_grid_pinpoints; give the resolutions, "
-            "[[336, 672], [672, 336]] for example, or use 'pad' as LLaVA-1.5 does."
-        )
-    tiled = [process_anyres_image(image, image_processor, resolutions) for image in images]
-    return torch.stack(tiled) if len({tiles.shape for tiles in tiled}) == 1 else tiled
-
-
-_HOW_TO_FIT = {"pad": _fit_padded, "square": _fit_square, "original": _fit_square, "anyres": _fit_tiled}
 
 
 def tokenizer_image_token(
@@ -173,11 +159,7 @@ def tokenizer_image_token(
     for chunk in chunks[1:]:
         ids.append(image_token_index)
         ids.extend(chunk[1:] if has_bos and chunk and chunk[0] == bos else chunk)
-    if return_tensors is None:
-        return ids
-    import torch
-
-    return torch.tensor(ids, dtype=torch.long)
+    return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
 
 
 def get_model_name_from_path(model_path: str) -> str:
