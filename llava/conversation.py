@@ -41,8 +41,8 @@ class Conversation:
 
     system: str  # system prompt, may be empty
     roles: tuple[str, str]  # names of the user and of the assistant
-    # ``[role, text or None]``; None, or an empty text, asks the model to continue. A text may be a tuple whose first item
-    # is the text: LLaVA's form for a message with an attached image, which then leads the first message.
+    # ``[role, text or None]``; None or an empty text asks the model to continue. A text may be a tuple whose first
+    # item is the text: LLaVA's form for a message with an attached image, which then leads the first message.
     messages: list = field(default_factory=list)
     offset: int = 0  # leading messages that are examples, part of the prompt and never learned
     sep_style: SeparatorStyle = SeparatorStyle.SINGLE

@@ -46,8 +46,8 @@ def process_images(images: list, image_processor: Any, model_cfg: Any) -> Any:
     Args:
         images: PIL images of any size.
         image_processor: A CLIP image processor.
-        model_cfg: Configuration with ``image_aspect_ratio``, one of ``ASPECTS`` or absent: "pad" centres each image on a
-            square of the processor's mean colour; "anyres" gives an overview and tiles of each image, for one of its
+        model_cfg: Configuration with ``image_aspect_ratio``, one of ``ASPECTS`` or absent: "pad" centres each image on
+            a square of the processor's mean colour; "anyres" gives an overview and tiles of each image, for one of its
             ``image_grid_pinpoints``; "square" and "original" (as lmms-eval's tasks say it), as where it is absent,
             leave resizing and cropping to the processor.
 
@@ -58,11 +58,9 @@ def process_images(images: list, image_processor: Any, model_cfg: Any) -> Any:
     Raises:
         ValueError: If ``image_aspect_ratio`` is unknown, or "anyres" has no resolutions to choose from.
     """
-    aspect, resolutions = (
-        getattr(model_cfg, "image_aspect_ratio", None),
-        getattr(model_cfg, "image_grid_pinpoints", None),
-    )
-    if aspect not in (None, *ASPECTS):
+    aspect = getattr(model_cfg, "image_aspect_ratio", None) or "square"
+    resolutions = getattr(model_cfg, "image_grid_pinpoints", None)
+    if aspect not in ASPECTS:
         raise ValueError(f"image_aspect_ratio is {aspect!r}; use {', '.join(ASPECTS)}. Correct config.json.")
     images = [image.convert("RGB") for image in images]
     if aspect == "pad":
