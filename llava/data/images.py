@@ -34,39 +34,28 @@ class ImageState(Enum):
 
 
 def resolve_image(image_folder: str | Path, relative: str) -> Path:
-    """Find an image inside the image folder.
+    """Find an image inside the image folder, where links that its owner made may lead elsewhere.
 
     Args:
         image_folder: Folder that all image names are relative to.
         relative: Name as written in a record, with forward slashes.
 
     Returns:
-        Path of an existing file below ``image_folder``, links resolved.
+        Path of an existing file, links resolved.
 
     Raises:
-        ImageFileError: If the name is absolute, climbs out of the folder, follows a link out of it, or names no file.
+        ImageFileError: If the name is absolute, climbs out of the folder, or names no file.
     """
     try:
+        # A file of records comes from elsewhere: it must not be able to name any file of this machine.
         check_image_name(relative)
     except DataError as problem:
         raise ImageFileError(str(problem)) from None
-    folder = Path(os.path.realpath(image_folder))
-    path = Path(os.path.realpath(folder / relative))
-    # A file of records comes from elsewhere: it must not be able to name any file of this machine.
-    if not path.is_relative_to(folder):
-        raise ImageFileError(
-            f"Image '{relative}' is a link to '{path}', outside the image folder '{folder}'; only files inside it are "
-            "allowed. Move the file there, or name the folder above both as the image folder."
-        )
-    if not path.exists():
-        raise ImageFileError(
-            f"Image '{relative}' is not in '{folder}'; every image a record names must be there. "
-            "Download it, or drop the record."
-        )
+    path = Path(os.path.realpath(Path(image_folder, relative)))
     if not path.is_file():
-        raise ImageFileError(
-            f"Image '{relative}' is a folder in '{folder}'; a record must name a file. Correct the name in the record."
-        )
+        what = "is a folder in" if path.is_dir() else "is not in"
+        remedy = "Download it, or drop the record."
+        raise ImageFileError(f"Image '{relative}' {what} '{image_folder}'; a record must name a file there. {remedy}")
     return path
 
 
@@ -162,34 +151,29 @@ def looks_whole(path: str | Path) -> bool:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The one place where images are opened: whatever goes wrong is an ImageFileError that says what to do."""
+    kind, drop = None, "Download it again or drop the record."
     try:
-        size, kind = os.path.getsize(path), sniff_format(path) or "not a known image format"
-    except OSError as error:
-        raise ImageFileError(f"Image '{path}' cannot be read ({error.strerror}); it must be. Check rights.") from error
-    if size == 0:
-        raise ImageFileError(f"Image '{path}' has zero bytes; an image is needed. Download it or drop the record.")
-    try:
+        kind = sniff_format(path) or "not a known image format"
+        if os.path.getsize(path) == 0:
+            raise ImageFileError(f"Image '{path}' has zero bytes; an image is needed. {drop}")
         with Image.open(path) as image:
             if image.mode == "F":
-                raise ImageFileError(
-                    f"Image '{path}' holds floating-point numbers; 8 or 16 bits per pixel are allowed. Save it as such."
-                )
+                allowed = "8 or 16 bits per pixel are allowed. Save it as such."
+                raise ImageFileError(f"Image '{path}' holds floating-point numbers; {allowed}")
             if max(image.size) > MAX_ASPECT * min(image.size):  # padded to a square, 80 bytes would take gigabytes
-                raise ImageFileError(
-                    f"Image '{path}' has {image.width} x {image.height} pixels; a side may be {MAX_ASPECT} times the "
-                    "other. Crop it or drop the record."
-                )
+                allowed = f"a side may be {MAX_ASPECT} times the other. Crop it or drop the record."
+                raise ImageFileError(f"Image '{path}' has {image.width} x {image.height} pixels; {allowed}")
             yield image
     except ImageFileError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageFileError(
-            f"Image '{path}' is too large ({error}); fewer pixels are allowed. Make it smaller or drop the record."
-        ) from error
+        allowed = "fewer pixels are allowed. Make it smaller or drop the record."
+        raise ImageFileError(f"Image '{path}' is too large ({error}); {allowed}") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files, SyntaxError among them
-        remedy = "Download it again or drop the record."
+        if kind is None:
+            raise ImageFileError(f"Image '{path}' cannot be read ({error}); it must be. Check its rights.") from error
         if "Decompressed data too large" in str(error):
-            remedy = "It carries a text or profile beyond the decoder's limit: save it without, or drop the record."
+            drop = "It carries a text or profile beyond the decoder's limit: save it without, or drop the record."
         raise ImageFileError(
-            f"Image '{path}' does not decode ({kind}: {error}); a whole image is needed. {remedy}"
+            f"Image '{path}' does not decode ({kind}: {error}); a whole one is needed. {drop}"
         ) from error

@@ -144,17 +144,11 @@ def _flip_a_byte(place: Path) -> None:
     place.write_bytes(whole)
 
 
-def _link_out(place: Path) -> None:
-    (place.parent.parent.parent / "outside.jpg").write_bytes(_encode("JPEG"))
-    place.symlink_to(place.parent.parent.parent / "outside.jpg")
-
-
 # kind -> how the image of record 0, "coco/1.jpg", is made, its state, what is said; None stands for no file at all
 BAD_IMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no file": (lambda place: None, "missing", "Image 'coco/1.jpg' is not in"),
     "no bytes": (lambda place: place.touch(), "empty", "Image 'coco/1.jpg' has zero bytes"),
     "folder": (lambda place: place.mkdir(), "missing", "Image 'coco/1.jpg' is a folder"),
-    "link out of the folder": (_link_out, "missing", "Image 'coco/1.jpg' is a link to"),
     "page saved as image": (lambda place: place.write_text("<html>gone"), "corrupt", "not a known image format"),
     "cut JPEG": (_cut("JPEG"), "corrupt", "does not decode .JPEG"),
     "cut PNG": (_cut("PNG"), "corrupt", "does not decode .PNG"),

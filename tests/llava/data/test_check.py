@@ -85,6 +85,13 @@ def test_corrupt_images_are_told_from_mislabelled_ones(data, images, decode):
     assert "ocr_vqa/mislabelled.jpg" not in report.bad_images
 
 
+def test_foreign_media_tags_in_records_without_an_image_are_counted(tmp_path, images):
+    records = [_record(str(number), None) for number in range(3)]
+    records[1]["conversations"][0]["value"] = "<video>\nWhat does she do?"
+    report = check_data(_file_of(tmp_path, *records), images)
+    assert report.is_ok and report.warnings[0].startswith("1 records without an image hold <video>, <audio>, <img>")
+
+
 def test_bad_images_are_listed_once_each(data, images):
     report = check_data(data, images)
     assert report.missing_list == data.with_name("missing_images.txt")

@@ -33,15 +33,17 @@ def test_image_inside_the_folder_is_found(tmp_path):
     assert resolve_image(tmp_path, "coco/1.jpg") == (tmp_path / "coco" / "1.jpg").resolve()
 
 
-def test_linked_image_folder_is_allowed_and_links_out_of_it_are_not(tmp_path):
+def test_links_that_the_user_made_are_followed_and_names_in_records_lead_nowhere_else(tmp_path):
+    save_image(tmp_path / "datasets/coco/1.jpg", "JPEG")
     (tmp_path / "real").mkdir()
-    (tmp_path / "secret.jpg").write_bytes(b"x")
-    (tmp_path / "real" / "in.jpg").write_bytes(b"x")
-    (tmp_path / "real" / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "real" / "coco").symlink_to(tmp_path / "datasets" / "coco")
+    (tmp_path / "real" / "one.jpg").symlink_to(tmp_path / "datasets" / "coco" / "1.jpg")
     (tmp_path / "linked").symlink_to(tmp_path / "real")
-    assert resolve_image(tmp_path / "linked", "in.jpg").name == "in.jpg"
-    with pytest.raises(ImageFileError, match="outside the image folder"):
-        resolve_image(tmp_path / "linked", "out.jpg")
+    for name in ("coco/1.jpg", "one.jpg"):
+        assert resolve_image(tmp_path / "linked", name) == (tmp_path / "datasets/coco/1.jpg").resolve()
+        assert inspect_image(tmp_path / "linked", name)[0] is ImageState.GOOD
+    with pytest.raises(ImageFileError, match="climbs out"):
+        resolve_image(tmp_path / "linked", "coco/../../datasets/coco/1.jpg")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_whole_images_are_not_decoded_and_those_with_more_behind_their_end_are_g
 
 def test_images_outside_the_folder_are_missing(tmp_path, images):
     (tmp_path / "secret.jpg").write_bytes(b"x")
-    (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    (images / "out.jpg").symlink_to(tmp_path / "absent.jpg")
     assert inspect_image(images, "out.jpg")[0] is ImageState.MISSING
     assert inspect_image(images, "../secret.jpg")[0] is ImageState.MISSING
     assert inspect_image(images, "x" * 5000)[0] is ImageState.MISSING
