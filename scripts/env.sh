@@ -4,8 +4,9 @@
 #   source scripts/env.sh     from a script: sets FUZZYROE_ROOT and PYTHON, puts the environment's programs first on PATH
 #   bash scripts/env.sh       by hand: only makes or repairs .venv
 #
-# Without FUZZYROE_PYTHON it creates .venv from requirements.lock (1 to 5 minutes, 1.5 GB; more with CUDA libraries) and
-# reuses it until the lock, pyproject.toml or Python change. An interrupted install is repaired by the next run.
+# An active virtual or conda environment that has all requirements is used as it is. Otherwise .venv is created from
+# requirements.lock (1 to 5 minutes, 1.5 GB; more with CUDA libraries) and reused until the lock, pyproject.toml or Python
+# change. An interrupted install is repaired by the next run.
 #
 #   FUZZYROE_PYTHON=python    use this Python's environment as it is: check it, say what is missing, install nothing
 #   FUZZYROE_EXTRAS="..."     extras of pyproject.toml that the caller needs (default: train eval playground)
@@ -20,6 +21,7 @@ ENV_DIR="$FUZZYROE_ROOT/.venv"
 ENV_STAMP="$ENV_DIR/fuzzyroe-complete"      # fingerprint of what was installed, written last
 ENV_MARKER="$ENV_DIR/fuzzyroe-unfinished"   # there from the first step of an install to its end
 ENV_LOG="$ENV_DIR/install.log"
+ENV_ALL="train eval playground"             # extras that are needed if the caller names none
 ENV_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
 env_say() { printf '[env] %s\n' "$*"; }
@@ -150,19 +152,32 @@ env_use_own() {
   fi
 }
 
+env_find_active() { # print the Python of the active environment, if it has all that the caller needs
+  local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+  [[ -n "$active" && -x "$active/bin/python" && ! "$active" -ef "$ENV_DIR" ]] || return 0
+  # shellcheck disable=SC2086  # one word per extra
+  if "$active/bin/python" scripts/check_environment.py ${FUZZYROE_EXTRAS:-$ENV_ALL} >/dev/null 2>&1; then
+    echo "$active/bin/python"
+  else
+    env_say "the active environment lacks what is needed; FUZZYROE_PYTHON=$active/bin/python would say what" >&2
+  fi
+}
+
 env_use_given() { # FUZZYROE_PYTHON
   PYTHON="$(command -v "$FUZZYROE_PYTHON")" ||
     env_fail "FUZZYROE_PYTHON=$FUZZYROE_PYTHON is no program; give the path of a Python, or unset it to use .venv"
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     env_fail "FUZZYROE_PYTHON=$FUZZYROE_PYTHON is $("$PYTHON" --version 2>&1); Python >= 3.10 is needed"
-  env_say "using $PYTHON as it is (FUZZYROE_PYTHON); nothing is installed there"
+  export FUZZYROE_PYTHON="$PYTHON"
+  env_say "using $PYTHON as it is; nothing is installed there"
   # shellcheck disable=SC2086  # one word per extra
-  "$PYTHON" scripts/check_environment.py ${FUZZYROE_EXTRAS:-train eval playground} || exit 1
+  "$PYTHON" scripts/check_environment.py ${FUZZYROE_EXTRAS:-$ENV_ALL} || exit 1
 }
 
 # this checkout first, so that another LLaVA on the path is never imported in its place
 export PYTHONPATH="$FUZZYROE_ROOT${PYTHONPATH:+:$PYTHONPATH}"
-if [[ -n "${FUZZYROE_PYTHON:-}" ]]; then env_use_given; else env_use_own; fi
+FUZZYROE_PYTHON="${FUZZYROE_PYTHON:-$(env_find_active)}"
+if [[ -n "$FUZZYROE_PYTHON" ]]; then env_use_given; else env_use_own; fi
 export PYTHON
 PATH="$(dirname "$PYTHON"):$PATH"
 export PATH

@@ -46,7 +46,7 @@ class Checkout:
 
     def run(self, program: str = "source scripts/env.sh", **variables: str) -> subprocess.CompletedProcess:
         """Run a line of shell in the checkout."""
-        ours = ("FUZZYROE_", "PYTHONPATH")
+        ours = ("FUZZYROE_", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         environment["PATH"] = f"{self.programs}:{environment['PATH']}"
         environment["CALLS"] = str(self.calls)
@@ -138,6 +138,25 @@ def test_a_given_environment_is_left_alone(checkout: Checkout) -> None:
     assert result.stdout.splitlines()[-1] == str(checkout.python)
     assert checkout.installs() == []
     assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_an_active_environment_is_used_if_it_is_complete(
+    checkout: Checkout, tmp_path: Path, variable: str, is_complete: bool
+) -> None:
+    active = tmp_path / "active" / "bin" / "python"
+    active.parent.mkdir(parents=True)
+    stand_in = (
+        STAND_IN if is_complete else STAND_IN.replace("*check_environment.py*)", "*check_environment.py*) exit 1")
+    )
+    active.write_text(stand_in)
+    active.chmod(0o755)
+    result = checkout.run('source scripts/env.sh; echo "$PYTHON"', **{variable: str(active.parent.parent)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(active if is_complete else checkout.root / ".venv" / "bin" / "python")
+    assert bool(checkout.installs()) != is_complete
+    assert ("lacks what is needed" in result.stderr) != is_complete
 
 
 def test_a_given_environment_without_the_requirements_says_what_is_missing(checkout: Checkout) -> None:

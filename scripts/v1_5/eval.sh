@@ -23,11 +23,10 @@
 # Further arguments go to lmms-eval.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="eval"
+FUZZYROE_EXTRAS="eval" REQUIRED="MODEL_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-: "${MODEL_PATH:?path of the checkpoint to evaluate, or its hub id}"
 default_tasks="gqa,textvqa_val,mme,pope,scienceqa_img,mmbench_en,seedbench${OPENAI_API_KEY:+,mmvet}"
 TASKS="${TASKS:-$default_tasks}"
 SKIP_RATES="${SKIP_RATES:-off 0.25 0.3}"

@@ -17,7 +17,7 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PER_DEVICE_BATCH="${PER_DEVICE_BATCH:-16}"
@@ -34,5 +34,5 @@ flags=(
   --image_aspect_ratio pad
   --group_by_modality_length True
 )
-train_stage dense "${MODEL_PATH:-lmsys/vicuna-$MODEL_SIZE-v1.5}" "${DATA_PATH:?path to the SFT JSON}" \
+train_stage dense "${MODEL_PATH:-lmsys/vicuna-$MODEL_SIZE-v1.5}" "$DATA_PATH" \
   "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

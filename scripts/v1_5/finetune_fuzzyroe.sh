@@ -15,14 +15,14 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py in every stage.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=scripts/v1_5/stage.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 
 OUTPUT="${OUTPUT:-checkpoints/fuzzyroe-$MODEL_SIZE}"
-split_data "${DATA_PATH:?path to the SFT JSON}" "$OUTPUT-data" "${SPLIT:-router=0.066,adapter=0.3,finetune=0.5}"
+split_data "$DATA_PATH" "$OUTPUT-data" "${SPLIT:-router=0.066,adapter=0.3,finetune=0.5}"
 model="${MODEL_PATH:-llava-hf/llava-1.5-$MODEL_SIZE-hf}"
 for stage in router adapter finetune; do
   MODEL_PATH="$model" DATA_PATH="$OUTPUT-data/data.$stage.json" OUTPUT="$OUTPUT-$stage" \

@@ -14,7 +14,7 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PER_DEVICE_BATCH="${PER_DEVICE_BATCH:-16}"
@@ -31,5 +31,5 @@ flags=(
   --image_aspect_ratio pad
   --group_by_modality_length True
 )
-train_stage dense "${MODEL_PATH:-checkpoints/llava-v1.5-$MODEL_SIZE-pretrain}" "${DATA_PATH:?path to the SFT JSON}" \
+train_stage dense "${MODEL_PATH:-checkpoints/llava-v1.5-$MODEL_SIZE-pretrain}" "$DATA_PATH" \
   "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-lora}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

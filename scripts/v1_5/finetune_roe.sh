@@ -18,14 +18,14 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py in every stage.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=scripts/v1_5/stage.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 
 OUTPUT="${OUTPUT:-checkpoints/roe-$MODEL_SIZE}"
-split_data "${DATA_PATH:?path to the SFT JSON}" "$OUTPUT-data" "${SPLIT:-adapter=0.3,router=0.2,finetune=0.5}"
+split_data "$DATA_PATH" "$OUTPUT-data" "${SPLIT:-adapter=0.3,router=0.2,finetune=0.5}"
 flags=(
   "${TRAINING[@]}"
   --roe_lr 4e-4

@@ -13,7 +13,7 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=scripts/v1_5/stage.sh
@@ -27,5 +27,5 @@ flags=(
   --group_by_modality_length True
 )
 train_stage finetune "${MODEL_PATH:-checkpoints/fuzzyroe-$MODEL_SIZE-adapter}" \
-  "${DATA_PATH:?path to the SFT JSON of this stage}" \
+  "$DATA_PATH" \
   "${OUTPUT:-checkpoints/fuzzyroe-$MODEL_SIZE-finetune}" "${TRAINING[@]}" "${flags[@]}" "$@"

@@ -13,7 +13,7 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck source=scripts/v1_5/stage.sh
@@ -25,5 +25,5 @@ flags=(
   --target_skip_ratio "${SKIP_RATIO:-0.3}"
 )
 train_stage router "${MODEL_PATH:-llava-hf/llava-1.5-$MODEL_SIZE-hf}" \
-  "${DATA_PATH:?path to the SFT JSON of this stage}" \
+  "$DATA_PATH" \
   "${OUTPUT:-checkpoints/fuzzyroe-$MODEL_SIZE-router}" "${READING[@]}" "${flags[@]}" "$@"

@@ -16,7 +16,7 @@
 # Further variables: scripts/v1_5/stage.sh. Further arguments go to llava/train/train.py.
 set -euo pipefail
 
-FUZZYROE_EXTRAS="train"
+FUZZYROE_EXTRAS="train" REQUIRED="DATA_PATH"
 # shellcheck source=scripts/v1_5/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 GLOBAL_BATCH="${GLOBAL_BATCH:-256}" PER_DEVICE_BATCH="${PER_DEVICE_BATCH:-32}"
@@ -31,5 +31,5 @@ flags=(
   --warmup_ratio 0.03
   --image_aspect_ratio square
 )
-train_stage pretrain "${MODEL_PATH:-lmsys/vicuna-$MODEL_SIZE-v1.5}" "${DATA_PATH:?path to the captions JSON}" \
+train_stage pretrain "${MODEL_PATH:-lmsys/vicuna-$MODEL_SIZE-v1.5}" "$DATA_PATH" \
   "${OUTPUT:-checkpoints/llava-v1.5-$MODEL_SIZE-pretrain}" "${VISION[@]}" "${TRAINING[@]}" "${flags[@]}" "$@"

@@ -13,6 +13,10 @@
 # Further variables: scripts/v1_5/finetune_METHOD.sh. Further arguments go to llava/train/train.py in every stage.
 set -euo pipefail
 
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+  sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "$0"
+  exit 0
+fi
 METHOD="${METHOD:-fuzzyroe}" ATTEMPTS="${ATTEMPTS:-3}"
 say() { printf '[train_all] %s\n' "$*"; }
 [[ "$METHOD" == fuzzyroe || "$METHOD" == roe ]] ||

@@ -59,6 +59,17 @@ def refuse(script: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
+def test_help_and_a_missing_variable_are_answered_before_anything_else(script: str) -> None:
+    for words, status in ((["--help"], 0), ([], 2)):
+        command = ["bash", str(FOLDER / f"{script}.sh"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, timeout=20)
+        assert done.returncode == status, done.stderr
+        assert "[env]" not in done.stdout + done.stderr, "nothing was installed or looked for"
+    name = "MODEL_PATH" if script == "eval" else "DATA_PATH"
+    assert f"error: {name} is not set; bash " in done.stderr and ".sh --help says what it is" in done.stderr
+
+
 def parse(command: list[str], output: Path) -> tuple:
     """The arguments of a launch as training reads them; on this machine's CPU."""
     flags = command[command.index("llava/train/train.py") + 1 :]
@@ -287,7 +298,7 @@ def test_a_driver_trains_the_method_it_is_told() -> None:
         ("train_all", {"ATTEMPTS": "0"}, "ATTEMPTS is '0'"),
         ("finetune", {"MODEL_SIZE": "3b"}, "MODEL_SIZE is '3b'; use 7b or 13b"),
         ("pretrain", {"NUM_GPUS": "3"}, "GLOBAL_BATCH 256 is no multiple of PER_DEVICE_BATCH 32 x 3"),
-        ("finetune_roe", {"DATA_PATH": ""}, "DATA_PATH: path to the SFT JSON"),
+        ("finetune_roe", {"DATA_PATH": ""}, "DATA_PATH is not set"),
         ("finetune", {"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; use deepspeed, torchrun or accelerate"),
         ("finetune", {"LAUNCHER": "accelerate"}, "LAUNCHER is accelerate, which starts no single process"),
         ("finetune", {"HOSTFILE": "none"}, "HOSTFILE none is no file"),

@@ -133,6 +133,6 @@ def test_without_a_key_no_task_needs_one_and_gpus_are_counted() -> None:
 
 def test_what_the_script_needs_is_asked_for_by_name() -> None:
     result = dry_run()
-    assert result.returncode != 0 and "MODEL_PATH: path of the checkpoint" in result.stderr
+    assert result.returncode == 2 and "MODEL_PATH is not set" in result.stderr
     wrong = dry_run(MODEL_PATH="ours", NUM_GPUS="all")
     assert wrong.returncode == 2 and "NUM_GPUS is 'all'" in wrong.stderr

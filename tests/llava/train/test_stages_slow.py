@@ -237,7 +237,7 @@ def test_a_script_refuses_to_start_without_deepspeed(tiny: Tiny, tmp_path: Path)
 
 @pytest.mark.parametrize("change, message", [
     ({"GLOBAL_BATCH": 3}, "GLOBAL_BATCH 3 is no multiple"),
-    ({"DATA_PATH": None}, "DATA_PATH: path to the SFT JSON"),
+    ({"DATA_PATH": None}, "DATA_PATH is not set"),
     ({"MASTER_PORT": "many"}, "MASTER_PORT many"),
 ])  # fmt: skip
 def test_a_script_names_the_variable_that_is_wrong(
