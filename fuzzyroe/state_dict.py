@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fuzzyroe.attach import find_decoder, find_decoder_layers, find_router, is_attached
+from fuzzyroe.files import atomic_write
 
 
 def routing_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -117,14 +117,8 @@ def save_routing(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         tensors: Routing name -> CPU tensor, as ``routing_state_dict`` gives them.
         path: File to write or replace; its folder exists.
     """
-    # a reader, or a launch that goes on after a kill, must never meet half a file
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as unfinished:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_routing(path: str | Path) -> dict[str, Tensor]:

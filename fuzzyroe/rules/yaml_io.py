@@ -12,8 +12,7 @@ import io
 import itertools
 import math
 import os
-import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -25,6 +24,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from fuzzyroe.files import atomic_write
 from fuzzyroe.rules.interpolation import InterpolationOptions
 from fuzzyroe.rules.rule_base import NO_RULE, SOURCES, FuzzyRuleBase
 from fuzzyroe.rules.variable import ANY_TERM, Consequent, LinguisticVariable
@@ -32,22 +32,20 @@ from fuzzyroe.rules.variable import ANY_TERM, Consequent, LinguisticVariable
 SCHEMA = "fuzzy-rule-base/1"
 SYSTEM = {"type": "tsk", "order": 0, "t_norm": "product", "defuzzification": "weighted_average"}
 
-_REQUIRED = ("schema", "name", "system", "antecedents", "consequent", "rules")
-_OPTIONAL = ("description", "interpolation", "defaults", "provenance")
-
+_BASES = resources.files("fuzzyroe.rules") / "bases"
 _KINDS = {"str": "text", "int": "a number", "float": "a number", "bool": "a truth value", "null": "null"}
 
 Made = TypeVar("Made")
+Reader = Any  # Callable[[Entry, str], Any], which gives a value, or the one value that is allowed
 
 
 def shipped_rule_bases() -> tuple[str, ...]:
     """Name the rule bases that come with the package."""
-    folder = resources.files("fuzzyroe.rules") / "bases"
-    return tuple(sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+    return tuple(sorted(Path(entry.name).stem for entry in _BASES.iterdir() if entry.name.endswith(".yaml")))
 
 
 def load_rule_base(name_or_path: str | os.PathLike[str]) -> FuzzyRuleBase:
-    """Load a shipped rule base by name or any other by path.
+    """Load a shipped rule base by name or any other by path, as written; ``interpolate()`` completes it.
 
     >>> rule_base = load_rule_base("default")
     >>> [variable.name for variable in rule_base.antecedents]
@@ -57,9 +55,6 @@ def load_rule_base(name_or_path: str | os.PathLike[str]) -> FuzzyRuleBase:
 
     Args:
         name_or_path: A name such as ``"default"``, or a path: anything with a folder or an extension.
-
-    Returns:
-        The rule base as written; call ``interpolate()`` to complete it.
 
     Raises:
         KeyError: If no rule base of that name is shipped.
@@ -74,26 +69,15 @@ def load_rule_base(name_or_path: str | os.PathLike[str]) -> FuzzyRuleBase:
                 f"No rule base '{name_or_path}' is shipped; known: {list(shipped_rule_bases())}; use one of these, or "
                 "a path ending in .yaml."
             )
-        file = resources.files("fuzzyroe.rules") / "bases" / f"{name_or_path}.yaml"
-        return parse_rule_base(file.read_text(encoding="utf-8"), f"{name_or_path}.yaml")
+        file = f"{name_or_path}.yaml"
+        return parse_rule_base((_BASES / file).read_text(encoding="utf-8"), file)
     return parse_rule_base(path.read_text(encoding="utf-8"), str(path))
 
 
 def save_rule_base(rule_base: FuzzyRuleBase, path: str | os.PathLike[str]) -> None:
     """Write a rule base so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    # written beside the file, because a rename is whole only within one file system
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(dump_rule_base(rule_base))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(dump_rule_base(rule_base), encoding="utf-8")
 
 
 def parse_rule_base(text: str, origin: str = "<text>") -> FuzzyRuleBase:
@@ -107,29 +91,14 @@ def parse_rule_base(text: str, origin: str = "<text>") -> FuzzyRuleBase:
         ValueError: If the text breaks the schema, with file, line and remedy.
     """
     root = Entry.of_document(text, origin)
-    entries = root.mapping("the rule base", _REQUIRED, _OPTIONAL)
-    schema = entries["schema"].text("schema")
-    if schema != SCHEMA:
-        entries["schema"].refuse(f"schema is '{schema}'", f"'{SCHEMA}' is allowed", "convert the file")
-    for key, entry in entries["system"].mapping("system", SYSTEM).items():
-        value = entry.plain(f"system.{key}")
-        if value != SYSTEM[key]:
-            allowed = f"{SYSTEM[key]!r} is allowed"
-            entry.refuse(f"system.{key} is {value!r}", allowed, "use that; no other is inferred")
+    values = root.fields("", _REQUIRED, _OPTIONAL)
+    antecedents, consequent = tuple(values["antecedents"]), values["consequent"]
     # rules are read last: they are checked against the variables
-    antecedents = tuple(_read_antecedent(entry) for entry in entries["antecedents"].sequence("antecedents"))
-    consequent = _read_consequent(entries["consequent"])
-    options: dict[str, Any] = _read_rules(entries["rules"], antecedents, consequent)
-    if "description" in entries:
-        options["description"] = entries["description"].text("description")
-    if "interpolation" in entries:
-        options["interpolation"] = _read_interpolation(entries["interpolation"])
-    if "defaults" in entries:
-        options["non_finite"] = _read_defaults(entries["defaults"])
-    if "provenance" in entries:
-        entries["provenance"].mapping("provenance", optional=None)
-        options["provenance"] = entries["provenance"].plain("provenance")
-    return root.make(FuzzyRuleBase, entries["name"].text("name"), antecedents, consequent=consequent, **options)
+    options = _read_rules(values["rules"], antecedents, consequent)
+    options |= {key: values[key] for key in ("description", "interpolation", "provenance") if key in values}
+    if "defaults" in values:
+        options["non_finite"] = values["defaults"]["non_finite"]
+    return root.make(FuzzyRuleBase, values["name"], antecedents, consequent=consequent, **options)
 
 
 def dump_rule_base(rule_base: FuzzyRuleBase) -> str:
@@ -163,6 +132,8 @@ def dump_rule_base(rule_base: FuzzyRuleBase) -> str:
     yaml.default_flow_style = None  # lists of scalars stand on one line
     yaml.width = 10**6
     yaml.indent(sequence=4, offset=2)
+    # a reader refuses aliases, so values that occur twice are written twice
+    yaml.representer.ignore_aliases = lambda data: True
     yaml.dump(document, stream)
     return stream.getvalue().removeprefix("%YAML 1.1\n---\n")
 
@@ -187,112 +158,6 @@ def _on_one_line(**entries: Any) -> CommentedMap:
     return mapping
 
 
-def _read_antecedent(entry: Entry) -> LinguisticVariable:
-    """Read one variable; a term is its peak, or a triangle [foot, peak, foot] that meets its neighbours."""
-    entries = entry.mapping("an antecedent", ("name", "universe", "terms"), ("monotone",))
-    name = entries["name"].text("the name of an antecedent")
-    terms = entries["terms"].mapping(f"the terms of '{name}'", optional=None)
-    shapes: list[tuple[float, ...]] = []
-    for term, shape in terms.items():
-        what = f"term '{term}' of '{name}'"
-        points = shape.sequence(what, 3) if isinstance(shape.node, SequenceNode) else [shape]
-        shapes.append(tuple(point.number(what) for point in points))
-    peaks = tuple(shape[len(shape) // 2] for shape in shapes)
-    universe = entries["universe"].interval(f"the universe of '{name}'")
-    monotone = entries["monotone"].text("monotone") if "monotone" in entries else None
-    variable = entry.make(LinguisticVariable, name, universe, tuple(terms), peaks, monotone)
-    for index, (term, shape) in enumerate(terms.items()):
-        for step, side in ((-1, "left"), (1, "right")):
-            # outside the outer peaks the term is a shoulder whatever its foot
-            if len(shapes[index]) == 3 and 0 <= index + step < len(peaks):
-                foot, peak = shapes[index][1 + step], peaks[index + step]
-                if not np.isclose(foot, peak, rtol=0, atol=1e-9):  # memberships must sum to one
-                    kind = "a gap" if (foot - peak) * step < 0 else "an overlap"
-                    found = f"term '{term}' of '{name}' ends on the {side} at {foot:g}, which leaves {kind}"
-                    allowed = f"the peak {peak:g} of its neighbour is allowed"
-                    shape.refuse(found, allowed, "end it there, or give only its peak")
-    return variable
-
-
-def _read_consequent(entry: Entry) -> Consequent:
-    entries = entry.mapping("the consequent", ("name", "universe"), ("rescale",))
-    rescale = entries["rescale"].interval("the rescale range") if "rescale" in entries else None
-    universe = entries["universe"].interval("the universe of the consequent")
-    return entry.make(Consequent, entries["name"].text("its name"), universe, rescale)
-
-
-def _read_interpolation(entry: Entry) -> InterpolationOptions:
-    entries = entry.mapping("interpolation", ("method",), ("selection", "fallback", "monotone"))
-    options = {key: (value.truth if key == "monotone" else value.text)(key) for key, value in entries.items()}
-    return entry.make(InterpolationOptions, **options)
-
-
-def _read_defaults(entry: Entry) -> float:
-    entries = entry.mapping("defaults", ("non_finite",), ("out_of_range",))
-    if "out_of_range" in entries and entries["out_of_range"].text("out_of_range") != "clip":
-        entries["out_of_range"].refuse("out_of_range is not 'clip'", "'clip' is allowed", "use 'clip'")
-    return entries["non_finite"].number("non_finite")
-
-
-def _read_rules(entry: Entry, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent) -> dict[str, Any]:
-    """Read the rows into the arrays of a rule base, with their comments."""
-    shape = tuple(len(variable.terms) for variable in antecedents)
-    # priors are collected for every row, and dropped at the end if nothing was fitted
-    arrays: dict[str, np.ndarray] = {"table": np.full(shape, np.nan), "source": np.full(shape, NO_RULE, dtype="U16")}
-    arrays |= {f"prior_{key}": array.copy() for key, array in arrays.items()}
-    comments: dict[tuple[str, ...], str] = {}
-    first_line: dict[tuple[int, ...], int] = {}
-    for row in entry.sequence("rules"):
-        cells, value, source, prior, prior_source = _read_row(row, antecedents, consequent)
-        for cell in cells:
-            terms = tuple(variable.terms[k] for variable, k in zip(antecedents, cell, strict=True))
-            if cell in first_line:  # two rows for one cell, maybe through "any"
-                first, line = float(arrays["table"][cell]), first_line[cell]
-                found = f"this rule ({value:g}) conflicts with the rule of line {line} ({first:g}) for {terms}"
-                if first == value:
-                    found = f"this rule repeats the rule of line {line} for {terms}"
-                row.refuse(found, "one rule per combination is allowed", "remove one of the two")
-            first_line[cell] = row.line
-            if row.comment:
-                comments[terms] = row.comment
-            arrays["table"][cell], arrays["source"][cell] = value, source
-            arrays["prior_table"][cell], arrays["prior_source"][cell] = prior, prior_source
-    kept = arrays if "fitted" in arrays["source"] else {key: arrays[key] for key in ("table", "source")}
-    return {**kept, "comments": comments}
-
-
-def _read_row(
-    row: Entry, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
-) -> tuple[list[tuple[int, ...]], float, str, float, str]:
-    """Read one rule: its cells, consequent, origin, prior and origin of the prior."""
-    entries, num_terms = row.sequence("a rule"), len(antecedents)
-    extra = len(entries) - num_terms  # consequent, its origin, prior, origin of the prior
-    if extra not in (1, 2, 4):
-        allowed = (
-            f"{num_terms} terms and a consequent are allowed, then possibly an origin, and for fitted rules the prior "
-            "with its origin"
-        )
-        row.refuse(f"a rule has {len(entries)} entries", allowed, "add or remove entries")
-    choices: list[list[int]] = []
-    for entry, variable in zip(entries[:num_terms], antecedents, strict=True):
-        term, known = entry.text(f"a term of '{variable.name}'"), [*variable.terms, ANY_TERM]
-        if term not in known:
-            entry.refuse(f"'{variable.name}' has no term '{term}'", f"{known} are allowed", "correct the term")
-        choices.append([k for k, name in enumerate(variable.terms) if term in (name, ANY_TERM)])
-    values = [entry.number("a consequent") for entry in entries[num_terms::2]]
-    for value in values:
-        if not consequent.contains(value):
-            allowed = f"values in {list(consequent.universe)} are allowed"
-            row.refuse(f"the consequent {value:g} is outside its universe", allowed, "correct or widen it")
-    origins = [entry.text("the origin of a rule") for entry in entries[num_terms + 1 :: 2]]
-    source = origins[0] if origins else "expert"
-    if any(name not in SOURCES for name in origins) or (source == "fitted") != (extra == 4) or "fitted" in origins[1:]:
-        allowed = "expert, interpolated, or fitted with a prior and its origin (expert or interpolated) are allowed"
-        row.refuse(f"a rule has the origins {origins}", allowed, "correct the row")
-    # a cell that was not fitted is its own prior
-    return list(itertools.product(*choices)), values[0], source, values[-1], origins[-1] if origins else source
-
-
 @dataclass(frozen=True)
 class Entry:
     """A value of a document that knows its place, for refusals.
@@ -309,8 +174,15 @@ class Entry:
 
     @classmethod
     def of_document(cls, text: str, file: str) -> Entry:
-        """Give the root of a text that is one YAML document."""
+        """Give the root of a text that is one YAML document without anchors and aliases."""
         try:
+            # a few nested aliases stand for more values than fit into memory
+            for event in YAML(typ="safe", pure=True).parse(text):
+                if getattr(event, "anchor", None) is not None:
+                    raise ValueError(
+                        f"{file}:{event.start_mark.line + 1}: the anchor or alias '{event.anchor}'; values that are "
+                        "written out are allowed; write the value in each of its places."
+                    )
             root = YAML(typ="safe", pure=True).compose(text)
         except YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -356,29 +228,39 @@ class Entry:
             raise ValueError(f"{self.file}:{self.line}: {error.args[0]}") from error
 
     def mapping(
-        self, what: str, required: Collection[str] = (), optional: Collection[str] | None = ()
+        self, what: str, required: Collection[str] = (), optional: Collection[str] | None = None
     ) -> dict[str, Entry]:
-        """Read a mapping with known keys, each once: those it must have, and those it may have (None for any).
-
-        Returns:
-            Entries by key, in the order of the file; null for an optional key counts as absent.
-        """
+        """Read a mapping, each key once, in the order of the file: the keys it must and may have (None for any)."""
         if not isinstance(self.node, MappingNode):
             self.refuse(f"{what} is not a mapping", "'key: value' entries are allowed", "write it as a mapping")
         entries: dict[str, Entry] = {}
         known = [*required, *(optional or ())]
         for key_node, value_node in self.node.value:
-            key, value = replace(self, node=key_node), replace(self, node=value_node)
+            key = replace(self, node=key_node)
             name = key.text(f"a key of {what}")
             if name in entries:
                 key.refuse(f"{what} has the key '{name}' twice", "one is allowed", "remove one")
             if optional is not None and name not in known:
                 key.refuse(f"{what} has the unknown key '{name}'", f"{known} are allowed", "rename or remove it")
-            entries[name] = value
+            entries[name] = replace(self, node=value_node)
         missing = [key for key in required if key not in entries]
         if missing:
             self.refuse(f"{what} lacks {missing}", f"{list(required)} are required", "add what is missing")
-        return {key: entry for key, entry in entries.items() if key not in (optional or ()) or entry.kind != "null"}
+        return entries
+
+    def fields(
+        self, what: str, required: Mapping[str, Reader], optional: Mapping[str, Reader] | None = None
+    ) -> dict[str, Any]:
+        """Read a mapping with known keys, each by its reader; null for an optional key counts as absent."""
+        readers, values = {**required, **(optional or {})}, {}
+        for key, entry in self.mapping(what or "the rule base", required, optional or {}).items():
+            if key in required or entry.kind != "null":
+                reader, name = readers[key], f"{what}.{key}".lstrip(".")
+                values[key] = reader(entry, name) if callable(reader) else entry.plain(name)
+                if not callable(reader) and values[key] != reader:
+                    allowed = f"{reader!r} is allowed"
+                    entry.refuse(f"{name} is {values[key]!r}", allowed, "use that; nothing else is implemented")
+        return values
 
     def sequence(self, what: str, length: int | None = None) -> list[Entry]:
         """Read a list, of a certain length if one is given."""
@@ -411,7 +293,7 @@ class Entry:
     def plain(self, what: str) -> Any:
         """Read anything: mappings, lists, texts, numbers, truth values and null; dates stay text."""
         if isinstance(self.node, MappingNode):
-            return {key: entry.plain(f"{what}.{key}") for key, entry in self.mapping(what, optional=None).items()}
+            return {key: entry.plain(f"{what}.{key}") for key, entry in self.mapping(what).items()}
         if isinstance(self.node, SequenceNode):
             return [entry.plain(what) for entry in self.sequence(what)]
         if self.kind in ("a number", "a truth value", "null"):
@@ -424,3 +306,114 @@ class Entry:
             shown = f"'{self.node.value}'" if isinstance(self.node, ScalarNode) else self.kind
             self.refuse(f"{what} is {shown}, which YAML does not read as {kind}", f"{kind} is allowed", remedy)
         return self.plain(what)
+
+
+def _read_antecedent(entry: Entry, what: str) -> LinguisticVariable:
+    """Read one variable; a term is its peak, or a triangle [foot, peak, foot] that meets its neighbours."""
+    required = {"name": Entry.text, "universe": Entry.interval, "terms": Entry.mapping}
+    values = entry.fields(what, required, {"monotone": Entry.text})
+    name, terms, shapes = values["name"], values.pop("terms"), []
+    for term, shape in terms.items():
+        what = f"term '{term}' of '{name}'"
+        is_triangle = isinstance(shape.node, SequenceNode)
+        shapes.append([point.number(what) for point in (shape.sequence(what, 3) if is_triangle else [shape])])
+    peaks = tuple(shape[len(shape) // 2] for shape in shapes)
+    variable = entry.make(LinguisticVariable, terms=tuple(terms), peaks=peaks, **values)
+    for index, (term, points) in enumerate(zip(terms, shapes, strict=True)):
+        for step, side in ((-1, "left"), (1, "right")):
+            # outside the outer peaks the term is a shoulder whatever its foot
+            if len(points) == 1 or not 0 <= index + step < len(peaks):
+                continue
+            foot, peak = points[1 + step], peaks[index + step]
+            if not math.isclose(foot, peak, rel_tol=0, abs_tol=1e-9):  # memberships must sum to one
+                kind = "a gap" if (foot - peak) * step < 0 else "an overlap"
+                found = f"term '{term}' of '{name}' ends on the {side} at {foot:g}, which leaves {kind}"
+                allowed = f"the peak {peak:g} of its neighbour is allowed"
+                terms[term].refuse(found, allowed, "end it there, or give only its peak")
+    return variable
+
+
+def _object(constructor: Callable[..., Any], required: dict[str, Reader], optional: dict[str, Reader]) -> Reader:
+    """Make a reader of a mapping whose keys are arguments of a constructor."""
+    return lambda entry, what: entry.make(constructor, **entry.fields(what, required, optional))
+
+
+_REQUIRED: dict[str, Reader] = {
+    "schema": SCHEMA,
+    "name": Entry.text,
+    "system": lambda entry, what: entry.fields(what, SYSTEM),
+    "antecedents": lambda entry, what: [_read_antecedent(item, what) for item in entry.sequence(what)],
+    "consequent": _object(Consequent, {"name": Entry.text, "universe": Entry.interval}, {"rescale": Entry.interval}),
+    "rules": Entry.sequence,
+}
+_OPTIONAL: dict[str, Reader] = {
+    "description": Entry.text,
+    "interpolation": _object(
+        InterpolationOptions,
+        {"method": Entry.text},
+        {"selection": Entry.text, "fallback": Entry.text, "monotone": Entry.truth},
+    ),
+    "defaults": lambda entry, what: entry.fields(what, {"non_finite": Entry.number}, {"out_of_range": "clip"}),
+    "provenance": lambda entry, what: entry.mapping(what) and entry.plain(what),
+}
+
+
+def _read_rules(
+    rows: list[Entry], antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
+) -> dict[str, Any]:
+    """Read the rows into the arrays of a rule base, with their comments."""
+    shape = tuple(len(variable.terms) for variable in antecedents)
+    # priors are collected for every row, and dropped at the end if nothing was fitted
+    arrays: dict[str, np.ndarray] = {"table": np.full(shape, np.nan), "source": np.full(shape, NO_RULE, dtype="U16")}
+    arrays |= {f"prior_{key}": array.copy() for key, array in arrays.items()}
+    comments: dict[tuple[str, ...], str] = {}
+    lines: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        cells, values = _read_row(row, antecedents, consequent)
+        for cell in cells:
+            terms = tuple(variable.terms[k] for variable, k in zip(antecedents, cell, strict=True))
+            if cell in lines:  # two rows for one cell, maybe through "any"
+                first, value = float(arrays["table"][cell]), values[0]
+                found = f"this rule ({value:g}) conflicts with the rule of line {lines[cell]} ({first:g}) for {terms}"
+                if first == value:
+                    found = f"this rule repeats the rule of line {lines[cell]} for {terms}"
+                row.refuse(found, "one rule per combination is allowed", "remove one of the two")
+            lines[cell] = row.line
+            if row.comment:
+                comments[terms] = row.comment
+            for array, part in zip(arrays.values(), values, strict=True):
+                array[cell] = part
+    kept = arrays if "fitted" in arrays["source"] else {key: arrays[key] for key in ("table", "source")}
+    return {**kept, "comments": comments}
+
+
+def _read_row(
+    row: Entry, antecedents: tuple[LinguisticVariable, ...], consequent: Consequent
+) -> tuple[list[tuple[int, ...]], tuple[float, str, float, str]]:
+    """Read one rule: its cells, and its consequent, origin, prior and origin of the prior."""
+    entries, num_terms = row.sequence("a rule"), len(antecedents)
+    extra = len(entries) - num_terms
+    if extra not in (1, 2, 4):
+        allowed = (
+            f"{num_terms} terms and a consequent are allowed, then possibly an origin, and for fitted rules the prior "
+            "with its origin"
+        )
+        row.refuse(f"a rule has {len(entries)} entries", allowed, "add or remove entries")
+    choices: list[list[int]] = []
+    for entry, variable in zip(entries[:num_terms], antecedents, strict=True):
+        term, known = entry.text(f"a term of '{variable.name}'"), [*variable.terms, ANY_TERM]
+        if term not in known:
+            entry.refuse(f"'{variable.name}' has no term '{term}'", f"{known} are allowed", "correct the term")
+        choices.append([k for k, name in enumerate(variable.terms) if term in (name, ANY_TERM)])
+    values = [entry.number("a consequent") for entry in entries[num_terms::2]]
+    for value in values:
+        if not consequent.contains(value):
+            allowed = f"values in {list(consequent.universe)} are allowed"
+            row.refuse(f"the consequent {value:g} is outside its universe", allowed, "correct or widen it")
+    origins = [entry.text("the origin of a rule") for entry in entries[num_terms + 1 :: 2]] or ["expert"]
+    is_fitted = [origin == "fitted" for origin in origins]
+    if not set(origins) <= set(SOURCES) or is_fitted != [True, False][-len(origins) :]:
+        allowed = "expert, interpolated, or fitted with a prior and its origin (expert or interpolated) are allowed"
+        row.refuse(f"a rule has the origins {origins}", allowed, "correct the row")
+    # a cell that was not fitted is its own prior
+    return list(itertools.product(*choices)), (values[0], origins[0], values[-1], origins[-1])

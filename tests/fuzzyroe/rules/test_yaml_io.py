@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,7 +72,7 @@ def test_the_schema_in_one_example():
         ("monotone: increasing", "monotone: up", 5, "'increasing', 'decreasing'"),
         ("method: scale_and_move", "method: spline", 8, "Unknown interpolation method"),
         ("closest_3", "all", 8, "'closest_N' is allowed"),
-        ("out_of_range: clip", "out_of_range: wrap", 9, "out_of_range is not 'clip'"),
+        ("out_of_range: clip", "out_of_range: wrap", 9, "out_of_range is 'wrap'; 'clip' is allowed"),
         ("non_finite: 1.0", "non_finite: .inf", 9, "a finite number is allowed"),
         ("[low, high, 1]", "[low, huge, 1]", 12, "'b' has no term 'huge'"),
         ("[low, high, 1]", "[low, 1]", 12, "a rule has 2 entries"),
@@ -93,6 +95,27 @@ def test_a_broken_file_is_refused_with_file_line_and_remedy(old, new, line, mess
     with pytest.raises(ValueError, match=message) as caught:
         parse_rule_base(TEXT.replace(old, new, 1), "some.yaml")
     assert str(caught.value).startswith(f"some.yaml:{line}: ") and str(caught.value).count(";") >= 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "name"),
+    [
+        ("universe: [0, 1]", "universe: &unit [0, 1]", 5, "unit"),
+        ("universe: [0, 2]", "universe: *unit", 7, "unit"),
+        ("provenance: {", "provenance: {<<: *all, ", 14, "all"),
+        ("provenance: {", "provenance: &me {again: *me, ", 14, "me"),
+    ],
+)
+def test_anchors_and_aliases_are_refused(old, new, line, name):
+    message = f"some.yaml:{line}: the anchor or alias '{name}'; .* allowed; write the value in each"
+    with pytest.raises(ValueError, match=message):
+        parse_rule_base(TEXT.replace(old, new, 1), "some.yaml")
+
+
+def test_a_value_that_occurs_twice_is_written_twice():
+    shared = [1.0, 2.0]
+    rule_base = replace(parse_rule_base(TEXT), provenance={"first": shared, "second": shared})
+    assert parse_rule_base(dump_rule_base(rule_base)) == rule_base
 
 
 @pytest.mark.parametrize("text", ["", "just text", TEXT.split("rules:")[0] + "rules: []\n", "--- 1\n--- 2\n"])
