@@ -273,12 +273,12 @@ def parse(module: str, source: str, is_package: bool = False) -> list[Import]:
 @pytest.mark.parametrize(
     ("module", "source", "is_allowed"),
     [
-        ("fuzzyroe.routers.roe.objective", "import torch.nn as nn", True),
-        ("fuzzyroe.routers.roe.objective", "import llava", False),
-        ("fuzzyroe.routers.roe.objective", "def f():\n    from llava.model import builder", False),
-        ("fuzzyroe.routers.roe.objective", "from transformers import Cache", False),
+        ("fuzzyroe.routers.roe.training", "import torch.nn as nn", True),
+        ("fuzzyroe.routers.roe.training", "import llava", False),
+        ("fuzzyroe.routers.roe.training", "def f():\n    from llava.model import builder", False),
+        ("fuzzyroe.routers.roe.training", "from transformers import Cache", False),
         (
-            "fuzzyroe.routers.roe.objective",
+            "fuzzyroe.routers.roe.training",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
             True,
         ),

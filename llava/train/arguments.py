@@ -17,9 +17,8 @@ from typing import Any, Literal, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from fuzzyroe.routers import plan_router_names
-from fuzzyroe.routers.roe.compat import PRESETS
-from fuzzyroe.routers.roe.schedule import start_bias
 from fuzzyroe.routers.roe.tokens import SOURCES
+from fuzzyroe.routers.roe.training import PRESETS, start_bias
 from llava.data import FORK_SERVER_MODULES
 from llava.train.objectives import OBJECTIVES, make_objective
 from llava.train.stages import PARTS, STAGES, Stage, StageInputError, choose_stage, get_stage

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fuzzyroe.attach import find_decoder, find_decoder_layers
-from fuzzyroe.routers.roe.objective import routing_objective
+from fuzzyroe.routers.roe.training import routing_objective
 from fuzzyroe.routing_state import RoutingState
 from llava.train.stages import StageInputError
 
@@ -40,7 +40,7 @@ def language_model(model: nn.Module, batch: dict[str, Any], routing: RoutingStat
 def roe(
     model: nn.Module, batch: dict[str, Any], routing: RoutingState, *, target_skip_ratio: float, skip_loss_weight: float
 ) -> Loss:
-    """RoE's objective: next-token loss and a hinge on the skip rate, see ``fuzzyroe.routers.roe.objective``.
+    """RoE's objective: next-token loss and a hinge on the skip rate, see ``fuzzyroe.routers.roe.training``.
 
     Args:
         model: Routed model with linear routers.

@@ -24,7 +24,7 @@ from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES, compute_features, summarise
 from fuzzyroe.losses import answered_turns, turn_losses
 from fuzzyroe.routers import get_router_class, plan_router_names
-from fuzzyroe.routers.roe.compat import PRESETS
+from fuzzyroe.routers.roe.training import PRESETS
 from fuzzyroe.routing_state import RoutingState
 from llava.model.builder import Checkpoint
 from llava.model.families import get_image_token_id

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fuzzyroe.attach import find_decoder
-from fuzzyroe.routers.roe.compat import RoECompat, run_progress
-from fuzzyroe.routers.roe.schedule import phase, relax
 from fuzzyroe.routers.roe.tokens import RoEPass
+from fuzzyroe.routers.roe.training import RoECompat, phase, relax, run_progress
 from fuzzyroe.routing_state import Mode, RoutingState
 from llava.model.families import get_image_token_id
 from llava.train.arguments import PlanArguments, RoEArguments, StageArguments

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fuzzyroe.attach import attach, find_decoder
 from fuzzyroe.routers import LinearRouter
-from fuzzyroe.routers.roe.compat import PUBLISHED, RoECompat
+from fuzzyroe.routers.roe.training import PUBLISHED, RoECompat
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.state_dict import load_routing_state_dict
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fuzzyroe.routers.roe.router import LinearRouter
-from fuzzyroe.routers.roe.schedule import Relaxation
 from fuzzyroe.routers.roe.tokens import RoEPass
+from fuzzyroe.routers.roe.training import Relaxation
 
 __all__ = ["LinearRouter", "Relaxation", "RoEPass"]

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fuzzyroe.routers.base import Measurer, Router
-from fuzzyroe.routers.roe.compat import OURS, RoECompat
-from fuzzyroe.routers.roe.schedule import Relaxation
 from fuzzyroe.routers.roe.tokens import SOURCES, RoEPass
+from fuzzyroe.routers.roe.training import OURS, Relaxation, RoECompat
 from fuzzyroe.routing_state import RoutingState
 
 LOWEST_RATE = 0.01
@@ -31,7 +30,7 @@ class LinearRouter(Router):
     For turn t of a row, ``z = W_l [h_image; h_t]`` gives a logit for keeping layer l and one for skipping it, where h
     are the summary states after the layer's own first norm. At inference a layer is kept iff its logit is the larger,
     decided by each row's last turn and valid for all of the row. In training, ``softmax(z / temperature)`` blends (see
-    ``schedule.Relaxation``); the prefix with its image goes by the mean logits of the row's turns.
+    ``training.Relaxation``); the prefix with its image goes by the mean logits of the row's turns.
 
     It is trained by gradient for one skip ratio, and then has one operating point. A table of skip-logit biases moves
     it from there: numbers added to the logits of skipping, with the mean skip rates that were observed under them.

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fuzzyroe.cache import RoutedCacheLayer
-from fuzzyroe.routers.roe.compat import RoECompat
-from fuzzyroe.routers.roe.schedule import Relaxation
+from fuzzyroe.routers.roe.training import Relaxation, RoECompat
 from fuzzyroe.routing_state import RoutingState
 
 INITIAL_SPREAD = 0.02

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from fuzzyroe.config import FuzzyRoEConfig
 from fuzzyroe.routers import get_router_class
 from fuzzyroe.routers.base import Router
-from fuzzyroe.routers.roe.compat import PUBLISHED
+from fuzzyroe.routers.roe.training import PUBLISHED
 from fuzzyroe.state_dict import load_routing, save_routing
 from llava.model.checkpoints.weights import list_names
 from llava.model.families import KeyMap

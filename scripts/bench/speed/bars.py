@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fuzzyroe.routers import LinearRouter
-from fuzzyroe.routers.roe.compat import RoECompat
-from fuzzyroe.routers.roe.schedule import Relaxation
 from fuzzyroe.routers.roe.tokens import RoEPass
+from fuzzyroe.routers.roe.training import Relaxation, RoECompat
 from llava.inference.scheduler import form_batches
 from scripts.bench.bench import Line, take_turns
 from scripts.bench.speed.decoders import (

@@ -21,7 +21,7 @@ from fuzzyroe.routers import (
     Router,
     StaticRouter,
 )
-from fuzzyroe.routers.roe.compat import PUBLISHED
+from fuzzyroe.routers.roe.training import PUBLISHED
 from fuzzyroe.rules import load_rule_base
 from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
 from llava.model.token_pruning import prune_inputs, set_token_pruning

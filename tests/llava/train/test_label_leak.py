@@ -10,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.budget import BudgetTable
 from fuzzyroe.routers import FuzzyRouter, LinearRouter
-from fuzzyroe.routers.roe.schedule import relax
 from fuzzyroe.routers.roe.tokens import RoEPass
+from fuzzyroe.routers.roe.training import relax
 from fuzzyroe.routing_state import RoutingResult, RoutingState
 from fuzzyroe.rules import load_rule_base
 from llava.constants import IGNORE_INDEX

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fuzzyroe.routers.roe.compat import OURS, PRESETS, PUBLISHED, RoECompat, run_progress
-from fuzzyroe.routers.roe.objective import routing_objective
-from fuzzyroe.routers.roe.schedule import Relaxation
 from fuzzyroe.routers.roe.tokens import RoEPass
+from fuzzyroe.routers.roe.training import (
+    OURS,
+    PRESETS,
+    PUBLISHED,
+    Relaxation,
+    RoECompat,
+    routing_objective,
+    run_progress,
+)
 from golden_roe import NUM_TOKENS, build_model, golden, prompts, training_batch
 
 DIFFERENCES = {

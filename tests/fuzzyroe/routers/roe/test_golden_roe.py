@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from fuzzyroe.attach import find_decoder
-from fuzzyroe.routers.roe.compat import PUBLISHED
-from fuzzyroe.routers.roe.objective import Objective, routing_objective
-from fuzzyroe.routers.roe.schedule import Relaxation
 from fuzzyroe.routers.roe.tokens import RoEPass, find_segments
+from fuzzyroe.routers.roe.training import PUBLISHED, Objective, Relaxation, routing_objective
 from golden_roe import (
     NUM_LAYERS,
     NUM_TOKENS,

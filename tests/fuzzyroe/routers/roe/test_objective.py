@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fuzzyroe.losses import sample_losses
-from fuzzyroe.routers.roe.objective import routing_objective, sample_skip_rates
+from fuzzyroe.routers.roe.training import routing_objective, sample_skip_rates
 
 M = -100
 

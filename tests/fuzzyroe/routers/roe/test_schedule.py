@@ -7,8 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzyroe.routers.roe.compat import OURS, PUBLISHED, run_progress
-from fuzzyroe.routers.roe.schedule import PHASES, Relaxation, bias, phase, relax, start_bias, temperature
+from fuzzyroe.routers.roe.training import (
+    OURS,
+    PHASES,
+    PUBLISHED,
+    Relaxation,
+    bias,
+    phase,
+    relax,
+    run_progress,
+    start_bias,
+    temperature,
+)
 from golden_roe import BOUND, arrays
 
 NUMBERS = {0: "random", 1: "annealed", 2: "free"}
