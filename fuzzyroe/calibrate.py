@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from fuzzyroe.rules import FuzzyRuleBase, effective_examples, fit_consequents
-from fuzzyroe.rules.fitting import PRIOR_STRENGTHS
-from fuzzyroe.rules.monotone import order_edges
+from fuzzyroe.rules.fitting import PRIOR_STRENGTHS, order_edges
 
 TARGET_RANGE = (-1.0, 4.0)
 """Loss increases are cut to this range, so that a few hopeless examples do not decide the fit."""

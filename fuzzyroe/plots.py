@@ -16,7 +16,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fuzzyroe.rules.review import evidence_of
+from fuzzyroe.rules.explain import evidence_of
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 from fuzzyroe.rules.variable import LinguisticVariable
 

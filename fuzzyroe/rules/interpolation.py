@@ -1,8 +1,9 @@
 """Fuzzy rule interpolation: conclusions of sparse rules from observations that fire none of them.
 
-Sets may be singletons, triangles or trapezoids on both sides. Interpolation runs when a rule base is built, never in a
-forward pass. A rule table is completed by observing the terms of each missing cell; its consequents are singletons, of
-which only the position counts.
+Sets may be singletons, triangles or trapezoids on both sides, kept as arrays of four numbers: left foot, left shoulder,
+right shoulder, right foot. Interpolation runs when a rule base is built, never in a forward pass. A rule table is
+completed by observing the terms of each missing cell; its consequents are singletons, of which only the position
+counts.
 
 Reference:
     Koczy and Hirota, "Approximate reasoning by linear rule interpolation and general approximation", IJAR 9, 1993;
@@ -17,19 +18,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from fuzzyroe.rules.fuzzy_sets import (
-    Shape,
-    Transformation,
-    fuzzy_set,
-    is_valid,
-    representative,
-    transform,
-    transformation_between,
-)
-from fuzzyroe.rules.monotone import project_missing
+from fuzzyroe.rules.fitting import project_missing
+
+Shape = float | Sequence[float]
+"""A singleton (a number), a triangle (3 numbers) or a trapezoid (4)."""
 
 _CLOSEST = re.compile(r"closest_([1-9][0-9]*)")
 
@@ -164,19 +160,13 @@ def conclude(
         The conclusion as a trapezoid, (4,).
 
     Raises:
-        ValueError: If a shape is no fuzzy set, sets and antecedents differ in number, or the method cannot conclude,
-            saying why and what to use instead.
+        ValueError: If a shape is no fuzzy set, sets and antecedents differ in number, or the method cannot conclude.
     """
     lengths = {len(antecedents) for antecedents, _ in rules}
-    if len(lengths) != 1 or 0 in lengths:
+    if not observation or lengths != {len(observation)}:
         raise ValueError(
-            f"The rules have {sorted(lengths)} antecedents; one or more rules with equally many are allowed; correct "
-            "them."
-        )
-    if len(observation) not in lengths:
-        raise ValueError(
-            f"The observation has {len(observation)} sets; {lengths.pop()} are allowed, one per antecedent of the "
-            "rules; add or remove some."
+            f"The observation has {len(observation)} sets; {' or '.join(map(str, sorted(lengths)))} are allowed: all "
+            "rules and the observation have equally many, one or more; add or remove some."
         )
     sets = np.array([[fuzzy_set(shape) for shape in antecedents] for antecedents, _ in rules])
     span = np.ptp(sets, axis=(0, 2))
@@ -309,18 +299,16 @@ def interpolate_cuts(
         ValueError: If ends cross, so that the conclusion is no fuzzy set.
     """
     distances = np.linalg.norm((antecedents - observation) / ranges[:, None], axis=1)  # (N, 4)
-    conclusion = np.array([_weighted_mean(distances[:, end], consequents[:, end], power) for end in range(4)])
-    _check_order(conclusion, "Koczy-Hirota", 1e-9)
-    return conclusion
+    ends = [_weighted_mean(distances[:, end], consequents[:, end], power) for end in range(4)]
+    return _in_order(np.array(ends), "Koczy-Hirota", 1e-9)
 
 
 def _select(
     rules: SparseRules, observation: np.ndarray, options: InterpolationOptions
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
-    """Give the rules to average over, antecedents (N, D, 4) and consequents (N, 4), and whether they flank in pairs."""
+) -> tuple[list[np.ndarray], bool]:
+    """Give the numbers of the rules to conclude from, several groups to average over, and whether they flank."""
     pairs = rules.flanking_pairs(observation) if options.selection == "flanking" else []
-    groups = pairs or [rules.closest(observation, options.num_closest)]
-    return [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups], bool(pairs)
+    return pairs or [rules.closest(observation, options.num_closest)], bool(pairs)
 
 
 def _by_scale_and_move(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
@@ -357,19 +345,13 @@ def _by_main_effects(rules: SparseRules, observation: np.ndarray, options: Inter
         row.append(is_observed.astype(np.float64))
     # the published rules pair medium with medium, so two effects are not distinguished: least norm shares them evenly
     effects = np.linalg.lstsq(np.hstack(columns), rules.consequents, rcond=None)[0]
-    conclusion = np.concatenate(row) @ effects
-    _check_order(conclusion, "additive", 1e-9 * (1 + np.abs(rules.consequents).max()))
-    return conclusion
+    return _in_order(np.concatenate(row) @ effects, "additive", 1e-9 * (1 + np.abs(rules.consequents).max()))
 
 
 def _by_nearest_two(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
     """Weigh the two nearest rules by inverse distance, as published; ties keep the order of the rules."""
     rows = rules.closest(observation, 2)
-    distances = np.linalg.norm(rules.steps_from(observation)[rows], axis=1)
-    if not distances.all():
-        return rules.consequents[rows[distances == 0]].mean(axis=0)
-    weights = 1 / distances
-    return weights @ rules.consequents[rows] / weights.sum()
+    return _weighted_mean(np.linalg.norm(rules.steps_from(observation)[rows], axis=1), rules.consequents[rows])
 
 
 METHODS: dict[str, Callable[[SparseRules, np.ndarray, InterpolationOptions], np.ndarray]] = {
@@ -385,22 +367,112 @@ METHODS: dict[str, Callable[[SparseRules, np.ndarray, InterpolationOptions], np.
 def _deform(conclusion: np.ndarray, intermediate: np.ndarray, observation: np.ndarray) -> np.ndarray:
     """Deform a conclusion, (4,), as the intermediate sets deform into the observed ones, (D, 4), on average."""
     parts = [transformation_between(*pair) for pair in zip(intermediate, observation, strict=True)]
-    means = (float(np.mean([getattr(part, key) for part in parts])) for key in ("scale", "top", "move"))
-    return transform(conclusion, Transformation(*means))
+    return transform(conclusion, Transformation(*np.mean(parts, axis=0).tolist()))
 
 
-def _weighted_mean(distances: np.ndarray, values: np.ndarray, power: float) -> float:
-    """Average with inverse distances; rules at distance zero decide alone."""
+def _weighted_mean(distances: np.ndarray, values: np.ndarray, power: float = 1.0) -> np.ndarray:
+    """Average over the first axis with inverse distances, (n,); rules at distance zero decide alone."""
     if (distances == 0).any():
-        return float(values[distances == 0].mean())
+        return values[distances == 0].mean(axis=0)
     weights = (distances / distances.min()) ** -power
-    return float(weights @ values / weights.sum())
+    return weights @ values / weights.sum()
 
 
-def _check_order(conclusion: np.ndarray, method: str, tolerance: float) -> None:
-    """Refuse a conclusion whose ends cross."""
+def _in_order(conclusion: np.ndarray, method: str, tolerance: float) -> np.ndarray:
+    """Give a conclusion back, or refuse it if its ends cross."""
     if not is_valid(conclusion, tolerance):
         raise ValueError(
             f"The {method} conclusion {conclusion.round(4).tolist()} is no fuzzy set: its points must not decrease; "
             "use method 'scale_and_move'."
         )
+    return conclusion
+
+
+# Fuzzy sets, and the scale and move transformations between them.
+
+
+def fuzzy_set(points: Shape) -> np.ndarray:
+    """Make a set, (4,), from a singleton (1 number), a triangle (3) or a trapezoid (4).
+
+    Raises:
+        ValueError: If there are 2 or more than 4 numbers, or they decrease or are not finite.
+    """
+    values = np.atleast_1d(np.asarray(points, dtype=np.float64))
+    picks = {1: [0, 0, 0, 0], 3: [0, 1, 1, 2], 4: [0, 1, 2, 3]}.get(values.size)
+    if picks is None or not np.isfinite(values).all() or not is_valid(values):
+        raise ValueError(
+            f"{values.tolist()} is not a fuzzy set; 1 (singleton), 3 (triangle) or 4 (trapezoid) finite numbers that "
+            "do not decrease are allowed; correct the numbers."
+        )
+    return values[picks]
+
+
+def is_valid(points: np.ndarray, tolerance: float = 1e-9) -> bool:
+    """Say whether the points of a set are in order, hence the set convex and normal."""
+    return bool((np.diff(points) >= -tolerance).all())
+
+
+def representative(sets: np.ndarray) -> np.ndarray:
+    """Give the representative value ``(a0 + (a1 + a2) / 2 + a3) / 3`` of each set, (..., 4) to (...,)."""
+    return (sets[..., 0] + (sets[..., 1] + sets[..., 2]) / 2 + sets[..., 3]) / 3
+
+
+class Transformation(NamedTuple):
+    """Deformation of one set into another of the same representative value.
+
+    Attributes:
+        scale: Support of the target over support of the source, >= 0.
+        top: Change of the share ``top / support`` as a part of what was possible, in [-1, 1].
+        move: Shift of the feet as a part of what was possible, in [-1, 1].
+    """
+
+    scale: float = 1.0
+    top: float = 0.0
+    move: float = 0.0
+
+
+def transformation_between(source: np.ndarray, target: np.ndarray) -> Transformation:
+    """Find the transformation of ``source`` into ``target``, (4,) each; the identity for a source without support.
+
+    Only the shapes count where the representative values differ.
+    """
+    support, target_support = source[3] - source[0], target[3] - target[0]
+    if support <= 0:
+        return Transformation()
+    share = (source[2] - source[1]) / support
+    target_share = (target[2] - target[1]) / target_support if target_support > 0 else share
+    room = 1 - share if target_share >= share else share
+    scale, top = float(target_support / support), _ratio(target_share - share, room)
+    # what scaling leaves: the feet lie elsewhere around the representative value, so the peak must move
+    scaled = _scale(source, scale, top)
+    shift = (target[0] - representative(target)) - (scaled[0] - representative(scaled))
+    slope = scaled[1] - scaled[0] if shift >= 0 else scaled[3] - scaled[2]
+    return Transformation(scale, top, float(np.clip(_ratio(shift, slope / 3), -1, 1)))
+
+
+def transform(fuzzy: np.ndarray, transformation: Transformation) -> np.ndarray:
+    """Deform a set, (4,), into a valid set, (4,), of the same representative value."""
+    scaled = _scale(fuzzy, transformation.scale, transformation.top)
+    # feet and peak move against each other as far as the slope in the way allows
+    slope = scaled[1] - scaled[0] if transformation.move >= 0 else scaled[3] - scaled[2]
+    return scaled + transformation.move * slope / 3 * np.array([1.0, -2.0, -2.0, 1.0])
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Divide; nothing out of nothing is nothing."""
+    return float(part / whole) if whole > 0 else 0.0
+
+
+def _scale(fuzzy: np.ndarray, scale: float, top: float) -> np.ndarray:
+    """Change support and top, keeping the representative value and the proportion of the two slopes."""
+    support = fuzzy[3] - fuzzy[0]
+    if support <= 0:
+        return fuzzy.copy()
+    share = (fuzzy[2] - fuzzy[1]) / support
+    share = share + top * (1 - share if top >= 0 else share)  # stays in [0, 1], hence the set valid
+    left_slope, right_slope = fuzzy[1] - fuzzy[0], fuzzy[3] - fuzzy[2]
+    slopes = left_slope + right_slope
+    width = scale * support
+    left = width * (1 - share) * (left_slope / slopes if slopes > 0 else 0.5)
+    foot = representative(fuzzy) - (left + width * share / 2 + width) / 3
+    return foot + np.array([0.0, left, left + width * share, width])

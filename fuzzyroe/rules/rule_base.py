@@ -17,9 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from fuzzyroe.rules.fitting import PRIOR_STRENGTHS, RuleReport, effective_examples, fit_consequents
+from fuzzyroe.rules.fitting import (
+    PRIOR_STRENGTHS,
+    RuleReport,
+    effective_examples,
+    find_contradictions,
+    fit_consequents,
+    make_monotone_exactly,
+    order_edges,
+)
 from fuzzyroe.rules.interpolation import InterpolationOptions, complete_table
-from fuzzyroe.rules.monotone import find_contradictions, make_monotone_exactly, order_edges
 from fuzzyroe.rules.variable import Consequent, LinguisticVariable, check_identifier
 
 logger = logging.getLogger(__name__)

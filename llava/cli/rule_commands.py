@@ -14,7 +14,7 @@ from llava.cli.terminal import USER_ERROR, FriendlyGroup, make_table, open_conso
 if TYPE_CHECKING:
     import numpy as np
 
-    from fuzzyroe.rules.review import Review
+    from fuzzyroe.rules.explain import Review
     from fuzzyroe.rules.rule_base import FuzzyRuleBase
 
 # fuzzyroe is imported inside the functions: numpy and torch would make every --help slow
@@ -40,7 +40,7 @@ class Format(str, Enum):
 @rules_app.command("show")
 def show(rule_base: RuleBaseName) -> None:
     """Show variables and rules, with what the expert gave, what was interpolated, what was fitted and to how much."""
-    from fuzzyroe.rules.review import evidence_of
+    from fuzzyroe.rules.explain import evidence_of
 
     rules, console = open_rule_base(rule_base), open_console()
     names = [variable.name for variable in rules.antecedents]
@@ -79,7 +79,7 @@ def check(
     ] = 0.1,
 ) -> None:
     """Check coverage, directions, conflicts and completion; exit 2 if rules contradict each other."""
-    from fuzzyroe.rules.review import review_rule_base
+    from fuzzyroe.rules.explain import review_rule_base
 
     # opening it refuses two rules for one combination of terms
     review, console = review_rule_base(open_rule_base(rule_base), tolerance=tolerance), open_console()
@@ -143,7 +143,7 @@ def plot(
     from functools import partial
 
     from fuzzyroe.plots import draw_control_surface, draw_firing, draw_memberships, render_png
-    from fuzzyroe.rules.review import evidence_of
+    from fuzzyroe.rules.explain import evidence_of
 
     rules = open_rule_base(rule_base)
     completed = rules if rules.is_complete else rules.interpolate()
@@ -161,7 +161,7 @@ def plot(
 @rules_app.command("diff")
 def diff(first: RuleBaseName, second: RuleBaseName) -> None:
     """List differing variables, options and rules; names and descriptions do not count."""
-    from fuzzyroe.rules.review import compare_rule_bases
+    from fuzzyroe.rules.explain import compare_rule_bases
 
     rules, console = open_rule_base(first), open_console()
     difference = compare_rule_bases(rules, open_rule_base(second))

@@ -34,7 +34,7 @@ from fuzzyroe.rules import (
     load_rule_base,
     skfuzzy_bridge,
 )
-from fuzzyroe.rules.monotone import project_missing
+from fuzzyroe.rules.fitting import project_missing
 from scripts.bench.bench import Clock, Line, conditions, make_parser, report
 
 NUM_LAYERS, BATCH, WIDTH, TOKENS = 32, 64, 4096, 640

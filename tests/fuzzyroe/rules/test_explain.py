@@ -7,8 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from fuzzyroe.rules.explain import describe_memberships, explain_features
-from fuzzyroe.rules.review import compare_rule_bases, evidence_of, expert_rules, review_rule_base
+from fuzzyroe.rules.explain import (
+    compare_rule_bases,
+    describe_memberships,
+    evidence_of,
+    expert_rules,
+    explain_features,
+    review_rule_base,
+)
 from fuzzyroe.rules.rule_base import FuzzyRuleBase
 from fuzzyroe.rules.variable import Consequent, LinguisticVariable
 from fuzzyroe.rules.yaml_io import load_rule_base, shipped_rule_bases

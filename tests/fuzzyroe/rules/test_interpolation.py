@@ -8,15 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzzyroe.rules import Consequent, FuzzyRuleBase, InterpolationOptions, LinguisticVariable, conclude
-from fuzzyroe.rules.fuzzy_sets import fuzzy_set, is_valid, representative, transform, transformation_between
+from fuzzyroe.rules.explain import find_disagreements
 from fuzzyroe.rules.interpolation import (
     METHODS,
     SparseRules,
+    fuzzy_set,
     interpolate_closest,
     interpolate_cuts,
     interpolate_flanking,
+    is_valid,
+    representative,
+    transform,
+    transformation_between,
 )
-from fuzzyroe.rules.review import find_disagreements
 
 # consequents of the 12 missing cells on the raw scale, in row-major order, before any projection
 MISSING = ["001", "010", "012", "021", "101", "110", "112", "121", "201", "210", "212", "221"]

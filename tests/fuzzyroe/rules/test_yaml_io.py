@@ -19,7 +19,7 @@ from fuzzyroe.rules import (
     save_rule_base,
     shipped_rule_bases,
 )
-from fuzzyroe.rules.review import expert_rules
+from fuzzyroe.rules.explain import expert_rules
 
 TEXT = """\
 schema: fuzzy-rule-base/1
