@@ -305,10 +305,11 @@ def interpolate_cuts(
 
 def _select(
     rules: SparseRules, observation: np.ndarray, options: InterpolationOptions
-) -> tuple[list[np.ndarray], bool]:
-    """Give the numbers of the rules to conclude from, several groups to average over, and whether they flank."""
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
+    """Give the rules to average over, antecedents (N, D, 4) and consequents (N, 4), and whether they flank in pairs."""
     pairs = rules.flanking_pairs(observation) if options.selection == "flanking" else []
-    return pairs or [rules.closest(observation, options.num_closest)], bool(pairs)
+    groups = pairs or [rules.closest(observation, options.num_closest)]
+    return [(rules.antecedents[rows], rules.consequents[rows]) for rows in groups], bool(pairs)
 
 
 def _by_scale_and_move(rules: SparseRules, observation: np.ndarray, options: InterpolationOptions) -> np.ndarray:
