@@ -10,14 +10,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration as Llava
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
@@ -31,6 +25,7 @@ POSITION_RANGE = 0.5
 
 def build_config(tokenizer: PreTrainedTokenizerFast, width: int = 112, num_layers: int = 12) -> LlavaConfig:
     """Configuration of the small LLaVA for a tokenizer that knows ``<image>``."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=192,
@@ -50,9 +45,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int = 112, num_layer
         num_key_value_heads=4,
         max_position_embeddings=512,
         initializer_range=INITIALIZER_RANGE,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     return LlavaConfig(
         vision_config=vision,
@@ -63,33 +56,18 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int = 112, num_layer
         vision_feature_select_strategy="default",
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        **ids,
     )
 
 
-def build_base_model(tokenizer_folder: str | Path, output: str | Path, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Write the untrained base model with its tokenizer and image processor to ``output``.
-
-    Args:
-        tokenizer_folder: Folder of the trained tokenizer.
-        output: Folder to write.
-        seed: Seed of the random weights.
-
-    Returns:
-        The model.
-    """
+def build_base_model(tokenizer_folder: str | Path, output: str | Path, seed: int = 0) -> Llava:
+    """Write the untrained base model, given back too, with its tokenizer and image processor to ``output``."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config(tokenizer))
+    model = Llava(build_config(tokenizer))
     torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=POSITION_RANGE)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=64,
-    )
+    ids = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids, max_new_tokens=64)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     CLIPImageProcessorPil(

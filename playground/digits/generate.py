@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from playground.digits.canvas import FOLDERS, Canvas, render_canvas
 from playground.digits.questions import IMAGE_QUESTIONS
-from playground.digits.records import Record, draw_evaluation_records, draw_training_records
-from playground.digits.scans import SPLITS, hash_split, split_scans
+from playground.digits.records import draw_evaluation_records, draw_training_records
+from playground.digits.scans import FOLDERS, SPLITS, Canvas, hash_split, render_canvas, split_scans
 
 FORMAT_VERSION = 1
 _CHUNK = 1000
@@ -60,9 +59,7 @@ class Settings:
 
 
 def generate(output: Path, settings: Settings, workers: int = 1) -> bool:
-    """Write the dataset, or find it already written.
-
-    The dataset is written beside ``output`` and renamed when complete, so an interrupted run leaves no half dataset.
+    """Write the dataset, or find it already written; an interrupted run leaves no half dataset.
 
     Args:
         output: Folder of the dataset; new or empty, or a dataset of the same settings.
@@ -116,14 +113,24 @@ def _write_dataset(folder: Path, settings: Settings, workers: int) -> None:
     split_of_scans = split_scans(settings.seed)
     summaries = {}
     for split in SPLITS:
-        canvases, records = _draw_split(split, split_of_scans[split], settings)
+        random, num_canvases = Random(f"{settings.seed}/{split}/records"), getattr(settings, split)
+        num_text = num_canvases // (len(IMAGE_QUESTIONS) if split == "test" else 9)
+        if split == "train":
+            canvases, records = draw_training_records(split_of_scans[split], num_canvases, num_text, random)
+        else:
+            scans = split_of_scans[split]
+            canvases, records = draw_evaluation_records(split, scans, num_canvases, num_text, random)
         content = ("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n").encode()
         (folder / f"digits_{split}.json").write_bytes(content)
         pixels = hashlib.sha256()
         for chunk in _render_all(folder / "images", split, canvases, settings.seed, workers):
             pixels.update(chunk)
+        turns = Counter(name for record in records for name in record["type"].split("+"))
         summaries[split] = {
-            **_count(records),
+            "records": len(records),
+            "images": sum("image" in record for record in records),
+            "turns": turns.total(),
+            "turns_by_type": dict(sorted(turns.items())),
             "json_sha256": hashlib.sha256(content).hexdigest(),
             "pixels_sha256": pixels.hexdigest(),
         }
@@ -134,27 +141,6 @@ def _write_dataset(folder: Path, settings: Settings, workers: int) -> None:
         "splits": summaries,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _draw_split(
-    split: str, scans_by_digit: dict[int, list[int]], settings: Settings
-) -> tuple[list[Canvas], list[Record]]:
-    random = Random(f"{settings.seed}/{split}/records")
-    num_canvases = getattr(settings, split)
-    if split == "train":
-        return draw_training_records(scans_by_digit, num_canvases, num_canvases // 9, random)
-    num_text = num_canvases // (len(IMAGE_QUESTIONS) if split == "test" else 9)
-    return draw_evaluation_records(split, scans_by_digit, num_canvases, num_text, random)
-
-
-def _count(records: list[Record]) -> dict[str, object]:
-    turns = Counter(name for record in records for name in record["type"].split("+"))
-    return {
-        "records": len(records),
-        "images": sum("image" in record for record in records),
-        "turns": turns.total(),
-        "turns_by_type": dict(sorted(turns.items())),
-    }
 
 
 def _render_chunk(images: Path, split: str, first: int, canvases: list[Canvas], seed: int) -> bytes:
@@ -181,12 +167,11 @@ def _render_all(images: Path, split: str, canvases: list[Canvas], seed: int, wor
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m playground.digits.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=int, default=Settings.seed)
     for split in SPLITS:
-        parser.add_argument(f"--{split}", type=int, default=getattr(defaults, split), help=f"{split} canvases")
+        parser.add_argument(f"--{split}", type=int, default=getattr(Settings, split), help=f"{split} canvases")
     parser.add_argument("--workers", type=int, default=1, help="processes that render images")
     options = parser.parse_args(arguments)
     try:

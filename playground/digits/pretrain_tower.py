@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.data.records import RecordFile
 from llava.mm_utils import process_images
@@ -24,19 +25,11 @@ from playground.digits.base_model import IMAGE_SIZE, PATCH_SIZE
 EMPTY_CLASS, NUM_CLASSES, CELLS_PER_SIDE = 10, 11, 2
 
 
-class CellProbe(nn.Module):
-    """Reads the class of each cell from the tower's last hidden state."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.classify = nn.Linear(width, NUM_CLASSES)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Patch features (B, patches, D) in reading order to logits (B, cells, classes)."""
-        side = IMAGE_SIZE // PATCH_SIZE
-        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
-        cells = F.avg_pool2d(grid, side // CELLS_PER_SIDE).flatten(2).transpose(1, 2)  # (B, cells, D)
-        return self.classify(cells)
+def pool_cells(patches: Tensor) -> Tensor:
+    """Mean features of each cell, (B, cells, D), of patch features in reading order, (B, patches, D)."""
+    side = IMAGE_SIZE // PATCH_SIZE
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
+    return F.avg_pool2d(grid, side // CELLS_PER_SIDE).flatten(2).transpose(1, 2)
 
 
 def load_canvases(data: Path, limit: int) -> tuple[Tensor, Tensor]:
@@ -54,28 +47,19 @@ def load_canvases(data: Path, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def pretrain(tower: CLIPVisionModel, pixels: Tensor, classes: Tensor, steps: int, batch_size: int, seed: int) -> float:
-    """Train the tower.
-
-    Args:
-        tower: Vision tower, changed in place.
-        pixels: Normalised pixel values, (n, 3, 32, 32).
-        classes: Class of each cell, (n, 4).
-        steps: Optimizer steps.
-        batch_size: Canvases per step.
-        seed: Seed of the probe and of the order.
+    """Train the tower in place on normalised pixels, (n, 3, 32, 32), and classes of their cells, (n, 4).
 
     Returns:
         Share of cells read rightly over the last tenth of the steps.
     """
     torch.manual_seed(seed)
-    probe = CellProbe(tower.config.hidden_size)
+    probe = nn.Linear(tower.config.hidden_size, NUM_CLASSES)
     optimizer = torch.optim.AdamW([*tower.parameters(), *probe.parameters()], lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     right: list[float] = []
     for step in range(steps):
         chosen = torch.randint(len(pixels), (batch_size,))
-        patches = tower(pixels[chosen]).last_hidden_state[:, 1:]
-        logits = probe(patches)
+        logits = probe(pool_cells(tower(pixels[chosen]).last_hidden_state[:, 1:]))
         loss = F.cross_entropy(logits.flatten(0, 1), classes[chosen].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -97,17 +81,14 @@ def main() -> None:
     parser.add_argument("--canvases", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     started = time.time()
     model = LlavaForConditionalGeneration.from_pretrained(arguments.model)
     processor = CLIPImageProcessorPil.from_pretrained(arguments.model)
     canvases, classes = load_canvases(arguments.data, arguments.canvases)
     images = [Image.fromarray(canvas.numpy()) for canvas in canvases]
     pixels = process_images(images, processor, model.config)
-    accuracy = pretrain(
-        model.model.vision_tower, pixels, classes, arguments.steps, arguments.batch_size, arguments.seed
-    )
+    asked = (arguments.steps, arguments.batch_size, arguments.seed)
+    accuracy = pretrain(model.model.vision_tower, pixels, classes, *asked)
     model.save_pretrained(arguments.model)
     print(f"cells read {accuracy:.3f} on jittered training scans, {time.time() - started:.0f} s")
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from random import Random
 
-from playground.digits.canvas import Canvas, draw_canvas
 from playground.digits.questions import IMAGE_QUESTIONS, TEXT_QUESTIONS, QuestionAndAnswer, QuestionType
+from playground.digits.scans import Canvas, draw_canvas
 
 Record = dict[str, object]
-_TURN_COUNTS = (1, 2, 3, 4)
-_TURN_COUNT_WEIGHTS = (0.3, 0.3, 0.2, 0.2)
 
 
 def make_record(
@@ -27,28 +25,22 @@ def make_record(
         turns: Question and answer of each turn, at least one.
         canvas: What the image shows; None for a record without image.
     """
-    conversations = []
-    for number, (question, answer) in enumerate(turns):
-        is_first_of_image = canvas is not None and number == 0
-        conversations.append({"from": "human", "value": f"<image>\n{question}" if is_first_of_image else question})
-        conversations.append({"from": "gpt", "value": answer})
-    record: Record = {"id": name}
-    if canvas is not None:
-        record["image"] = f"{canvas.folder}/{name}.png"
-    record["conversations"] = conversations
-    record["type"] = "+".join(question_type.name for question_type in types)
-    record["complexity"] = max(question_type.complexity for question_type in types)
-    if canvas is not None:
-        record["digits"] = list(canvas.digits)
-        record["scans"] = list(canvas.scans)
-    return record
+    conversations = [
+        {"from": sender, "value": value} for turn in turns for sender, value in zip(("human", "gpt"), turn, strict=True)
+    ]
+    kind = "+".join(question_type.name for question_type in types)
+    known = {"type": kind, "complexity": max(question_type.complexity for question_type in types)}
+    if canvas is None:
+        return {"id": name, "conversations": conversations, **known}
+    conversations[0]["value"] = f"<image>\n{conversations[0]['value']}"
+    image, shown = f"{canvas.folder}/{name}.png", {"digits": list(canvas.digits), "scans": list(canvas.scans)}
+    return {"id": name, "image": image, "conversations": conversations, **known, **shown}
 
 
 def _draw_conversation(canvas: Canvas, random: Random) -> tuple[list[QuestionType], list[QuestionAndAnswer]]:
     """Draw one to four turns of different types, heavier types more often."""
-    (num_turns,) = random.choices(_TURN_COUNTS, _TURN_COUNT_WEIGHTS)
-    remaining = list(IMAGE_QUESTIONS)
-    types, turns = [], []
+    (num_turns,) = random.choices((1, 2, 3, 4), (0.3, 0.3, 0.2, 0.2))
+    remaining, types, turns = list(IMAGE_QUESTIONS), [], []
     while len(turns) < num_turns:
         (question_type,) = random.choices(remaining, [candidate.weight for candidate in remaining])
         remaining.remove(question_type)
@@ -70,11 +62,12 @@ def _draw_single_turn(
             return canvas, turn
 
 
-def _text_records(split: str, count: int, random: Random) -> list[Record]:
-    records = []
+def _with_text_records(split: str, records: list[Record], count: int, random: Random) -> list[Record]:
+    """The records and some without image, in random order."""
     for number in range(count):
         question_type = TEXT_QUESTIONS[number % len(TEXT_QUESTIONS)]
         records.append(make_record(f"{split}-text-{number:06d}", [question_type], [question_type.ask((), random)]))
+    random.shuffle(records)
     return records
 
 
@@ -89,12 +82,9 @@ def draw_training_records(
     canvases, records = [], []
     for number in range(num_canvases):
         canvas = draw_canvas(scans_by_digit, random)
-        types, turns = _draw_conversation(canvas, random)
         canvases.append(canvas)
-        records.append(make_record(f"train-{number:06d}", types, turns, canvas))
-    records += _text_records("train", num_text, random)
-    random.shuffle(records)
-    return canvases, records
+        records.append(make_record(f"train-{number:06d}", *_draw_conversation(canvas, random), canvas))
+    return canvases, _with_text_records("train", records, num_text, random)
 
 
 def draw_evaluation_records(
@@ -114,6 +104,4 @@ def draw_evaluation_records(
         canvas, turn = _draw_single_turn(question_type, wanted, scans_by_digit, random)
         canvases.append(canvas)
         records.append(make_record(f"{split}-{number:06d}", [question_type], [turn], canvas))
-    records += _text_records(split, num_text, random)
-    random.shuffle(records)
-    return canvases, records
+    return canvases, _with_text_records(split, records, num_text, random)

@@ -1,4 +1,4 @@
-"""The real scanned digits, split so that no scan is ever seen in two splits.
+"""Real scanned digits, split so that no scan is ever seen in two splits, and canvases of one to four of them.
 
 The scans are the 1,797 of the UCI "Optical Recognition of Handwritten Digits" data that ship with scikit-learn. The
 split is by scan, not by writer: the data do not say who wrote what.
@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
+CELL_NAMES = ("top left", "top right", "bottom left", "bottom right")
+FOLDERS = ("single", "pair", "triple", "quad")
 CELL_SIZE = 16
 _SCAN_SIZE = 8
-_SCAN_MAXIMUM = 16
 _MARGIN = 2  # Empty pixels around a scan, so that the interpolation fades out instead of ending in a hard edge.
 _TRAIN_PER_DIGIT = 120
 _TEST_PER_DIGIT = 40  # What is left of each digit, 14 to 23 scans, is for validation.
@@ -33,8 +34,7 @@ class Jitter:
     """A small change of how a scan lies in its cell; the default changes nothing.
 
     Attributes:
-        shift_x: Shift to the right, in cell pixels.
-        shift_y: Shift downwards, in cell pixels.
+        shift_x, shift_y: Shift to the right and downwards, in cell pixels.
         degrees: Clockwise rotation about the middle of the scan, in degrees.
         scale: Size relative to the cell, positive.
     """
@@ -47,12 +47,25 @@ class Jitter:
     @classmethod
     def draw(cls, random: Random) -> Jitter:
         """Draw a shift up to 1 px, a rotation up to 8 degrees and a scale in [0.9, 1.1]."""
-        return cls(
-            shift_x=random.uniform(-1.0, 1.0),
-            shift_y=random.uniform(-1.0, 1.0),
-            degrees=random.uniform(-8.0, 8.0),
-            scale=random.uniform(0.9, 1.1),
-        )
+        return cls(*(random.uniform(*limits) for limits in ((-1.0, 1.0), (-1.0, 1.0), (-8.0, 8.0), (0.9, 1.1))))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What the four cells hold, in the order of ``CELL_NAMES``.
+
+    Attributes:
+        digits: The digit in each cell, in [0, 9]; None where the cell is empty.
+        scans: The index of the scan in each cell; None where the cell is empty.
+    """
+
+    digits: tuple[int | None, ...]
+    scans: tuple[int | None, ...]
+
+    @property
+    def folder(self) -> str:
+        """The folder of its image: one source folder per number of scans."""
+        return FOLDERS[sum(digit is not None for digit in self.digits) - 1]
 
 
 @cache
@@ -64,31 +77,23 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    scans = np.rint(bunch.images * (255 / _SCAN_MAXIMUM)).astype(np.uint8)
-    return scans, bunch.target.astype(np.int64)
+    bunch = load_digits()  # intensities up to 16
+    return np.rint(bunch.images * (255 / 16)).astype(np.uint8), bunch.target.astype(np.int64)
 
 
 def split_scans(seed: int) -> dict[str, dict[int, list[int]]]:
     """Deal the scans of every digit into train (120 per digit), test (40) and validation (the rest).
 
-    Args:
-        seed: Seed of the dealing.
-
     Returns:
         For every split and every digit the indices of its scans, sorted.
     """
-    _, digits = load_scans()
-    random = Random(f"{seed}/scans")
-    split: dict[str, dict[int, list[int]]] = {name: {} for name in SPLITS}
+    random, split = Random(f"{seed}/scans"), {name: {} for name in SPLITS}
     for digit in range(10):
-        indices = np.flatnonzero(digits == digit).tolist()
+        indices = np.flatnonzero(load_scans()[1] == digit).tolist()
         random.shuffle(indices)
-        train_end = _TRAIN_PER_DIGIT
-        test_end = train_end + _TEST_PER_DIGIT
-        split["train"][digit] = sorted(indices[:train_end])
-        split["test"][digit] = sorted(indices[train_end:test_end])
-        split["validation"][digit] = sorted(indices[test_end:])
+        train, rest = indices[:_TRAIN_PER_DIGIT], indices[_TRAIN_PER_DIGIT:]
+        for name, part in (("train", train), ("test", rest[:_TEST_PER_DIGIT]), ("validation", rest[_TEST_PER_DIGIT:])):
+            split[name][digit] = sorted(part)
     return split
 
 
@@ -116,16 +121,35 @@ def draw_scan(index: int, jitter: Jitter) -> Image.Image:
     shrink = _SCAN_SIZE / (CELL_SIZE * jitter.scale)
     cosine = math.cos(math.radians(jitter.degrees)) * shrink
     sine = math.sin(math.radians(jitter.degrees)) * shrink
-    target_x = CELL_SIZE / 2 + jitter.shift_x
-    target_y = CELL_SIZE / 2 + jitter.shift_y
-    source_middle = _SCAN_SIZE / 2 + _MARGIN
-    coefficients = (
-        cosine,
-        sine,
-        source_middle - cosine * target_x - sine * target_y,
-        -sine,
-        cosine,
-        source_middle + sine * target_x - cosine * target_y,
-    )
+    target_x, target_y = CELL_SIZE / 2 + jitter.shift_x, CELL_SIZE / 2 + jitter.shift_y
+    middle = _SCAN_SIZE / 2 + _MARGIN
+    to_x = (cosine, sine, middle - cosine * target_x - sine * target_y)
+    to_y = (-sine, cosine, middle + sine * target_x - cosine * target_y)
     size = (CELL_SIZE, CELL_SIZE)
-    return _padded_scan(index).transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    return _padded_scan(index).transform(size, Image.Transform.AFFINE, to_x + to_y, Image.Resampling.BICUBIC)
+
+
+def draw_canvas(scans_by_digit: dict[int, list[int]], random: Random) -> Canvas:
+    """Draw a canvas of the scans of one split: its number of scans, its cells and its digits are all uniform."""
+    digits: list[int | None] = [None] * 4
+    scans: list[int | None] = [None] * 4
+    for cell in random.sample(range(4), random.randint(1, 4)):
+        digits[cell] = random.randrange(10)
+        scans[cell] = random.choice(scans_by_digit[digits[cell]])
+    return Canvas(tuple(digits), tuple(scans))
+
+
+def render_canvas(canvas: Canvas, random: Random | None = None) -> Image.Image:
+    """Render a canvas, white strokes on black, as an RGB image of 32 x 32 pixels.
+
+    Args:
+        canvas: What to render.
+        random: Source of the jitter of each scan; None for no jitter.
+    """
+    image = Image.new("L", (2 * CELL_SIZE, 2 * CELL_SIZE))
+    for cell, scan in enumerate(canvas.scans):
+        if scan is not None:
+            row, column = divmod(cell, 2)
+            jitter = Jitter() if random is None else Jitter.draw(random)
+            image.paste(draw_scan(scan, jitter), (column * CELL_SIZE, row * CELL_SIZE))
+    return image.convert("RGB")

@@ -13,13 +13,15 @@ docs/feature_study.md and docs/feature_study.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import logging
 import platform
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from jinja2 import Environment
 
 from fuzzyroe.calibrate import Measurements, rank_correlation, skip_loss_increase
 from fuzzyroe.routers import FuzzyRouter
@@ -36,25 +39,12 @@ if TYPE_CHECKING:
     from llava.train.router_fitting import Measurer
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL_LINEAR = "all features, linear"
 
 
-@dataclass(frozen=True)
-class TripleResult:
-    """What three features are worth.
-
-    Attributes:
-        names: The features.
-        fitted: Rank correlation of score and loss increase on the half that was fitted to, mean of both ways.
-        held_out: The same on the other half: the number to judge by.
-        saving: Loss that the scores save on the held-out half against the same numbers of skips dealt out at random, as
-            a share of what that random plan adds to the dense loss.
-    """
-
-    names: tuple[str, ...]
-    fitted: float
-    held_out: float
-    saving: float
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --data."""
+    parser.add_argument("--model", default="outputs/quickstart/finetune", help="checkpoint, routed or dense")
+    parser.add_argument("--data", type=Path, default=Path("playground/data/digits"), help="folder of the dataset")
 
 
 def make_measurer(
@@ -69,56 +59,30 @@ def make_measurer(
         samples, order_samples, score_samples: How much to measure, see ``CalibrationSize``.
         **options: ``max_skip_ratio`` of ``CalibrationSize``; ``seed``.
     """
-    from llava.data.dataset import SFTCollator, SFTDataset
+    from llava.data.dataset import SFTCollator
     from llava.model.builder import load_checkpoint
-    from llava.model.families import count_image_tokens, get_image_token_id
+    from llava.model.families import get_image_token_id
     from llava.model.llava_llama import attach_routing, make_text_batches_safe
     from llava.train.router_fitting import CalibrationSize, Measurer
+    from playground.compare.answers import open_dataset
 
-    seed = options.pop("seed", 0)
     checkpoint = load_checkpoint(model)
     network, config = checkpoint.model.eval(), checkpoint.model.config
+    num_layers = config.text_config.num_hidden_layers
     if checkpoint.routing is None:  # adapters of an unrouted model are the identity
-        attach_routing(network, FuzzyRouter(load_rule_base("default"), config.text_config.num_hidden_layers), 1)
+        attach_routing(network, FuzzyRouter(load_rule_base("default"), num_layers), 1)
     make_text_batches_safe(network)
-    image_places = count_image_tokens(config), get_image_token_id(config)
-    dataset = SFTDataset(
-        str(records),
-        str(images),
-        checkpoint.tokenizer,
-        checkpoint.image_processor,
-        "digits",
-        *image_places,
-        512,
-        "square",
-    )
-    size = CalibrationSize(order_samples, samples, score_samples, 32, options.pop("max_skip_ratio", 0.5), **options)
     return Measurer(
         network,
-        dataset,
+        open_dataset(checkpoint, records, images),
         SFTCollator(checkpoint.tokenizer.pad_token_id),
         get_image_token_id(config),
-        config.text_config.num_hidden_layers,
-        size,
+        num_layers,
+        CalibrationSize(order_samples, samples, score_samples, 32, options.get("max_skip_ratio", 0.5)),
         torch.device("cpu"),
-        seed,
-        lambda line: print(line, flush=True),
+        options.get("seed", 0),
+        functools.partial(print, flush=True),
     )
-
-
-def measure(arguments: argparse.Namespace) -> tuple[Measurements, int]:
-    """Run the forward passes of the router stage on a checkpoint; also gives its number of layers."""
-    measurer = make_measurer(
-        arguments.model,
-        arguments.data / "digits_train.json",
-        arguments.data / "images",
-        arguments.samples,
-        arguments.order_samples,
-        2 * arguments.samples,
-        max_skip_ratio=arguments.max_skip,
-        seed=arguments.seed,
-    )
-    return measurer.measure(), measurer.num_layers
 
 
 def save_measured(measured: Measurements, num_layers: int, model: str, path: Path) -> None:
@@ -164,7 +128,13 @@ def rules_over(names: tuple[str, ...], fit: Measurements) -> FuzzyRuleBase:
 def judge(
     rule_base: FuzzyRuleBase, fit: Measurements, held: Measurements, num_layers: int, rate: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank correlations on the fitted and the held-out half, the saving on the latter, (3,), and its scores, (n,)."""
+    """What a rule base is worth, as the router stage would use it.
+
+    Returns:
+        Rank correlation of score and loss increase on the fitted and on the held-out half, and the saving: loss that
+        the scores save on the held-out half against the same numbers of skips dealt out at random, as a share of what
+        that random plan adds to the dense loss, (3,). And the scores of the held-out half, (n,).
+    """
     router, report = FuzzyRouter(rule_base, num_layers).calibrate(fit, rate)
     with torch.no_grad():
         raw = torch.as_tensor(held.columns(router.antecedents)[0], dtype=torch.float32)
@@ -178,22 +148,14 @@ def judge(
     return np.array(numbers), scores.double().numpy()
 
 
-def judge_triples(measured: Measurements, num_layers: int, rate: float) -> list[TripleResult]:
-    """All triples, the best on held-out samples first."""
-    ways, results = halves(measured), []
-    usable = [name for name, column in zip(measured.feature_names, measured.features.T, strict=True) if np.ptp(column)]
-    for names in itertools.combinations(usable, 3):
-        judged = [judge(rules_over(names, fit), fit, held, num_layers, rate)[0] for fit, held in ways]
-        numbers = np.mean(judged, axis=0)
-        results.append(TripleResult(names, *numbers.tolist()))
-    return sorted(results, key=lambda result: -result.held_out)
-
-
-def judge_shipped(name: str, measured: Measurements, num_layers: int, rate: float) -> TripleResult:
-    """A shipped rule base, with its own rules."""
-    base = load_rule_base(name)
-    numbers = np.mean([judge(base, fit, held, num_layers, rate)[0] for fit, held in halves(measured)], axis=0)
-    return TripleResult(tuple(variable.name for variable in base.antecedents), *numbers.tolist())
+def judge_both_ways(
+    make_rules: Callable[[Measurements], FuzzyRuleBase], measured: Measurements, num_layers: int, rate: float
+) -> dict[str, Any]:
+    """Names of the features of rules made for each half, and means of ``judge`` over both."""
+    ways = [(make_rules(fit), fit, held) for fit, held in halves(measured)]
+    numbers = np.mean([judge(*way, num_layers, rate)[0] for way in ways], axis=0).tolist()
+    names = tuple(variable.name for variable in ways[0][0].antecedents)
+    return {"names": names, **dict(zip(("fitted", "held_out", "saving"), numbers, strict=True))}
 
 
 def compare_with_default(
@@ -206,9 +168,8 @@ def compare_with_default(
     rng, differences = np.random.default_rng(0), np.zeros(draws)
     for fit, held in halves(measured):
         targets = skip_loss_increase(held.losses)
-        pair = [
-            judge(base, fit, held, num_layers, rate)[1] for base in (rules_over(names, fit), load_rule_base("default"))
-        ]
+        bases = rules_over(names, fit), load_rule_base("default")
+        pair = [judge(base, fit, held, num_layers, rate)[1] for base in bases]
         for draw in range(draws):
             rows = rng.integers(len(targets), size=len(targets))
             found, default = (rank_correlation(scores[rows], targets[rows]) for scores in pair)
@@ -217,18 +178,17 @@ def compare_with_default(
     return float(low), float(high)
 
 
-def judge_linear(measured: Measurements) -> tuple[float, float]:
+def judge_linear(measured: Measurements) -> dict[str, float]:
     """Rank correlation of a ridge regression on all features, fitted and held out: what a triple could hope for."""
     results = []
     for fit, held in halves(measured):
         centre, spread = fit.features.mean(axis=0), fit.features.std(axis=0) + 1e-9
-        design, targets = (fit.features - centre) / spread, skip_loss_increase(fit.losses)
+        targets = skip_loss_increase(fit.losses)
+        design, other = ((half.features - centre) / spread for half in (fit, held))
         weights = np.linalg.solve(design.T @ design + np.eye(design.shape[1]), design.T @ (targets - targets.mean()))
-        found = (held.features - centre) / spread @ weights
-        results.append(
-            (rank_correlation(design @ weights, targets), rank_correlation(found, skip_loss_increase(held.losses)))
-        )
-    return tuple(np.mean(results, axis=0).tolist())
+        known, unknown = rank_correlation(design @ weights, targets), skip_loss_increase(held.losses)
+        results.append((known, rank_correlation(other @ weights, unknown)))
+    return dict(zip(("fitted", "held_out"), np.mean(results, axis=0).tolist(), strict=True))
 
 
 def study(measured: Measurements, num_layers: int, rate: float) -> dict[str, Any]:
@@ -242,7 +202,12 @@ def study(measured: Measurements, num_layers: int, rate: float) -> dict[str, Any
         }
         for name, column in zip(measured.feature_names, measured.features.T, strict=True)
     }
-    triples = judge_triples(measured, num_layers, rate)
+    usable = [name for name, column in zip(measured.feature_names, measured.features.T, strict=True) if np.ptp(column)]
+    triples = [
+        {**judge_both_ways(functools.partial(rules_over, names), measured, num_layers, rate), "names": names}
+        for names in itertools.combinations(usable, 3)
+    ]
+    triples.sort(key=lambda triple: -triple["held_out"])
     return {
         "turns": len(targets),
         "layers": num_layers,
@@ -251,76 +216,27 @@ def study(measured: Measurements, num_layers: int, rate: float) -> dict[str, Any
         "skip_rate": rate,
         "standard_error": 1 / np.sqrt(len(targets) - 1),
         "alone": dict(sorted(alone.items(), key=lambda item: -abs(item[1]["correlation"]))),
-        "triples": [vars(result) for result in triples],
-        "best_minus_default": compare_with_default(triples[0].names, measured, num_layers, rate),
-        "shipped": {name: vars(judge_shipped(name, measured, num_layers, rate)) for name in ("default", "published")},
-        "linear": dict(zip(("fitted", "held_out"), judge_linear(measured), strict=True)),
+        "triples": triples,
+        "best_minus_default": compare_with_default(triples[0]["names"], measured, num_layers, rate),
+        "shipped": {
+            name: judge_both_ways(lambda fit, name=name: load_rule_base(name), measured, num_layers, rate)
+            for name in ("default", "published")
+        },
+        "linear": judge_linear(measured),
     }
 
 
 def to_markdown(numbers: dict[str, Any], conditions: dict[str, Any], num_triples: int = 12) -> str:
-    """The page for the docs."""
-    losses = numbers["mean_loss_by_skips"]
-    lines = [
-        "# Which features predict the loss of skipping",
-        "",
-        "Written by `scripts/playground/feature_study.py`; all numbers: [feature_study.json](feature_study.json).",
-        "",
-        f"{numbers['turns']} turns of the digits playground, checkpoint `{conditions['model']}`, "
-        f"{numbers['layers']} layers. A turn counts by its mean loss increase over the upper half of the skip counts. "
-        f"The mean loss goes from {losses[0]:.3f} nats (dense) to {losses[len(losses) // 2]:.3f} with "
-        f"{len(losses) // 2} layers skipped and {losses[-1]:.3f} with {len(losses) - 1}. Correlations are Spearman's, "
-        f"their standard error without any effect is about {numbers['standard_error']:.3f} ("
-        f"{numbers['standard_error'] * np.sqrt(2):.3f} on a half).",
-        "",
-        "## Alone",
-        "",
-        "| Feature | rank correlation | range (1 % to 99 %) |",
-        "|---|---|---|",
-    ]
-    for name, entry in numbers["alone"].items():
-        lines.append(f"| `{name}` | {entry['correlation']:+.3f} | {entry['low']:.4f} to {entry['high']:.4f} |")
-    lines += [
-        "",
-        "## In triples",
-        "",
-        "The default rules over three features, fitted as the router stage does on one half of the samples, judged on "
-        "the other, both ways averaged. *Saving*: of the loss that skipping adds at a mean skip rate of "
-        f"{numbers['skip_rate']:g} when the same numbers of skips are dealt out at random, the share that the scores "
-        f"avoid. The best of {len(numbers['triples'])} triples is a lucky one to some degree; differences below the "
-        "standard error mean nothing.",
-        "",
-        "| Features | fitted half | held-out half | saving |",
-        "|---|---|---|---|",
-    ]
-    for entry in numbers["triples"][:num_triples]:
-        lines.append(_row(", ".join(f"`{name}`" for name in entry["names"]), entry))
-    lines.append("| ... | | | |")
-    for name, entry in numbers["shipped"].items():
-        lines.append(_row(f"shipped rules `{name}`", entry))
-    linear = numbers["linear"]
-    lines.append(f"| {ALL_LINEAR} | {linear['fitted']:+.3f} | {linear['held_out']:+.3f} | |")
-    low, high = numbers["best_minus_default"]
-    lines += [
-        "",
-        f"The best triple correlates by {low:+.3f} to {high:+.3f} more than the default rules on the same held-out "
-        "samples (95 % interval, bootstrap in pairs).",
-        "",
-        f"Made by `{conditions['command']}` in {conditions['seconds']:.0f} s, Python {conditions['python']}, torch "
-        f"{conditions['torch']}, CPU.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _row(label: str, entry: dict[str, Any]) -> str:
-    return f"| {label} | {entry['fitted']:+.3f} | {entry['held_out']:+.3f} | {entry['saving']:+.1%} |"
+    """The page for the docs, from the template beside this file."""
+    text = Path(__file__).with_suffix(".md.jinja").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(text).render(**conditions, **numbers, num_triples=num_triples)
 
 
 def main() -> None:
     """Measure or read, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="outputs/quickstart/finetune", help="checkpoint, routed or dense")
-    parser.add_argument("--data", type=Path, default=Path("playground/data/digits"))
+    add_model_flags(parser)
     parser.add_argument("--samples", type=int, default=1024, help="samples with measured losses")
     parser.add_argument("--order-samples", type=int, default=192, help="samples that layers are ordered on")
     parser.add_argument("--max-skip", type=float, default=0.5, help="largest share of skipped layers")
@@ -335,7 +251,18 @@ def main() -> None:
     if arguments.measured and arguments.measured.exists():
         measured, num_layers, model = load_measured(arguments.measured)
     else:
-        (measured, num_layers), model = measure(arguments), arguments.model
+        model, data, samples = arguments.model, arguments.data, arguments.samples
+        measurer = make_measurer(
+            model,
+            data / "digits_train.json",
+            data / "images",
+            samples,
+            arguments.order_samples,
+            2 * samples,
+            max_skip_ratio=arguments.max_skip,
+            seed=arguments.seed,
+        )
+        measured, num_layers = measurer.measure(), measurer.num_layers
         if arguments.measured:
             save_measured(measured, num_layers, model, arguments.measured)
     numbers = study(measured, num_layers, arguments.skip_rate)

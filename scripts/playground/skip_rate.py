@@ -13,9 +13,8 @@ by more than a point, or if the router's quantiles come from fewer than 4,000 tr
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,7 +24,8 @@ import torch
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.features import FEATURES
 from fuzzyroe.routers.fuzzy import FuzzyRouter
-from scripts.playground.feature_study import make_measurer
+from scripts.bench.bench import Line, make_parser, report
+from scripts.playground.feature_study import add_model_flags, make_measurer
 
 TOLERANCE = 0.01
 MIN_SCORES = 4000
@@ -41,39 +41,32 @@ def met_rates(router: FuzzyRouter, raw_features: torch.Tensor) -> list[tuple[flo
 
 
 @torch.no_grad()
-def main() -> None:
-    """Measure, print, check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="outputs/quickstart/finetune", help="routed checkpoint")
-    parser.add_argument("--data", type=Path, default=Path("playground/data/digits"))
-    parser.add_argument("--questions", type=Path, help="JSON of the questions; default stages.router.json of --data")
-    parser.add_argument("--samples", type=int, default=2600, help="records to read")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--quick", action="store_true", help="500 records")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a rate is missed")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    started = time.time()
+def measure(arguments: argparse.Namespace) -> Iterator[Line]:
+    """Every rate, the largest miss and what the quantiles come from."""
     num_samples = 500 if arguments.quick else arguments.samples
     questions = arguments.questions or arguments.data / "stages.router.json"
     measurer = make_measurer(arguments.model, questions, arguments.data / "images", 1, 1, num_samples)
     router = find_decoder(measurer.engine).router
     columns = [list(FEATURES).index(name) for name in router.antecedents]
     raw = measurer.raw_features(measurer.batches(num_samples))[:, columns]
-    trained_on = router.rule_base.provenance["knots"]["examples"]
     rows = met_rates(router, raw)
-    worst = max(abs(met - rate) for rate, met in rows)
-    seconds = time.time() - started
-    print(f"{len(raw)} questions of {questions.name}, quantiles of {trained_on} training questions, {seconds:.0f} s")
     for rate, met in rows:
-        print(f"skip rate {met:.4f} (requested {rate:.2f}, off by {100 * (met - rate):+.2f} points)")
-    print(f"largest miss {100 * worst:.2f} points")
-    if arguments.json:
-        numbers = {"questions": len(raw), "score_examples": trained_on, "rates": rows, "largest_miss": worst}
-        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        yield Line(f"skip rate, target {rate:.2f}", met, note=f"off by {100 * (met - rate):+.2f} points")
     # few questions have another mean by chance: only the full number can miss the bar
-    if arguments.check and (trained_on < MIN_SCORES or (worst > TOLERANCE and not arguments.quick)):
-        sys.exit(f"missed: at most {100 * TOLERANCE:g} points from at least {MIN_SCORES} scores are allowed")
+    bar, what = None if arguments.quick else 100 * TOLERANCE, f"{len(raw)} questions of {questions.name}"
+    yield Line("largest miss", 100 * max(abs(met - rate) for rate, met in rows), None, bar, " points", note=what)
+    yield Line("training questions of the quantiles", router.rule_base.provenance["knots"]["examples"], MIN_SCORES)
+
+
+def main() -> None:
+    """Measure, print, check."""
+    parser = make_parser(__doc__, "500 records")
+    add_model_flags(parser)
+    parser.add_argument("--questions", type=Path, help="JSON of the questions; default stages.router.json of --data")
+    parser.add_argument("--samples", type=int, default=2600, help="records to read")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    report(arguments, measure(arguments))
 
 
 if __name__ == "__main__":
