@@ -17,7 +17,7 @@ from llava.model.checkpoints.contents import CheckpointContents
 from llava.model.checkpoints.reading import read_checkpoint
 from llava.model.families import HostModel
 from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
-from llava.model.token_pruning import resume_token_pruning, set_token_pruning
+from llava.model.token_pruning import has_token_pruning, set_token_pruning
 
 WHOLE_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """Parts that stay in the data type of the model where the others are quantized."""
@@ -154,9 +154,17 @@ def build_checkpoint(
         router = routing.build_router(model.config.text_config)
         attach_routing(model, router, routing.config.adapter_width, skip_unit=routing.config.skip_unit)
         load_routing_state_dict(model, routing.tensors)
-    resume_token_pruning(model)
-    config = None if routing is None else routing.config
-    return Checkpoint(model, contents.tokenizer, contents.image_processor, str(path), contents.path, config)
+    if has_token_pruning(model):  # set once more, to refuse what this model cannot do
+        config: Any = model.config
+        set_token_pruning(model, config.num_visual_tokens, getattr(config, "token_pruner", "dominant_merged"))
+    return Checkpoint(
+        model,
+        contents.tokenizer,
+        contents.image_processor,
+        str(path),
+        contents.path,
+        None if routing is None else routing.config,
+    )
 
 
 def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

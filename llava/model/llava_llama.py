@@ -30,6 +30,7 @@ from llava.model.llava_convention import (
     show_answers_only,
     stack_images,
 )
+from llava.model.token_pruning import embed_prompts, has_token_pruning
 
 _NOT_GIVEN: Any = object()
 """Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
@@ -151,6 +152,12 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
         state = self._describe_prompt(prompt, skip_rate, routing, num_drafted)
         if state is not None:
             kwargs["routing"] = state
+        if input_ids is not None and pixel_values is not None and has_token_pruning(self):
+            # the stock forward would ask for as many positions as an image has features
+            names = ("vision_feature_layer", "vision_feature_select_strategy")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
+            embeddings = embed_prompts(self.model, input_ids, pixel_values, state, **options)
+            prompt |= {"input_ids": None, "pixel_values": None, "inputs_embeds": embeddings}
         return super().forward(
             **prompt, position_ids=position_ids, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )

@@ -8,11 +8,10 @@ bit for bit.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +22,6 @@ from fuzzyroe.routing_state import RoutingState
 from llava.constants import IGNORE_INDEX, PADDING_TURN
 from llava.model.families import HostInnerModel, HostModel, count_image_features, get_image_token_id
 from llava.model.visual_tokens import VisualTokens, check_prunable, encode_images, first_positions, image_lengths
-
-if TYPE_CHECKING:
-    AnyLlavaModel = HostInnerModel
-else:
-    AnyLlavaModel = object  # the class that is mixed with decides which HostInnerModel it is
 
 # --- pruners ---
 
@@ -117,35 +111,6 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 # --- a model that prunes ---
 
 
-class PrunesTokens(AnyLlavaModel):
-    """Mixin in front of a class of inner LLaVA models; ``set_token_pruning`` puts it there."""
-
-    base_class: type[HostInnerModel]
-
-    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run LLaVA's forward on prompts whose images take at most as many positions as they have features.
-
-        Args:
-            input_ids: Token ids with images expanded to the number of tokens they are to have, (B, N).
-            pixel_values: Images in the order of the rows, (images, 3, H, W).
-            **kwargs: As for LLaVA.
-
-        Returns:
-            LLaVA's output; ``image_hidden_states`` is None where an image was pruned.
-
-        Raises:
-            ValueError: If an image has more positions than features.
-        """
-        if input_ids is not None and pixel_values is not None:
-            lengths = _checked_lengths(self.config, input_ids, pixel_values)
-            if min(lengths) < count_image_features(self.config):
-                names = ("vision_feature_layer", "vision_feature_select_strategy")
-                options = {name: kwargs.pop(name) for name in names if name in kwargs}
-                embeddings = embed_prompts(self, input_ids, pixel_values, kwargs.get("routing"), **options)
-                return super().forward(**{**kwargs, "inputs_embeds": embeddings})
-        return super().forward(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-
-
 def set_token_pruning(model: HostModel, num_kept: int | None, pruner: str = "dominant_merged") -> None:
     """Make a model read fewer tokens per image from now on; None undoes it.
 
@@ -163,16 +128,13 @@ def set_token_pruning(model: HostModel, num_kept: int | None, pruner: str = "dom
         TypeError: If the model is stock LLaVA, of transformers' own class.
         KeyError: If the pruner is unknown.
     """
-    inner, config = model.model, model.config
-    base: Any = type(inner).base_class if isinstance(inner, PrunesTokens) else type(inner)
+    config: Any = model.config
     if num_kept is None:
-        inner.__class__ = base
         for name in ("num_visual_tokens", "token_pruner"):
             config.__dict__.pop(name, None)
         return
     check_prunable(config)
-    # Where ``forward`` names this argument, as stock LLaVA's does from transformers 5.18 on and LlavaLlamaForCausalLM's
-    # does not, ``generate`` encodes images before any prompt is read.
+    # ``LlavaLlamaForCausalLM.forward`` prunes; stock LLaVA names this argument, and encodes images before any prompt
     if "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters:
         raise TypeError(
             f"The model is a {type(model).__name__}, whose generate encodes images in full; token pruning needs a "
@@ -183,19 +145,12 @@ def set_token_pruning(model: HostModel, num_kept: int | None, pruner: str = "dom
             f"num_kept is {num_kept}; an image keeps 1 to {count_image_features(config)} tokens. Choose inside."
         )
     get_pruner(pruner)
-    inner.__class__ = _pruning_class(base)
     config.num_visual_tokens, config.token_pruner = num_kept, pruner
 
 
-def resume_token_pruning(model: HostModel) -> None:
-    """Prune again as the configuration of a loaded checkpoint says, if it says anything.
-
-    Raises:
-        ValueError, TypeError, KeyError: As ``set_token_pruning``.
-    """
-    number = getattr(model.config, "num_visual_tokens", None)
-    if number is not None:
-        set_token_pruning(model, number, getattr(model.config, "token_pruner", "dominant_merged"))
+def has_token_pruning(model: HostModel) -> bool:
+    """Whether ``set_token_pruning`` was called on a model, or on the one that its checkpoint was saved from."""
+    return getattr(model.config, "num_visual_tokens", None) is not None
 
 
 def embed_prompts(
@@ -235,15 +190,6 @@ def embed_prompts(
         routing.images_per_row = first_positions(input_ids, get_image_token_id(config)).sum(dim=1)
     is_image = (input_ids == get_image_token_id(config)).unsqueeze(-1)
     return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
-
-
-@functools.cache
-def _pruning_class(base: type[HostInnerModel]) -> type[HostInnerModel]:
-    """Give the pruning subclass of an inner model's class, the same one each time.
-
-    It has the name of its base: transformers looks up by name how weights are called in a saved checkpoint.
-    """
-    return type(base.__name__, (PrunesTokens, base), {"base_class": base, "__module__": base.__module__})
 
 
 def _checked_lengths(config: Any, input_ids: Tensor, pixel_values: Tensor) -> list[int]:
@@ -291,12 +237,9 @@ def prune_inputs(model: HostModel, inputs: dict[str, Any], num_kept: int | Tenso
     """
     _require_pruning(model)
     config: Any = model.config
-    padding = config.text_config.pad_token_id
-    if padding is None:
-        padding = getattr(config, "pad_token_id", None)
-    return shorten_images(
-        inputs, get_image_token_id(config), count_image_features(config), num_kept, 0 if padding is None else padding
-    )
+    candidates = (config.text_config.pad_token_id, getattr(config, "pad_token_id", None), 0)
+    padding = next(candidate for candidate in candidates if candidate is not None)
+    return shorten_images(inputs, get_image_token_id(config), count_image_features(config), num_kept, padding)
 
 
 @torch.no_grad()
@@ -403,5 +346,5 @@ def _check_numbers(num_kept: int | Tensor, num_images: int, image_length: int) -
 
 
 def _require_pruning(model: HostModel) -> None:
-    if not isinstance(model.model, PrunesTokens):
+    if not has_token_pruning(model):
         raise ValueError("The model has no token pruning; call set_token_pruning first.")

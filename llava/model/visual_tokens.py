@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def encode_images(llava_model: HostInnerModel, pixel_values: Tensor, **options: 
     attention = _attention_of_features(llava_model)
     outputs: dict[str, Tensor] = {}
     hooks = [
-        getattr(attention, name).register_forward_hook(partial(_store_output, outputs, name))
+        getattr(attention, name).register_forward_hook(lambda *call, name=name: outputs.update({name: call[-1]}))
         for name in ("q_proj", "k_proj")
     ]
     try:
@@ -68,11 +67,6 @@ def encode_images(llava_model: HostInnerModel, pixel_values: Tensor, **options: 
     logits = torch.einsum("ihd,iphd->ihp", queries[:, 0], keys) * attention.scale
     class_attention = logits.softmax(dim=-1).mean(dim=1)  # (images, 1 + P)
     return VisualTokens(torch.stack(list(features)), class_attention[:, 1:], keys[:, 1:].mean(dim=2))
-
-
-def _store_output(outputs: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-    """Forward hook: remember the output of a module under a name."""
-    outputs[name] = output
 
 
 def check_prunable(config: Any) -> None:
@@ -123,15 +117,11 @@ def image_lengths(input_ids: Tensor, image_token_id: int, num_images: int) -> li
         image_token_id: Token id of image positions.
         num_images: Images of the batch, at least 1, in the order of its rows.
 
-    Returns:
-        Positions of each image.
-
     Raises:
         ValueError: If the image tokens cannot be divided among the images.
 
-    Example:
-        >>> image_lengths(torch.tensor([[1, 9, 9, 5], [9, 9, 9, 2]]), image_token_id=9, num_images=2)
-        [2, 3]
+    >>> image_lengths(torch.tensor([[1, 9, 9, 5], [9, 9, 9, 2]]), image_token_id=9, num_images=2)
+    [2, 3]
     """
     is_image = input_ids == image_token_id
     runs_so_far = first_positions(input_ids, image_token_id).flatten().cumsum(0)

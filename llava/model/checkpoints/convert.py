@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -72,9 +71,7 @@ class ConvertResult:
     """The size of what was written.
 
     Attributes:
-        num_tensors: Tensors of the backbone.
-        num_bytes: Their size.
-        num_files: Files that hold them.
+        num_tensors, num_bytes, num_files: The backbone's tensors, their size, and the files that hold them.
         num_merged: LoRA weights merged into them.
         vocab_size: Token ids that have an embedding.
         router: Name of the router; None if dense.
@@ -127,10 +124,14 @@ def convert(
             f"{parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} GiB are needed; make room, or name a "
             "folder on another disk."
         )
-    with _whole_folder(output) as folder:
+    # beside the output and so on its disk, where renaming is atomic; removed whatever happens
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as hidden:
+        folder = Path(hidden, output.name)
+        folder.mkdir()
         _write_descriptions(contents, specs, options, folder, str(source))
         num_files = _write_parts(contents, specs, options, folder, progress)
         _compare(contents, specs, options, folder)
+        os.rename(folder, output)  # fails if somebody has filled the place meanwhile
     return ConvertResult(
         num_tensors=len(specs),
         num_bytes=num_bytes,
@@ -232,15 +233,3 @@ def _describe(contents: CheckpointContents) -> dict[str, Any]:
     routing = None if contents.routing is None else {**contents.routing.config.to_dict(), "base_model": None}
     own = {key: getattr(config, key, None) for key in COMPUTED}
     return {**text, **vision, **own, "image_token_id": get_image_token_id(config), "fuzzyroe": routing}
-
-
-@contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
-    """Give a folder beside the output, which takes its place if the block succeeds and is removed if not."""
-    folder = output.absolute().with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    folder.mkdir()  # on the disk of the output, so that renaming is atomic
-    try:
-        yield folder
-        os.rename(folder, output)  # fails if somebody has filled the place meanwhile
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

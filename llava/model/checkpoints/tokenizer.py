@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -62,13 +62,8 @@ def read_tokenizer(path: str | Path) -> Any:
 def original_vocab_size(image_token: int, vocab_size: int, tokenizer: Any) -> int:
     """Count the token ids that a checkpoint has in the original layout, which has none for images.
 
-    Args:
-        image_token: Id of the image token.
-        vocab_size: Token ids with an embedding.
-        tokenizer: Tokenizer with an image token.
-
-    Returns:
-        The image token's id if only special tokens, which serve transformers alone, have ids behind it; else all.
+    They are those below the image token's id if only special tokens, which serve transformers alone, have ids behind
+    it; else all ``vocab_size`` that have an embedding.
     """
     behind = {token for token, number in tokenizer.get_vocab().items() if number >= image_token}
     return image_token if behind <= set(tokenizer.get_added_vocab()) else vocab_size
@@ -111,13 +106,13 @@ def _from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
     folder without ``tokenizer_config.json``. Saving keeps a ``PreTrainedTokenizerFast`` as it is, but not a
     ``LlamaTokenizer``, which is built anew from its vocabulary.
     """
-    settings = _read_settings(path)
-    llama = LlamaTokenizer.from_pretrained(path)
-    backend = llama.backend_tokenizer
-    _prepend_spaces(backend, every_segment=settings.get("legacy", True))
-    _add_ends(backend, llama, settings.get("add_bos_token", True), settings.get("add_eos_token", False))
+    file = find_file(path, "tokenizer_config.json")
+    settings = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    ends = {"add_bos_token": settings.get("add_bos_token", True), "add_eos_token": settings.get("add_eos_token", False)}
+    llama = LlamaTokenizer.from_pretrained(path, **ends)
+    _prepend_spaces(llama.backend_tokenizer, every_segment=settings.get("legacy", True))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=llama.backend_tokenizer,
         name_or_path=str(path),
         bos_token=llama.bos_token,
         eos_token=llama.eos_token,
@@ -127,22 +122,20 @@ def _from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
         model_max_length=llama.model_max_length,
         extra_special_tokens={"image_token": DEFAULT_IMAGE_TOKEN},
     )
-    _compare_with_sentencepiece(tokenizer, str(find_file(path, SENTENCEPIECE_FILE)))
+    model_file = str(find_file(path, SENTENCEPIECE_FILE))
+    reference = SentencePieceProcessor(model_file=model_file)
+    for text in PROBES:
+        ours, theirs = tokenizer(text, add_special_tokens=False).input_ids, reference.encode(text)
+        if ours != theirs:
+            raise ValueError(
+                f"{model_file} cuts {text!r} into ids {theirs[:8]}, a tokenizer of Llama's kind into {ours[:8]}; only "
+                "byte-fallback BPE without text normalisation is read. Add the tokenizer.json of this model."
+            )
     return tokenizer
 
 
-def _read_settings(path: str | Path) -> dict[str, Any]:
-    file = find_file(path, "tokenizer_config.json")
-    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-
-
 def _prepend_spaces(backend: Tokenizer, every_segment: bool) -> None:
-    """Put a space in front of the text, even if it starts with one, or of every segment between special tokens.
-
-    Args:
-        backend: Tokenizer that is changed.
-        every_segment: What ``legacy`` in ``tokenizer_config.json`` says.
-    """
+    """Put a space in front of the text, even if it starts with one, or (``legacy``) of every segment between tokens."""
     if every_segment:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
         backend.pre_tokenizer = None
@@ -153,23 +146,3 @@ def _prepend_spaces(backend: Tokenizer, every_segment: bool) -> None:
     prepend = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False)
     write = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([prepend, write])
-
-
-def _add_ends(backend: Tokenizer, llama: LlamaTokenizer, add_bos: bool, add_eos: bool) -> None:
-    ends = [(llama.bos_token, llama.bos_token_id)] * add_bos + [(llama.eos_token, llama.eos_token_id)] * add_eos
-    bos, eos = f"{llama.bos_token} " * add_bos, f" {llama.eos_token}" * add_eos
-    single = f"{bos}$A{eos}"
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} {bos}$B:1{eos}", special_tokens=ends
-    )
-
-
-def _compare_with_sentencepiece(tokenizer: PreTrainedTokenizerFast, model_file: str) -> None:
-    reference = SentencePieceProcessor(model_file=model_file)
-    for text in PROBES:
-        ours, theirs = tokenizer(text, add_special_tokens=False).input_ids, reference.encode(text)
-        if ours != theirs:
-            raise ValueError(
-                f"{model_file} cuts {text!r} into ids {theirs[:8]}, a tokenizer of Llama's kind into {ours[:8]}; only "
-                "byte-fallback BPE without text normalisation is read. Add the tokenizer.json of this model."
-            )
