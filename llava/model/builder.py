@@ -155,24 +155,17 @@ def build_checkpoint(
         attach_routing(model, router, routing.config.adapter_width, skip_unit=routing.config.skip_unit)
         load_routing_state_dict(model, routing.tensors)
     if has_token_pruning(model):  # set once more, to refuse what this model cannot do
-        config: Any = model.config
-        set_token_pruning(model, config.num_visual_tokens, getattr(config, "token_pruner", "dominant_merged"))
-    return Checkpoint(
-        model,
-        contents.tokenizer,
-        contents.image_processor,
-        str(path),
-        contents.path,
-        None if routing is None else routing.config,
-    )
+        settings: Any = model.config
+        set_token_pruning(model, settings.num_visual_tokens, getattr(settings, "token_pruner", "dominant_merged"))
+    config = None if routing is None else routing.config
+    return Checkpoint(model, contents.tokenizer, contents.image_processor, str(path), contents.path, config)
 
 
 def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Describe to bitsandbytes how a model is quantized while it is loaded.
 
     Args:
-        load_8bit: Linear layers in 8-bit integers.
-        load_4bit: In 4-bit normal floats, with quantized scales.
+        load_8bit, load_4bit: Linear layers in 8-bit integers, or in 4-bit normal floats with quantized scales.
         dtype: Data type that is computed in.
 
     Raises:

@@ -1,7 +1,7 @@
 """Prefill plans: prompts that are read once, decided once, and answered in any batch.
 
-Vision tower, projector and a router that plans ahead run first, for a whole queue; a scheduler then sees every plan.
-What they gave goes into the prefill as it is, so nothing is computed twice.
+Vision tower, projector and a router that plans ahead run first, for a whole queue; a scheduler then sees every plan,
+and nothing is computed twice: what they gave goes into the prefill as it is.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fuzzyroe.attach import find_decoder, find_router
+from fuzzyroe.attach import find_router
 from fuzzyroe.routing_state import RoutingState
-from llava.model.families import HostModel, get_image_token_id
-from llava.model.token_pruning import embed_prompts
+from llava.model.families import HostModel
+from llava.model.token_pruning import plan_by_router
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,8 @@ def plans_ahead(model: HostModel) -> bool:
     return bool(getattr(router, "enabled", False)) and not getattr(router, "decides_layer_wise", False)
 
 
-@torch.no_grad()
 def plan_prompts(model: HostModel, inputs: dict[str, Tensor]) -> list[PlannedPrompt]:
-    """Read images and let the router plan, for a batch of encoded prompts; no decoder layer runs.
-
-    Args:
-        model: Routed model, for which ``plans_ahead`` is true.
-        inputs: ``input_ids`` and ``attention_mask``, (B, N), and where there are images ``pixel_values``.
-
-    Returns:
-        The prompts, B of them, without padding.
+    """Plan a batch of encoded prompts, see ``plan_by_router``, and take it apart into B prompts without padding.
 
     Raises:
         ValueError: If the model does not plan ahead.
@@ -57,13 +49,10 @@ def plan_prompts(model: HostModel, inputs: dict[str, Tensor]) -> list[PlannedPro
         raise ValueError(
             "The model does not plan ahead: its routing is off, absent, or decides at each layer. Let generate decide."
         )
-    input_ids, mask, pixel_values = inputs["input_ids"], inputs["attention_mask"], inputs.get("pixel_values")
-    routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
-    states = embed_prompts(model.model, input_ids, pixel_values, routing)
-    find_decoder(model).router.plan(states, routing)
-    keep, is_token = routing.kept_layers(), mask.bool()
+    states, routing = plan_by_router(model, inputs)
+    rows = zip(states, inputs["attention_mask"].bool(), routing.kept_layers(), strict=True)
     # clones, so that a prompt does not keep its whole batch in memory
-    return [PlannedPrompt(states[row][is_token[row]].clone(), keep[row]) for row in range(len(input_ids))]
+    return [PlannedPrompt(states[is_token].clone(), keep) for states, is_token, keep in rows]
 
 
 def generate_planned(model: Any, prompts: Sequence[PlannedPrompt], **options: Any) -> Any:

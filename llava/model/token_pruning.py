@@ -1,9 +1,8 @@
 """Visual-token pruning: the decoder reads fewer tokens per image than the vision tower gives.
 
 The prompt says how many: an image that takes n positions is given n tokens, chosen by the model's pruner between
-projector and decoder. Everything that is aligned with positions (labels, masks, turn ids, the cache) therefore stays
-aligned, routing sees image positions and pixels as ever, and an image that takes all its positions goes the stock way,
-bit for bit.
+projector and decoder. So all that is aligned with positions (labels, masks, turn ids, the cache) stays aligned, routing
+sees image positions and pixels as ever, and an image that takes all its positions is read bit for bit as in LLaVA.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fuzzyroe.attach import find_router
+from fuzzyroe.attach import find_decoder, find_router
 from fuzzyroe.routing_state import RoutingState
 from llava.constants import IGNORE_INDEX, PADDING_TURN
 from llava.model.families import HostInnerModel, HostModel, count_image_features, get_image_token_id
@@ -170,7 +169,7 @@ def embed_prompts(
         **options: Passed to ``get_image_features``.
 
     Returns:
-        States, (B, N, D), those of the model's own forward bit for bit.
+        States, (B, N, D); without pruning those of LLaVA's own forward bit for bit.
 
     Raises:
         ValueError: If an image has more positions than features.
@@ -180,28 +179,39 @@ def embed_prompts(
     if pixel_values is None:
         return embeddings
     config: Any = llava_model.config
-    lengths = _checked_lengths(config, input_ids, pixel_values)
-    if min(lengths) == count_image_features(config):
-        output = llava_model.get_image_features(pixel_values, return_dict=True, **options)
-        features = torch.cat(list(output.pooler_output))
-    else:
-        features = _prune(encode_images(llava_model, pixel_values, **options), lengths, get_pruner(config.token_pruner))
-    if routing is not None and len(set(lengths)) > 1:
-        routing.images_per_row = first_positions(input_ids, get_image_token_id(config)).sum(dim=1)
-    is_image = (input_ids == get_image_token_id(config)).unsqueeze(-1)
-    return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
-
-
-def _checked_lengths(config: Any, input_ids: Tensor, pixel_values: Tensor) -> list[int]:
-    """Count the positions of each image; refuse more than it has features."""
-    num_features = count_image_features(config)
-    lengths = image_lengths(input_ids, get_image_token_id(config), len(pixel_values))
+    image_token, num_features = get_image_token_id(config), count_image_features(config)
+    lengths = image_lengths(input_ids, image_token, len(pixel_values))
     if max(lengths) > num_features:
         raise ValueError(
             f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to {num_features} or "
             "fewer."
         )
-    return lengths
+    if min(lengths) == num_features:
+        output = llava_model.get_image_features(pixel_values, return_dict=True, **options)
+        features = torch.cat(list(output.pooler_output))
+    else:
+        features = _prune(encode_images(llava_model, pixel_values, **options), lengths, get_pruner(config.token_pruner))
+    if routing is not None and len(set(lengths)) > 1:
+        routing.images_per_row = first_positions(input_ids, image_token).sum(dim=1)
+    is_image = (input_ids == image_token).unsqueeze(-1)
+    return embeddings.masked_scatter(is_image, features.to(embeddings.device, embeddings.dtype))
+
+
+@torch.no_grad()
+def plan_by_router(model: HostModel, inputs: dict[str, Any]) -> tuple[Tensor, RoutingState]:
+    """Read images and let the router plan, for a batch of encoded prompts; no decoder layer runs.
+
+    Args:
+        model: Model with a router that decides before the first layer.
+        inputs: ``input_ids`` and ``attention_mask``, (B, N), and where there are images ``pixel_values``.
+
+    Returns:
+        States before the first decoder layer, (B, N, D), and the routing state with the router's result.
+    """
+    routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
+    states = embed_prompts(model.model, inputs["input_ids"], inputs.get("pixel_values"), routing)
+    find_decoder(model).router.plan(states, routing)
+    return states, routing
 
 
 def _prune(tokens: VisualTokens, lengths: list[int], pruner: TokenPruner) -> Tensor:
@@ -246,8 +256,8 @@ def prune_inputs(model: HostModel, inputs: dict[str, Any], num_kept: int | Tenso
 def plan_visual_tokens(model: HostModel, inputs: dict[str, Any], counts: Sequence[int]) -> Tensor:
     """Let the router's score choose how many tokens each image keeps: the higher the score, the more.
 
-    Vision tower and projector run, then the router on prompts with all tokens; no decoder layer does. The percentile of
-    the score, in [0, 1], picks from ``counts``, each for an equal share of prompts like those of calibration.
+    The percentile of the score, in [0, 1], picks from ``counts``, each for an equal share of prompts like those of
+    calibration; no decoder layer runs.
 
     Args:
         model: Model with token pruning, routed by scores with ``percentiles``, as the fuzzy router has them.
@@ -267,12 +277,11 @@ def plan_visual_tokens(model: HostModel, inputs: dict[str, Any], counts: Sequenc
     if router is None or not hasattr(router, "percentiles"):
         name = "no router" if router is None else f"a {type(router).__name__}"
         raise ValueError(f"The model has {name}, which gives no scores; plan with a fuzzy router.")
-    input_ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]
-    routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
-    router.plan(embed_prompts(model.model, input_ids, pixel_values, routing), routing)
+    _, routing = plan_by_router(model, inputs)
     percentiles = router.percentiles(routing.result.scores)[:, 0]  # (B,)
     level = (percentiles * len(counts)).long().clamp(max=len(counts) - 1)
-    images_per_row = (input_ids == get_image_token_id(model.config)).sum(dim=1) // count_image_features(model.config)
+    is_image = inputs["input_ids"] == get_image_token_id(model.config)
+    images_per_row = is_image.sum(dim=1) // count_image_features(model.config)
     return torch.tensor(list(counts), device=level.device)[level].repeat_interleave(images_per_row.to(level.device))
 
 

@@ -16,7 +16,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationC
 
 from llava.model.checkpoints.routing import StoredRouting
 from llava.model.checkpoints.weights import (
-    EMBEDDINGS,
     HEAD,
     PEFT_PREFIX,
     TOWER,
@@ -24,6 +23,7 @@ from llava.model.checkpoints.weights import (
     check_fit,
     list_names,
     read_tensors,
+    shapes_of,
     to_hf_names,
 )
 from llava.model.families import Family, family_of
@@ -48,6 +48,11 @@ class LoraWeights:
     down: Tensor
     up: Tensor
     scale: float
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the weight, (out, in)."""
+        return self.up.shape[0], self.down.shape[1]
 
     def merge_into(self, weight: Tensor) -> Tensor:
         """Give the merged weight, (out, in), in the data type of ``weight``; rounded once."""
@@ -87,48 +92,8 @@ class CheckpointContents:
         return weight
 
 
-def extend_vocabulary(weights: dict[str, Tensor], size: int) -> None:
-    """Add rows to embeddings and output head, in place; a new row is the mean of the others, which stands out nowhere.
-
-    Args:
-        weights: Name in Hugging Face's files -> tensor.
-        size: Rows wanted.
-    """
-    for name in (EMBEDDINGS, HEAD):
-        if name in weights and weights[name].shape[0] < size:
-            old = weights[name]
-            mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
-            weights[name] = torch.cat([old, mean.expand(size - old.shape[0], -1)])
-
-
-def check_complete(weights: Mapping[str, Tensor], config: Any, source: str, new_part: str | None = None) -> None:
-    """Compare weights with those that a model of this configuration has.
-
-    Args:
-        weights: Name in Hugging Face's files -> tensor.
-        config: Configuration.
-        source: Where the weights come from, for messages.
-        new_part: Part whose weights may be missing, as they will be drawn.
-
-    Raises:
-        ValueError: Listing missing, unexpected and misshapen weights.
-    """
-    family = family_of(config)
-    wanted = {
-        name: shape
-        for name, shape in parameter_shapes(config).items()
-        if name in weights or family.part_of(name) != new_part
-    }
-    remedy = "Complete the checkpoint or correct config.json."
-    check_fit(_shapes(weights), wanted, f"The weights of {source}", "its config.json", remedy)
-
-
 def parameter_shapes(config: Any) -> dict[str, Shape]:
-    """Give names in Hugging Face's files and shapes of a model's parameters; nothing is allocated.
-
-    Args:
-        config: Configuration of the model.
-    """
+    """Give names in Hugging Face's files and shapes of the parameters of a configuration; nothing is allocated."""
     config = copy.deepcopy(config)  # building a model writes to it
     # one by one, and by class: under ZeRO-3 transformers would shard the parts of a whole model
     tower_class: Any = MODEL_MAPPING[type(config.vision_config)]
@@ -142,21 +107,18 @@ def parameter_shapes(config: Any) -> dict[str, Shape]:
     parameters = {
         prefix + name: parameter for prefix, module in modules.items() for name, parameter in module.named_parameters()
     }
-    shapes = _shapes(to_hf_names(parameters, family_of(config), "the configuration"))
+    shapes = shapes_of(to_hf_names(parameters, family_of(config), "the configuration"))
     if config.tie_word_embeddings:
         shapes.pop(HEAD, None)
     return shapes
 
 
 def read_projector(file: str | Path, config: Any) -> dict[str, Tensor]:
-    """Read a projector that was trained and saved on its own.
+    """Read a projector that was trained and saved on its own, into names of Hugging Face's files.
 
     Args:
         file: LLaVA's ``mm_projector.bin``, or a safetensors file under the names of any layout.
         config: Configuration of the model that it is for.
-
-    Returns:
-        Name in Hugging Face's files -> tensor.
 
     Raises:
         ValueError: Listing missing, unexpected and misshapen tensors.
@@ -165,7 +127,7 @@ def read_projector(file: str | Path, config: Any) -> dict[str, Tensor]:
     wanted = {name: shape for name, shape in parameter_shapes(config).items() if family.part_of(name) == "projector"}
     tensors = to_hf_names(read_tensors(file), family, str(file))
     remedy = "Name the projector that was trained for this vision tower and language model."
-    check_fit(_shapes(tensors), wanted, f"The weights of {file}", "the model", remedy)
+    check_fit(shapes_of(tensors), wanted, f"The weights of {file}", "the model", remedy)
     return tensors
 
 
@@ -217,19 +179,3 @@ def read_lora(
         scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         lora[name] = LoraWeights(sides["A"], sides["B"], scale)
     return lora, to_hf_names(whole, family, file)
-
-
-def check_lora(lora: Mapping[str, LoraWeights], weights: Mapping[str, Tensor], source: str) -> None:
-    """Compare LoRA weights with the weights they belong to.
-
-    Raises:
-        ValueError: Listing all whose weight is missing or of another shape.
-    """
-    shapes = {name: (each.up.shape[0], each.down.shape[1]) for name, each in lora.items()}
-    wanted = {name: shape for name, shape in _shapes(weights).items() if name in lora}
-    remedy = "Name the base they were trained from as model_base."
-    check_fit(shapes, wanted, f"The LoRA weights of {source}", "the base model", remedy)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from llava.model.checkpoints.contents import (
     CheckpointContents,
     LoraWeights,
-    check_complete,
-    check_lora,
-    extend_vocabulary,
+    parameter_shapes,
     read_lora,
     read_projector,
 )
@@ -28,7 +27,17 @@ from llava.model.checkpoints.files import (
 )
 from llava.model.checkpoints.routing import StoredRouting, import_routing, read_routing
 from llava.model.checkpoints.tokenizer import has_tokenizer, read_tokenizer
-from llava.model.checkpoints.weights import HEAD, TOWER, find_file, read_tensors, read_weights, to_hf_names
+from llava.model.checkpoints.weights import (
+    EMBEDDINGS,
+    HEAD,
+    TOWER,
+    check_fit,
+    find_file,
+    read_tensors,
+    read_weights,
+    shapes_of,
+    to_hf_names,
+)
 from llava.model.families import HostConfig, VisionSettings, default_family, family_of
 from llava.model.families.base import join_configs, locate
 
@@ -55,11 +64,13 @@ def read_checkpoint(path: str | Path, model_base: str | None = None) -> Checkpoi
     # a folder that is there before a hub id
     tower = next(filter(os.path.isdir, towers), towers[0] if towers else None)
     # only transformers' layout has a row for the image token already
-    if any(files.format != "transformers" for files in chain):
-        extend_vocabulary(weights, config.text_config.vocab_size)
-    _complete(weights, config, tower, " with ".join(files.path for files in chain))
+    is_grown = all(files.format == "transformers" for files in chain)
+    _complete(weights, config, tower, " with ".join(files.path for files in chain), is_grown)
+    shapes = shapes_of(weights)
     for each in lora:
-        check_lora(each, weights, str(path))
+        wanted = {name: shape for name, shape in shapes.items() if name in each}
+        remedy = "Name the base they were trained from as model_base."
+        check_fit(shapes_of(each), wanted, f"The LoRA weights of {path}", "the base model", remedy)
     # routing that a configuration describes overrides what RoE's code added to the weights
     described = _first(chain, lambda files: files.config.get("fuzzyroe"))
     if described is not None:
@@ -101,8 +112,7 @@ def compose(language_model: str | Path, settings: VisionSettings) -> CheckpointC
     family, tower = family_of(config), settings.vision_tower
     # a language model keeps its own names in its files, which mean the same in any layout
     weights = to_hf_names(read_weights(language_model), family, str(language_model))
-    extend_vocabulary(weights, config.text_config.vocab_size)
-    _complete(weights, config, tower, f"{language_model} with {tower}", new_part="projector")
+    _complete(weights, config, tower, f"{language_model} with {tower}", is_grown=False, new_part="projector")
     return CheckpointContents(config, weights, tokenizer, family.image_processor(tower), path=str(language_model))
 
 
@@ -191,9 +201,23 @@ def _read_weights(
 
 
 def _complete(
-    weights: dict[str, Tensor], config: Any, tower: str | None, source: str, new_part: str | None = None
+    weights: dict[str, Tensor],
+    config: Any,
+    tower: str | None,
+    source: str,
+    is_grown: bool,
+    new_part: str | None = None,
 ) -> None:
-    """Add the vision tower's weights where its own checkpoint alone has them, in place; refuse what does not fit."""
+    """Add rows of new token ids and the vision tower, in place; refuse weights that do not fit the configuration.
+
+    Args:
+        weights: Name in Hugging Face's files -> tensor.
+        config: Configuration of the model.
+        tower: Checkpoint of the vision tower, if one is named.
+        source: Where the weights come from, for messages.
+        is_grown: Whether the vocabulary holds the image token already.
+        new_part: Part whose weights may be missing, as they will be drawn.
+    """
     family = family_of(config)
     # the original code reads a frozen tower from its own checkpoint, so it may not be in this one
     if tower is not None and not any(name.startswith(TOWER) for name in weights):
@@ -201,4 +225,16 @@ def _complete(
         weights |= to_hf_names({name: tensor for name, tensor in stored.items() if name is not None}, family, tower)
     if config.tie_word_embeddings:
         weights.pop(HEAD, None)  # stored or not, it is the embeddings
-    check_complete(weights, config, source, new_part)
+    for name in () if is_grown else (EMBEDDINGS, HEAD):
+        num_new = config.text_config.vocab_size - len(weights[name]) if name in weights else 0
+        if num_new > 0:
+            # the mean of all rows stands out nowhere
+            mean = weights[name].float().mean(dim=0, keepdim=True).to(weights[name].dtype)
+            weights[name] = torch.cat([weights[name], mean.expand(num_new, -1)])
+    wanted = {
+        name: shape
+        for name, shape in parameter_shapes(config).items()
+        if name in weights or family.part_of(name) != new_part
+    }
+    remedy = "Complete the checkpoint or correct config.json."
+    check_fit(shapes_of(weights), wanted, f"The weights of {source}", "its config.json", remedy)

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -63,14 +63,7 @@ def has_weights(path: str | Path, folder: str = "") -> bool:
 
 
 def read_weights(path: str | Path, folder: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint under the names they are stored under.
-
-    Args:
-        path: Folder or hub id of a checkpoint.
-        folder: Sub-folder that they lie in.
-
-    Returns:
-        Tensors on the CPU.
+    """Read the tensors of a checkpoint, or of a sub-folder of it, under the names they are stored under.
 
     Raises:
         FileNotFoundError: If the checkpoint has no weights in a known layout, or lacks a file of them.
@@ -169,6 +162,11 @@ def check_fit(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], subject:
             f"{subject} do not fit {target}: missing {list_names(missing)}, unexpected {list_names(unexpected)}, wrong "
             f"shape {list_names(misshapen)}; they must agree exactly. {remedy}"
         )
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, Shape]:
+    """Give the shapes of tensors, or of what has a shape as they do, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def list_names(names: Iterable[str]) -> str:
