@@ -31,7 +31,7 @@ from llava.report.comparison import (
     types_table,
 )
 from llava.report.evaluation import load_evaluation
-from llava.report.page import MAX_POINTS, render_stage, report_sections, thin_out, write_report, write_stage_page
+from llava.report.page import MAX_POINTS, render_stage, report_figures, thin_out, write_report, write_stage_page
 
 
 def evaluation(label: str, correct: list[int], target: float | None = None, **changes) -> dict:
@@ -219,7 +219,7 @@ def test_same_report_gives_the_same_page(write, tmp_path):
 
 def test_figures_need_their_data(write):
     report = load_report(write(TUNED, {**ROUTED, "skip_rate": {"all": 0.5, "image": 0.5}}))
-    assert [section.figure.name for section in report_sections(report)] == ["accuracy"]
+    assert list(report_figures(report)) == ["accuracy"]
 
 
 def test_heat_map_refuses_types_with_other_layers():
