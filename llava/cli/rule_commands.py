@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llava.cli.terminal import USER_ERROR, FriendlyGroup, make_table, open_console
+from llava.cli.terminal import USER_ERROR, FriendlyGroup, make_table, open_console, say
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fuzzyroe.rules.explain import Review
     from fuzzyroe.rules.rule_base import FuzzyRuleBase
 
@@ -29,14 +26,6 @@ Overwrite = Annotated[bool, typer.Option(help="Replace the file if it exists.")]
 _EMPTY = "–"
 
 
-class Format(str, Enum):
-    """Dialects that express the rules exactly."""
-
-    fcl = "fcl"
-    fis = "fis"
-    yaml = "yaml"
-
-
 @rules_app.command("show")
 def show(rule_base: RuleBaseName) -> None:
     """Show variables and rules, with what the expert gave, what was interpolated, what was fitted and to how much."""
@@ -44,8 +33,7 @@ def show(rule_base: RuleBaseName) -> None:
 
     rules, console = open_rule_base(rule_base), open_console()
     names = [variable.name for variable in rules.antecedents]
-    lower, upper = rules.consequent.output_range
-    console.print(f"{rules.name}: {rules.description}" if rules.description else rules.name, style="bold", markup=False)
+    say(f"{rules.name}: {rules.description}" if rules.description else rules.name, style="bold")
     variables = [
         (
             variable.name,
@@ -58,16 +46,26 @@ def show(rule_base: RuleBaseName) -> None:
     # peaks, because calibration moves them to the quantiles of the features
     headings = ("name", "terms with their peaks", "universe", "effect")
     console.print(make_table("\nVariables", headings, variables, text_columns=4))
-    evidence = evidence_of(rules)
+    evidence = evidence_of(rules)  # examples that informed each rule in the fit
+    # the values that fitting started from stand beside the fitted ones
+    prior = rules.unfitted()
+    completed = prior if prior.is_complete else prior.interpolate()
+    rows = []
+    for cell in rules.cells():
+        value, origin = f"{completed.output_table[cell]:.3f}", completed.source[cell]
+        by_origin = [value if origin == name else _EMPTY for name in ("expert", "interpolated")]
+        fitted = f"{rules.output_table[cell]:.3f}" if rules.source[cell] == "fitted" else _EMPTY
+        examples = [] if evidence is None else [f"{evidence[cell]:.1f}"]
+        rows.append([*rules.terms_of(cell), *by_origin, fitted, *examples])
     columns = (*names, "expert", "interpolated", "fitted", *(() if evidence is None else ("examples",)))
+    lower, upper = rules.consequent.output_range
     title = f"\nRules for {rules.consequent.name} in [{lower:g}, {upper:g}]"
-    console.print(make_table(title, columns, _rule_rows(rules, evidence), text_columns=len(names)))
+    console.print(make_table(title, columns, rows, text_columns=len(names)))
     if not rules.is_complete:
-        console.print(
+        say(
             f"{len(rules.missing_cells())} of {rules.num_rules} combinations have no rule in the file; the "
             f"interpolated values are what '{rules.interpolation.method}' concludes",
             style="dim",
-            soft_wrap=True,
         )
 
 
@@ -82,11 +80,35 @@ def check(
     from fuzzyroe.rules.explain import review_rule_base
 
     # opening it refuses two rules for one combination of terms
-    review, console = review_rule_base(open_rule_base(rule_base), tolerance=tolerance), open_console()
-    for line in _review_lines(review, tolerance):
-        console.print(line, markup=False, soft_wrap=True)
+    review = review_rule_base(open_rule_base(rule_base), tolerance=tolerance)
+    say(*_review_lines(review, tolerance))
     if not review.is_ok:
         raise typer.Exit(USER_ERROR)
+
+
+def _review_lines(review: Review, tolerance: float) -> Iterator[str]:
+    """What a review says, a heading for each check and a line for each finding."""
+    share = review.num_given / review.num_rules
+    yield f"coverage: the expert gives {review.num_given} of {review.num_rules} rules ({share:.0%})"
+    yield from (f"  to be interpolated: {', '.join(terms)}" for terms in review.missing)
+    yield "conflicts: none, every combination of terms has at most one rule"
+    sets = {"expert rules": review.contradictions, "rules in use": review.fitted_contradictions}
+    for name, pairs in sets.items():
+        yield f"directions, {name}: {len(pairs) or 'no'} contradiction{'' if len(pairs) == 1 else 's'}"
+        for lower, upper, excess in pairs:
+            yield f"  ({', '.join(lower)}) concludes {excess:.3f} more than ({', '.join(upper)}) and should not"
+    yield from (f"  {variable} has no declared direction, so it is not checked" for variable in review.undirected)
+    yield f"unused terms: {len(review.unused_terms) or 'none'}"
+    yield from (f"  no rule of the expert mentions {variable} = {term}" for variable, term in review.unused_terms)
+    idle = "unknown, these rules were not fitted to examples yet" if review.idle is None else len(review.idle) or "none"
+    yield f"unused rules: {idle}"
+    for terms, count in review.idle or ():
+        yield f"  {', '.join(terms)}: informed by {count:.2f} examples of the fit; its prior and neighbours decide"
+    number = f"methods differ by more than {tolerance:.0%} of the universe on {len(review.disagreements) or 'no'} rules"
+    yield f"completion: {number if review.missing else 'nothing to complete'}"
+    for item in review.disagreements:
+        values = ", ".join(f"{method} {value:.3f}" for method, value in item.values.items())
+        yield f"  {', '.join(item.terms)}: {values}; consider giving this rule yourself"
 
 
 @rules_app.command("complete")
@@ -99,20 +121,21 @@ def complete(
     """Complete missing rules by fuzzy rule interpolation; given ones keep every bit."""
     from fuzzyroe.rules.yaml_io import save_rule_base
 
-    refuse_overwrite(output, overwrite)  # before any work
+    _refuse_overwrite(output, overwrite)  # before any work
     rules = open_rule_base(rule_base)
     completed = rules.interpolate(method)
     save_rule_base(completed, output)
-    typer.echo(
-        f"{len(rules.missing_cells())} of {rules.num_rules} rules interpolated by {completed.interpolation.method}, "
-        f"written to {output}"
-    )
+    number, used = len(rules.missing_cells()), completed.interpolation.method
+    say(f"{number} of {rules.num_rules} rules interpolated by {used}, written to {output}")
 
 
 @rules_app.command("export")
 def export(
     rule_base: RuleBaseName,
-    format: Annotated[Format, typer.Option(help="fcl: Fuzzy Control Language; fis: MATLAB; yaml: our own.")],
+    format: Annotated[
+        Literal["fcl", "fis", "yaml"],
+        typer.Option(help="fcl: Fuzzy Control Language; fis: MATLAB; yaml: our own. All express the rules exactly."),
+    ],
     name: Annotated[str | None, typer.Option(help="Name to give it; its own if left out.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write; stdout if left out.")] = None,
     overwrite: Overwrite = False,
@@ -125,13 +148,13 @@ def export(
 
     rules = open_rule_base(rule_base)
     named = rules if name is None else replace(rules, name=name)
-    text = {Format.fcl: to_fcl, Format.fis: to_fis, Format.yaml: dump_rule_base}[format](named)
+    text = {"fcl": to_fcl, "fis": to_fis, "yaml": dump_rule_base}[format](named)
     if output is None:
         typer.echo(text, nl=False)
         return
-    refuse_overwrite(output, overwrite)
+    _refuse_overwrite(output, overwrite)
     output.write_text(text, encoding="utf-8")
-    typer.echo(f"written to {output}")
+    say(f"written to {output}")
 
 
 @rules_app.command("plot")
@@ -153,9 +176,9 @@ def plot(
         pictures["firing"] = draw_firing
     for name, draw in pictures.items():
         (output / f"{name}.png").write_bytes(render_png(partial(draw, completed)))
-        typer.echo(f"written to {output / name}.png")
+        say(f"written to {output / name}.png")
     if "firing" not in pictures:
-        typer.echo("no firing.png: nothing has fired these rules yet; plot what calibration made, a checkpoint folder")
+        say("no firing.png: nothing has fired these rules yet; plot what calibration made, a checkpoint folder")
 
 
 @rules_app.command("diff")
@@ -163,15 +186,15 @@ def diff(first: RuleBaseName, second: RuleBaseName) -> None:
     """List differing variables, options and rules; names and descriptions do not count."""
     from fuzzyroe.rules.explain import compare_rule_bases
 
-    rules, console = open_rule_base(first), open_console()
+    rules = open_rule_base(first)
     difference = compare_rule_bases(rules, open_rule_base(second))
     if difference.is_empty:
-        console.print("no difference")
+        say("no difference")
         return
-    for sentence in difference.settings:
-        console.print(sentence, markup=False, soft_wrap=True)
+    if difference.settings:
+        say(*difference.settings)
     if difference.rules is None:
-        console.print("the variables or terms differ, so rules cannot be lined up")
+        say("the variables or terms differ, so rules cannot be lined up")
         return
     rows = []
     for rule in difference.rules:
@@ -181,7 +204,7 @@ def diff(first: RuleBaseName, second: RuleBaseName) -> None:
         rows.append([*rule.terms, *values, change, " -> ".join(origins)])
     columns = (*(variable.name for variable in rules.antecedents), first, second, "change", "origin")
     title = f"\n{len(rows)} of {rules.num_rules} rules differ"
-    console.print(make_table(title, columns, rows, text_columns=len(rules.antecedents)))
+    open_console().print(make_table(title, columns, rows, text_columns=len(rules.antecedents)))
 
 
 def open_rule_base(name: str) -> FuzzyRuleBase:
@@ -197,61 +220,6 @@ def open_rule_base(name: str) -> FuzzyRuleBase:
     return load_rule_base(str(Path(name) / "rule_base.yaml") if is_folder else name)
 
 
-def refuse_overwrite(output: Path, overwrite: bool) -> None:
-    """Refuse to replace a file unless asked to.
-
-    Raises:
-        FileExistsError: If the file exists and ``overwrite`` is false.
-    """
+def _refuse_overwrite(output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; commands replace nothing unasked. Name another, or add --overwrite.")
-
-
-def _rule_rows(rules: FuzzyRuleBase, evidence: np.ndarray | None) -> list[list[str]]:
-    """One row per combination of terms; the examples are those that informed the rule in the fit."""
-    # the values that fitting started from stand beside the fitted ones
-    prior = rules.unfitted()
-    completed = prior if prior.is_complete else prior.interpolate()
-    rows = []
-    for cell in rules.cells():
-        value = f"{completed.output_table[cell]:.3f}"
-        fitted = f"{rules.output_table[cell]:.3f}" if rules.source[cell] == "fitted" else _EMPTY
-        by_origin = [value if completed.source[cell] == name else _EMPTY for name in ("expert", "interpolated")]
-        examples = [] if evidence is None else [f"{evidence[cell]:.1f}"]
-        rows.append([*rules.terms_of(cell), *by_origin, fitted, *examples])
-    return rows
-
-
-def _review_lines(review: Review, tolerance: float) -> Iterator[str]:
-    """What a review says, a heading for each check and a line for each finding."""
-    share = review.num_given / review.num_rules
-    yield f"coverage: the expert gives {review.num_given} of {review.num_rules} rules ({share:.0%})"
-    for terms in review.missing:
-        yield f"  to be interpolated: {', '.join(terms)}"
-    yield "conflicts: none, every combination of terms has at most one rule"
-    for heading, pairs in (
-        ("directions, expert rules", review.contradictions),
-        ("directions, rules in use", review.fitted_contradictions),
-    ):
-        yield f"{heading}: {len(pairs) or 'no'} contradiction{'' if len(pairs) == 1 else 's'}"
-        for lower, upper, excess in pairs:
-            yield f"  ({', '.join(lower)}) concludes {excess:.3f} more than ({', '.join(upper)}) and should not"
-    for variable in review.undirected:
-        yield f"  {variable} has no declared direction, so it is not checked"
-    yield f"unused terms: {len(review.unused_terms) or 'none'}"
-    for variable, term in review.unused_terms:
-        yield f"  no rule of the expert mentions {variable} = {term}"
-    if review.idle is None:
-        yield "unused rules: unknown, these rules were not fitted to examples yet"
-    else:
-        yield f"unused rules: {len(review.idle) or 'none'}"
-        for terms, count in review.idle:
-            yield f"  {', '.join(terms)}: informed by {count:.2f} examples of the fit; its prior and neighbours decide"
-    if not review.missing:
-        yield "completion: nothing to complete"
-    else:
-        number = len(review.disagreements)
-        yield f"completion: methods differ by more than {tolerance:.0%} of the universe on {number or 'no'} rules"
-    for item in review.disagreements:
-        values = ", ".join(f"{method} {value:.3f}" for method, value in item.values.items())
-        yield f"  {', '.join(item.terms)}: {values}; consider giving this rule yourself"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import typer
@@ -29,6 +29,11 @@ def open_console(stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, PIPE_WIDTH)
     return console
+
+
+def say(*lines: str, style: str | None = None) -> None:
+    """Print lines to stdout as they are; square brackets are no markup, and no line is cut."""
+    open_console().print("\n".join(lines), style=style, markup=False, soft_wrap=True)
 
 
 def make_table(
@@ -87,7 +92,8 @@ def is_user_error(error: Exception) -> bool:
 
     A ValueError from inside numpy or torch is a bug of ours; hiding its traceback would hide the bug.
     """
-    return isinstance(error, OSError) or _raised_in(error.__traceback__).split(".")[0] in OUR_PACKAGES
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, OSError) or modules[-1].partition(".")[0] in OUR_PACKAGES
 
 
 def describe_error(error: Exception) -> str:
@@ -98,10 +104,3 @@ def describe_error(error: Exception) -> str:
     # str() of a KeyError puts the message in quotes
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split())
-
-
-def _raised_in(traceback: TracebackType | None) -> str:
-    """Name of the module that raised."""
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")

@@ -32,34 +32,28 @@ def find_absent(configs: dict[str, dict[str, Any]], hub_cache: Path, datasets_ca
     """
     absent = {}
     for task, config in configs.items():
-        path = config.get("dataset_path")
+        path, missing = config.get("dataset_path"), []
         if path in LOCAL_BUILDERS:
             files = _flatten((config.get("dataset_kwargs") or {}).get("data_files"))
             missing = [file for file in files if "://" not in file and not Path(file).exists()]
-        elif path is None or Path(path).exists() or _is_cached(path, hub_cache, datasets_cache):
-            missing = []
-        else:
-            missing = [path]
+        elif path is not None and not Path(path).exists():
+            # a snapshot may hold a README alone, from a look at the data set's page
+            snapshots = hub_cache / f"datasets--{path.replace('/', '--')}" / "snapshots"
+            prepared = {datasets_cache / name.replace("/", "___") for name in (path, path.lower())}
+            is_downloaded = any(file.suffix in DATA_SUFFIXES for file in snapshots.rglob("*"))
+            is_there = is_downloaded or any(any(folder.rglob("*.arrow")) for folder in prepared)
+            missing = [] if is_there else [path]
         if missing:
             absent[task] = missing[0]
     return absent
 
 
-def _is_cached(dataset: str, hub_cache: Path, datasets_cache: Path) -> bool:
-    snapshots = hub_cache / f"datasets--{dataset.replace('/', '--')}" / "snapshots"
-    # a snapshot may hold a README alone, from a look at the data set's page
-    if any(file.suffix in DATA_SUFFIXES for file in snapshots.rglob("*")):
-        return True
-    prepared = dataset.replace("/", "___")
-    return any(any((datasets_cache / name).rglob("*.arrow")) for name in (prepared, prepared.lower()))
-
-
 def _flatten(data_files: Any) -> list[str]:
-    if isinstance(data_files, dict):
-        return [file for value in data_files.values() for file in _flatten(value)]
-    if isinstance(data_files, (list, tuple)):
-        return [file for value in data_files for file in _flatten(value)]
-    return [] if data_files is None else [str(data_files)]
+    """Names of files, however a task nests them in lists and splits."""
+    if isinstance(data_files, str) or data_files is None:
+        return [data_files] if data_files else []
+    members = data_files.values() if isinstance(data_files, dict) else data_files
+    return [file for member in members for file in _flatten(member)]
 
 
 def read_task_configs(tasks: list[str], include_path: str | None = None) -> dict[str, dict[str, Any]]:
@@ -87,19 +81,18 @@ def read_task_configs(tasks: list[str], include_path: str | None = None) -> dict
         entry = index[name]
         if entry["type"] == "tag":
             waiting += entry["task"]
-            continue
-        config = load_yaml_config(entry["yaml_path"], mode="simple")
-        if entry["type"] == "group":
-            waiting += [member if isinstance(member, str) else member["task"] for member in config["task"]]
         else:
-            configs[name] = config
+            config = load_yaml_config(entry["yaml_path"], mode="simple")
+            if entry["type"] == "group":
+                waiting += [member if isinstance(member, str) else member["task"] for member in config["task"]]
+            else:
+                configs[name] = config
     return configs
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and report; give the exit status."""
-    description = "List the data sets of lmms-eval tasks that are absent from this machine."
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.datasets_offline", description=description)
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.datasets_offline", description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", required=True, help="names separated by commas, as for lmms-eval")
     parser.add_argument("--include-path", help="folder of local tasks")
     options = parser.parse_args(arguments)

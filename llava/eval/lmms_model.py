@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,16 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
+from loguru import logger
 from tqdm import tqdm
 
 from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_router
 from llava.conversation import get_template
-from llava.inference.generator import (
-    GeneratedBatch,
-    GenerationOptions,
-    Generator,
-    make_message,
-    parse_skip_rate,
-)
+from llava.inference.generator import GeneratedBatch, GenerationOptions, Generator, make_message, parse_skip_rate
 from llava.inference.scheduler import SCHEDULES, answer_queue
 from llava.model.builder import load_checkpoint
+from llava.model.families import choose_template
 from llava.model.token_pruning import set_token_pruning
 from llava.report.evaluation import RequestRecord, remove_routing_log, write_routing_log
 
@@ -43,7 +39,7 @@ class FuzzyRoE(lmms):
     Args:
         pretrained: Checkpoint folder or hub id.
         skip_rate: Target skip rate; "off" runs the dense model; None takes the checkpoint's own.
-        conv_template: Name of the conversation template that the checkpoint was trained with.
+        conv_template: Name of a conversation template; None takes the one that the checkpoint was trained with.
         device: "cpu", "cuda" or "cuda:N"; None takes a GPU if there is one. With several processes each takes its own.
         dtype: A key of ``DTYPES``; "auto" is float32 on a CPU and float16 elsewhere, as LLaVA has it.
         attn_implementation: "sdpa", "flash_attention_2" or "eager".
@@ -69,7 +65,7 @@ class FuzzyRoE(lmms):
         self,
         pretrained: str,
         skip_rate: float | str | None = None,
-        conv_template: str = "vicuna_v1",
+        conv_template: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str = "sdpa",
@@ -82,27 +78,38 @@ class FuzzyRoE(lmms):
     ) -> None:
         super().__init__()
         if unknown:
-            known = [
-                name for name in inspect.signature(FuzzyRoE.__init__).parameters if name not in ("self", "unknown")
-            ]
+            known = [name for name in inspect.signature(FuzzyRoE).parameters if name != "unknown"]
             raise TypeError(
                 f"--model_args has {', '.join(sorted(unknown))}, which fuzzyroe does not know; it knows "
                 f"{', '.join(known)}. Correct the name or leave it out."
             )
         # everything that can be refused without the weights comes first: loading them takes minutes
-        template = get_template(conv_template)
-        self._batch_size, self._schedule = _parse_batch_size(batch_size), _check_schedule(schedule)
-        numbers = _parse_visual_tokens(visual_tokens)
+        if conv_template is not None:
+            get_template(conv_template)
+        words = [] if visual_tokens is None else str(visual_tokens).split("/")
+        for name, value, is_allowed, allowed in (
+            ("batch_size", batch_size, _is_positive(batch_size), "a number from 1 that fits in memory"),
+            ("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("dtype", dtype, dtype in ("auto", *DTYPES), f"one of auto, {', '.join(DTYPES)}"),
+            ("visual_tokens", visual_tokens, all(map(_is_positive, words)), "numbers from 1, such as 64 or 64/576"),
+        ):
+            if not is_allowed:
+                raise ValueError(f"{name} is {value!r}; use {allowed}.")
+        self._batch_size, self._schedule, numbers = int(batch_size), schedule, tuple(map(int, words))
         rate, self._task_rates = parse_skip_rate(skip_rate), parse_task_rates(task_skip_rates)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._device = self._choose_device(device)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self._world_size > 1:
+            self._device = self.accelerator.device
         self._routing_log = Path(routing_log) if routing_log else None
         if self._routing_log is not None and self._rank == 0:
             self._routing_log.parent.mkdir(parents=True, exist_ok=True)
             remove_routing_log(self._routing_log)
-        placement: dict[str, Any] = {} if self._device.type == "cpu" else {"device_map": {"": str(self._device)}}
-        checkpoint = load_checkpoint(pretrained, _parse_dtype(dtype, self._device), attn_implementation, **placement)
+        is_on_cpu = self._device.type == "cpu"
+        placement: dict[str, Any] = {} if is_on_cpu else {"device_map": {"": str(self._device)}}
+        kind = DTYPES.get(dtype, torch.float32 if is_on_cpu else torch.float16)
+        checkpoint = load_checkpoint(pretrained, kind, attn_implementation, **placement)
         model: Any = checkpoint.model
         self.model = model.to(self._device).eval()
         if skip_rate is not None:  # "off" switches routing off, nothing leaves the checkpoint's own rate
@@ -111,10 +118,12 @@ class FuzzyRoE(lmms):
         self._rate = float(router.target_skip_ratio) if router is not None and router.enabled else None
         self._check_task_rates()
         self._pretrained = str(pretrained)
+        template, reason = choose_template(conv_template, self.model.config, "conv_template")
+        logger.info(f"Conversation template {template} ({reason}).")
         # one number prunes every prompt as it is encoded; of several, the score picks one in the generator
         if len(numbers) == 1:
             set_token_pruning(self.model, numbers[0])
-        self._generator = Generator(checkpoint, template, numbers if len(numbers) > 1 else ())
+        self._generator = Generator(checkpoint, get_template(template), numbers if len(numbers) > 1 else ())
         self._records: list[RequestRecord] = []
 
     @classmethod
@@ -138,7 +147,12 @@ class FuzzyRoE(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer the requests, in their order; then write the routing log."""
-        _check_tasks(self._task_rates, self.task_dict)
+        absent = sorted(set(self._task_rates) - set(self.task_dict))
+        if absent:
+            raise ValueError(
+                f"task_skip_rates names {', '.join(absent)}, but this run has the tasks "
+                f"{', '.join(sorted(self.task_dict))}; name one of these (of a group, its single tasks)."
+            )
         answers: list[str] = [""] * len(requests)
         with tqdm(total=len(requests), desc="Answering requests", disable=self._rank != 0) as progress:
             for window in self._windows(requests):
@@ -152,11 +166,11 @@ class FuzzyRoE(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Refuse: decisions are taken for a prompt to be continued, not for a given continuation."""
-        raise NotImplementedError(_refusal(requests, "log-likelihoods"))
+        raise _refusal(requests, "log-likelihoods")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse: a request is one question here."""
-        raise NotImplementedError(_refusal(requests, "several rounds"))
+        raise _refusal(requests, "several rounds")
 
     def clean(self) -> None:
         """Let go of the model, once all requests are answered."""
@@ -233,11 +247,6 @@ class FuzzyRoE(lmms):
                 target_skip_ratio=None if rate is None else round(rate, 6),
             )
 
-    def _choose_device(self, device: str | None) -> torch.device:
-        if self._world_size > 1:
-            return self.accelerator.device
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
 
 def parse_task_rates(text: str | None) -> dict[str, float | None]:
     """Read ``TASK:RATE`` pairs joined by "/"; no pair for None, and None for the rate of the dense model.
@@ -261,43 +270,8 @@ def parse_task_rates(text: str | None) -> dict[str, float | None]:
     return rates
 
 
-def _check_tasks(rates: Collection[str], tasks: Collection[str]) -> None:
-    """Refuse rates of tasks that are not run."""
-    unknown = sorted(set(rates) - set(tasks))
-    if unknown:
-        raise ValueError(
-            f"task_skip_rates names {', '.join(unknown)}, but this run has the tasks {', '.join(sorted(tasks))}; name "
-            "one of these (of a group, its single tasks), or leave it out."
-        )
-
-
-def _parse_batch_size(batch_size: int | str) -> int:
-    if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it is a number from 1. Give one that fits in memory.")
-    return int(batch_size)
-
-
-def _check_schedule(schedule: str) -> str:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}.")
-    return schedule
-
-
-def _parse_visual_tokens(visual_tokens: int | str | None) -> tuple[int, ...]:
-    words = [] if visual_tokens is None else str(visual_tokens).split("/")
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(
-            f"visual_tokens is {visual_tokens!r}; it is a number from 1, or several joined by '/', such as 64/192/576."
-        )
-    return tuple(int(word) for word in words)
-
-
-def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+def _is_positive(value: int | str) -> bool:
+    return str(value).isdecimal() and int(value) > 0
 
 
 def _check_images(visuals: Any, task: str) -> list[Any]:
@@ -309,9 +283,9 @@ def _check_images(visuals: Any, task: str) -> list[Any]:
     return images
 
 
-def _refusal(requests: list[Instance], what: str) -> str:
+def _refusal(requests: list[Instance], what: str) -> NotImplementedError:
     tasks = sorted({str(request.metadata.get("task")) for request in requests if request.metadata})
-    return (
+    return NotImplementedError(
         f"Task {', '.join(tasks) or '?'} asks for {what}; fuzzyroe answers with generated text only. Choose a variant "
         "of the task with output_type generate_until."
     )

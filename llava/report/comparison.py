@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -26,22 +26,14 @@ NOT_MEASURED = "–"
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much more often a run is right than a reference, on the same questions.
+    """How much more often a run is right than a reference, on the same questions."""
 
-    Attributes:
-        difference: Accuracy of the run minus accuracy of the reference, in [-1, 1].
-        lower, upper: 95 % confidence interval of the difference.
-        num_items: Questions, n.
-        num_gained: Questions the run gets right, the reference wrong.
-        num_lost: Questions the run gets wrong, the reference right.
-    """
-
-    difference: float
-    lower: float
+    difference: float  # accuracy of the run minus accuracy of the reference, in [-1, 1]
+    lower: float  # 95 % confidence interval of the difference
     upper: float
-    num_items: int
-    num_gained: int
-    num_lost: int
+    num_items: int  # questions, n
+    num_gained: int  # questions the run gets right, the reference wrong
+    num_lost: int  # questions the run gets wrong, the reference right
 
 
 def paired_difference(
@@ -102,17 +94,11 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run beside the reference.
-
-    Attributes:
-        run: The run.
-        difference: Paired difference of its accuracy on images to the reference; None for the reference itself.
-        prefill_ratio: Prefill time as a share of the reference's; None unless both were timed at the same batch size.
-    """
+    """One run beside the reference."""
 
     run: Evaluation
-    difference: PairedDifference | None
-    prefill_ratio: float | None
+    difference: PairedDifference | None  # of the accuracy on images; None for the reference itself
+    prefill_ratio: float | None  # to the reference's time; None unless both were timed at the same batch size
 
     @property
     def is_reference(self) -> bool:
@@ -122,19 +108,12 @@ class RunRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Data of the closing tables and figures.
+    """Data of the closing tables and figures."""
 
-    Attributes:
-        reference: The dense run with the best accuracy on questions about an image.
-        rows: The runs: dense ones first, then by growing target skip ratio.
-        stages: ``STAGE_FACTS`` of the stages, with their ``folder`` and ``rule_base``; None where one has no such fact.
-        rule_base: Rule base of the last stage that has one; None if none has.
-    """
-
-    reference: Evaluation
-    rows: tuple[RunRow, ...]
-    stages: tuple[dict[str, Any], ...] = ()
-    rule_base: FuzzyRuleBase | None = None
+    reference: Evaluation  # the dense run with the best accuracy on questions about an image
+    rows: tuple[RunRow, ...]  # dense runs first, then by growing target skip ratio
+    stages: tuple[dict[str, Any], ...] = ()  # STAGE_FACTS, folder and rule_base of each; None where it has no such fact
+    rule_base: FuzzyRuleBase | None = None  # of the last stage that has one
 
     @property
     def routed(self) -> tuple[RunRow, ...]:
@@ -209,19 +188,12 @@ def to_json(report: Report) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text, for a terminal or a page.
-
-    Attributes:
-        title: Its title.
-        columns: Headings; the first column is text, the others are numbers.
-        rows: Cells, one list per row.
-        highlighted: Rows to set apart.
-    """
+    """A table of text, for a terminal or a page."""
 
     title: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # the first column is text, the others are numbers
     rows: tuple[tuple[str, ...], ...]
-    highlighted: frozenset[int] = frozenset()
+    highlighted: frozenset[int] = frozenset()  # rows to set apart
 
 
 def runs_table(report: Report) -> Table:
@@ -250,22 +222,39 @@ def runs_table(report: Report) -> Table:
 
 def types_table(report: Report) -> Table:
     """Accuracy and skip rate per question type, a column per run."""
-    groups = []
-    for row in report.rows:
-        accuracy, skip_rate = (ratios.get("types", {}) for ratios in (row.run.accuracy, row.run.skip_rate))
-        groups.append({name: (accuracy[name], skip_rate.get(name)) for name in accuracy})
-    names = list(dict.fromkeys(name for group in groups for name in group))
-    return _group_table(report, "Accuracy (skip rate) by question type", "question type", names, groups)
+
+    def read(run: Evaluation) -> Groups:
+        skip_rates = run.skip_rate.get("types", {})
+        return {name: (ratio, skip_rates.get(name)) for name, ratio in run.accuracy.get("types", {}).items()}
+
+    return _group_table(report, "Accuracy (skip rate) by question type", "question type", read)
 
 
 def complexity_table(report: Report) -> Table:
     """Accuracy and skip rate per complexity of questions about images, a column per run."""
-    groups = [
-        {name: (level.get("accuracy"), level.get("skip_rate")) for name, level in row.run.complexity.items()}
-        for row in report.rows
-    ]
-    names = sorted({name for group in groups for name in group})
-    return _group_table(report, "Accuracy (skip rate) by complexity of the question", "complexity", names, groups)
+
+    def read(run: Evaluation) -> Groups:
+        return {name: (level.get("accuracy"), level.get("skip_rate")) for name, level in run.complexity.items()}
+
+    return _group_table(report, "Accuracy (skip rate) by complexity of the question", "complexity", read)
+
+
+Groups = dict[str, tuple[float | None, float | None]]
+"""Accuracy and skip rate of groups of questions, by name."""
+
+
+def _group_table(report: Report, title: str, heading: str, read: Callable[[Evaluation], Groups]) -> Table:
+    """Lay out the groups of every run, a row each."""
+    runs = [(row.run, read(row.run)) for row in report.rows]
+    rows = []
+    for name in sorted({name for _, groups in runs for name in groups}):
+        cells = [name]
+        for run, groups in runs:
+            accuracy, skip_rate = groups.get(name, (None, None))
+            is_plain = run.is_dense or skip_rate is None
+            cells.append(percent(accuracy) if is_plain else f"{percent(accuracy)} ({percent(skip_rate)})")
+        rows.append(tuple(cells))
+    return Table(title, (heading, *(run.label for run, _ in runs)), tuple(rows))
 
 
 def stages_table(report: Report) -> Table:
@@ -284,25 +273,6 @@ def report_tables(report: Report) -> tuple[Table, ...]:
     """Give the closing tables that have a row."""
     tables = (runs_table(report), types_table(report), complexity_table(report), stages_table(report))
     return tuple(table for table in tables if table.rows)
-
-
-def _group_table(
-    report: Report,
-    title: str,
-    heading: str,
-    names: Sequence[str],
-    groups: Sequence[Mapping[str, tuple[float | None, float | None]]],
-) -> Table:
-    """Lay out accuracy and skip rate of the named groups, a row each; ``groups`` has one mapping per run."""
-    rows = []
-    for name in names:
-        cells = [name]
-        for row, group in zip(report.rows, groups, strict=True):
-            accuracy, skip_rate = group.get(name, (None, None))
-            is_plain = row.run.is_dense or skip_rate is None
-            cells.append(percent(accuracy) if is_plain else f"{percent(accuracy)} ({percent(skip_rate)})")
-        rows.append(tuple(cells))
-    return Table(title, (heading, *(row.run.label for row in report.rows)), tuple(rows))
 
 
 def percent(ratio: float | None) -> str:

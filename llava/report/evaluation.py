@@ -50,35 +50,21 @@ class RequestRecord:
     A batch is timed as a whole. A request's ``prefill_ms`` is its share of the batch's prefill by prompt tokens (images
     expanded, padding not counted), so the shares add up to the batch. ``decode_ms_per_token`` is the batch's time after
     its first tokens, divided by all tokens that its requests got after their first: the cost of a useful token.
-
-    Attributes:
-        task: Name of the benchmark.
-        doc_id: Number of the document in its split.
-        type, complexity: The document's own; None where it has none.
-        num_images: Images of the prompt.
-        kept_layers: 1 where the request ran the layer, 0 where it skipped it, L; all ones for a dense model.
-        prefill_ms: Milliseconds from the prompt to the first token.
-        decode_ms_per_token: Milliseconds per token after the first; None if no request of the batch got a second one.
-        batch_size: Requests in its batch.
-        num_prompt_tokens: Tokens of the prompt with images expanded.
-        num_new_tokens: Tokens generated.
-        checkpoint: Folder or hub id of the model.
-        target_skip_ratio: Mean skip rate asked of the router; None for a dense run.
     """
 
-    task: str
-    doc_id: int
-    type: str | None
-    complexity: int | None
+    task: str  # name of the benchmark
+    doc_id: int  # number of the document in its split
+    type: str | None  # the document's own
+    complexity: int | None  # the document's own
     num_images: int
-    kept_layers: list[int]
-    prefill_ms: float
-    decode_ms_per_token: float | None
+    kept_layers: list[int]  # 1 where the request ran the layer, 0 where it skipped it, L; all ones for a dense model
+    prefill_ms: float  # from the prompt to the first token
+    decode_ms_per_token: float | None  # None if no request of the batch got a second token
     batch_size: int
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # images expanded
     num_new_tokens: int
-    checkpoint: str
-    target_skip_ratio: float | None
+    checkpoint: str  # folder or hub id
+    target_skip_ratio: float | None  # mean skip rate asked of the router; None for a dense run
 
     @property
     def skip_rate(self) -> float:
@@ -147,34 +133,20 @@ class Evaluation:
     """One run over one set of questions: the content of ``evaluation.json``.
 
     Ratios are in [0, 1]; a value that was not measured is None or absent.
-
-    Attributes:
-        label: Name of the run, unique in a report.
-        accuracy: ``all``, ``image`` (questions about an image), ``text_only``, ``types`` (per question type).
-        correct: 1 or 0 per question about an image.
-        checkpoint: Checkpoint that ran.
-        target_skip_ratio: Skip rate asked for; None for a dense run.
-        items: Number of questions.
-        skip_rate: Observed: ``all``, ``image``, ``types``, ``layers`` (per layer, (L,)), ``layers_by_type``.
-        prefill_ms: Milliseconds from a prompt to its first token, its share of a batch of ``batch_size`` prompts.
-        decode_ms_per_token: Milliseconds per decoded token.
-        batch_size: Prompts per batch while timing.
-        complexity: Items, accuracy and skip rate per complexity of questions about an image.
-        path: File it was read from; not in the file.
     """
 
-    label: str
-    accuracy: dict[str, Any]
-    correct: dict[str, int] = field(repr=False)
+    label: str  # unique in a report
+    accuracy: dict[str, Any]  # all, image (questions about an image), text_only, types (per question type)
+    correct: dict[str, int] = field(repr=False)  # 1 or 0 per question about an image
     checkpoint: str = ""
-    target_skip_ratio: float | None = None
-    items: int | None = None
-    skip_rate: dict[str, Any] = field(default_factory=dict)
-    prefill_ms: float | None = None
+    target_skip_ratio: float | None = None  # skip rate asked for; None for a dense run
+    items: int | None = None  # number of questions
+    skip_rate: dict[str, Any] = field(default_factory=dict)  # observed: all, image, types, layers (L), layers_by_type
+    prefill_ms: float | None = None  # from a prompt to its first token, its share of a batch
     decode_ms_per_token: float | None = None
-    batch_size: int | None = None
-    complexity: dict[str, dict[str, Any]] = field(default_factory=dict)
-    path: Path | None = None
+    batch_size: int | None = None  # prompts per batch while timing
+    complexity: dict[str, dict[str, Any]] = field(default_factory=dict)  # items, accuracy, skip_rate; image questions
+    path: Path | None = None  # file it was read from; not in the file
 
     @property
     def is_dense(self) -> bool:

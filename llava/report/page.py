@@ -38,29 +38,6 @@ REPORT_FILE = "report.html"
 MAX_POINTS = 400
 """Points of a line: longer runs are drawn as means over equal stretches."""
 
-LINES = (
-    ("Loss", "Value that is minimised, and the parts of RoE's objective.", {
-        "loss": "loss", "routing/task_loss": "answers", "routing/hinge": "hinge",
-    }),
-    ("Skip rate", "Share of the layers that samples left out, a mean over turns and layers.", {
-        "routing/skip_rate": "skipped",
-    }),
-    ("Keep weights", "Their mean, and their entropy in nats: 0 where every decision is hard.", {
-        "routing/keep_weight_mean": "mean", "routing/keep_weight_entropy": "entropy",
-    }),
-    ("Gradient norm", "Before clipping.", {"grad_norm": "norm"}),
-    ("Learning rate", "Rate of the first group of parameters.", {"learning_rate": "rate"}),
-    ("Throughput", "Tokens per second over all processes.", {"throughput/tokens_per_second": "tokens/s"}),
-)  # fmt: skip
-"""Title, caption and lines of each chart of a stage over its steps."""
-
-BARS = (
-    ("Skip rate by layer", "Mean over the run.", "routing/skip_rate/layer_"),
-    ("Skip rate by source", "Mean over the logged steps that had such samples.", "routing/skip_rate/source_"),
-    ("Firing of rules", "Mean firing strength over the run, in the order of the rule table.", "routing/fuzzy/rule_"),
-)
-"""Title, caption and prefix of each chart of means."""
-
 
 def render_page(template: str, **content: Any) -> str:
     """Fill a template in this folder; the page loads nothing from anywhere, and every text in it is escaped."""
@@ -146,24 +123,26 @@ def render_stage(summary: dict[str, Any], steps: Sequence[dict[str, Any]]) -> st
         summary: Content of ``stage.json``.
         steps: Logged steps in order; none for a stage of forward passes only.
     """
-    charts: list[tuple[str, str, Draw]] = []
-    for title, caption, names in LINES:
+
+    def draw_steps(names: dict[str, str]) -> Draw | None:
+        """Lines over the steps, by the name that was logged and the one to show."""
         lines = {name: [(line["step"], float(line[name])) for line in steps if name in line] for name in names}
         series = {names[name]: thin_out(line) for name, line in lines.items() if line}
-        if series:
-            charts.append((title, caption, partial(draw_lines, series)))
-    for title, caption, prefix in BARS:
+        return partial(draw_lines, series) if series else None
+
+    def draw_means(prefix: str) -> Draw | None:
+        """Bars of what was logged under a prefix."""
         logged = sorted({name for line in steps for name in line if name.startswith(prefix)})
         values = {name.removeprefix(prefix): [line[name] for line in steps if name in line] for name in logged}
-        if values:
-            charts.append((title, caption, partial(draw_bars, {name: fmean(row) for name, row in values.items()})))
+        return partial(draw_bars, {name: fmean(row) for name, row in values.items()}) if values else None
+
     facts = {name: value for name, value in summary.items() if name not in ("stage", "purpose")}
     moved = [part for part, has_moved in (summary.get("moved") or {}).items() if has_moved]
     tables = {
         "Facts": _write_numbers({**facts, "moved": ", ".join(moved) or None}),
         "Calibration": _write_numbers(summary.get("calibration") or {}),
     }
-    return render_page("stage.html.jinja", summary=summary, charts=charts, tables=tables)
+    return render_page("stage.html.jinja", summary=summary, tables=tables, draw_steps=draw_steps, draw_means=draw_means)
 
 
 def thin_out(line: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@
 #                   where OPENAI_API_KEY is set
 #   SKIP_RATES      mean skip rates, separated by blanks; "off" is the dense model (default: "off 0.25 0.3")
 #   OUTPUT          folder of the runs (default: outputs/eval/NAME_OF_MODEL)
-#   CONV_TEMPLATE   conversation template of the checkpoint (default: vicuna_v1)
+#   CONV_TEMPLATE   conversation template (default: the one the checkpoint was trained with)
 #   BATCH_SIZE      requests per batch and GPU (default: 8)
 #   DTYPE           auto, float16, bfloat16 or float32 (default: auto)
 #   INCLUDE_PATH    folder of local tasks, e.g. playground/digits/lmms_eval
@@ -58,7 +58,7 @@ fi
 evaluate() { # folder, skip rate, arguments for lmms-eval...
   local folder="$1" rate="$2" model_args
   shift 2
-  model_args="pretrained=$MODEL_PATH,skip_rate=$rate,conv_template=${CONV_TEMPLATE:-vicuna_v1}"
+  model_args="pretrained=$MODEL_PATH,skip_rate=$rate${CONV_TEMPLATE:+,conv_template=$CONV_TEMPLATE}"
   model_args+=",dtype=${DTYPE:-auto},routing_log=$folder/routing.jsonl"
   local arguments=(
     --model fuzzyroe

@@ -6,12 +6,14 @@ one: ask ``family_of(config)``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModel
 
+from llava.conversation import get_template
 from llava.model.families.base import SELECT_FEATURES as SELECT_FEATURES
 from llava.model.families.base import Family as Family
 from llava.model.families.base import HostConfig as HostConfig
@@ -20,6 +22,8 @@ from llava.model.families.base import HostModel as HostModel
 from llava.model.families.base import KeyMap as KeyMap
 from llava.model.families.base import VisionSettings as VisionSettings
 from llava.model.families.llava15 import LLAVA15
+
+logger = logging.getLogger(__name__)
 
 FAMILIES: tuple[Family, ...] = (LLAVA15,)
 """All families; the first that recognises a checkpoint is taken, so the most general one stands last."""
@@ -84,6 +88,33 @@ def family_of(config: Any) -> Family:
         f"A configuration of type {config.model_type} belongs to none of {', '.join(f.title for f in FAMILIES)}; load "
         "a checkpoint of one of these."
     )
+
+
+def choose_template(asked: str | None, config: Any, flag: str) -> tuple[str, str]:
+    """Choose the conversation template to run a checkpoint with, and give the reason.
+
+    Args:
+        asked: The user's choice; None to go by the checkpoint.
+        config: The model's configuration; ``conv_template`` names the template of its training.
+        flag: Name of the flag by which users choose.
+
+    Raises:
+        KeyError: If the template is unknown.
+    """
+    named = getattr(config, "conv_template", None)
+    if asked is not None:
+        # two names may stand for one template
+        if named is not None and get_template(asked) != get_template(named):
+            logger.warning("%s is %s, but the checkpoint was trained with %s; leave it out.", flag, asked, named)
+        chosen, reason = asked, flag
+    elif named is not None:
+        chosen, reason = named, "named by the checkpoint"
+    else:
+        family = family_of(config)
+        chosen = family.template(config)
+        reason = f"{family.title}'s; the checkpoint names none, {flag} chooses another"
+    get_template(chosen)  # refuses an unknown name
+    return chosen, reason
 
 
 def default_family() -> Family:

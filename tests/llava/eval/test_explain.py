@@ -51,6 +51,21 @@ def test_image_changes_the_image_features(fuzzy, tmp_path):
     assert without.rules.words["image_dispersion"] == "low"
 
 
+def test_an_image_tag_in_the_question_is_the_place_of_the_image(fuzzy, tmp_path):
+    Image.effect_noise((32, 32), 90).convert("RGB").save(tmp_path / "noise.png")
+    plain = explain_question(fuzzy, QUESTION, tmp_path / "noise.png", max_new_tokens=2)
+    assert explain_question(fuzzy, f"<image>\n{QUESTION}", tmp_path / "noise.png", max_new_tokens=2) == plain
+    with pytest.raises(ValueError, match="The text has 1 <image> markers, but there are 0 images"):
+        explain_question(fuzzy, f"<image>\n{QUESTION}")
+
+
+def test_the_template_is_the_one_of_the_training(fuzzy):
+    expected = explain_question(fuzzy, QUESTION, template="digits", max_new_tokens=2)
+    assert explain_question(fuzzy, QUESTION, max_new_tokens=2) != expected
+    fuzzy.model.config.conv_template = "digits"
+    assert explain_question(fuzzy, QUESTION, max_new_tokens=2) == expected
+
+
 def test_only_fuzzy_routers_are_explained(checkpoint):
     with pytest.raises(ValueError, match="tiny is dense; only fuzzy rules can be explained"):
         explain_question(checkpoint, QUESTION)

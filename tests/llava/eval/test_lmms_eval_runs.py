@@ -119,7 +119,7 @@ def test_a_dry_run_shows_the_commands() -> None:
     assert len(launches) == 3
     assert launches[0].startswith("python -m accelerate.commands.launch --num_processes 1 ")
     for launch, rate, name in zip(launches, ("off", "0.25", "0.3"), ("dense", "skip_0.25", "skip_0.3"), strict=True):
-        assert f"pretrained=checkpoints/ours,skip_rate={rate},conv_template=vicuna_v1" in launch
+        assert f"pretrained=checkpoints/ours,skip_rate={rate},dtype=auto" in launch
         assert f"--output_path outputs/eval/ours/{name}" in launch
         assert "--tasks gqa,textvqa_val,mme,pope,scienceqa_img,mmbench_en,seedbench,mmvet " in launch
         assert launch.endswith("--include_path 'my tasks' --limit 8")

@@ -142,6 +142,14 @@ def test_the_score_may_choose_the_number_of_visual_tokens(build, routed: Checkpo
     assert len(set(taken.values())) == 2 and max(taken.values()) - min(taken.values()) == 7
 
 
+def test_the_template_is_the_one_of_the_training(build, routed: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    routed.model.config.conv_template = "digits"
+    expected = build(conv_template="digits").generate_until(make_requests())
+    assert build(conv_template=None).generate_until(make_requests()) == expected and not caplog.records
+    assert build(conv_template="v1").generate_until(make_requests()) != expected
+    assert "conv_template is v1, but the checkpoint was trained with digits" in caplog.text
+
+
 def test_off_is_the_dense_model(build, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     build(skip_rate="off", routing_log=str(path)).generate_until(make_requests())

@@ -20,8 +20,8 @@ from llava.conversation import get_template
 from llava.inference.generator import GenerationOptions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.serve.chat import Chat, choose_template
-from llava.serve.cli import main
+from llava.model.families import choose_template
+from llava.serve.cli import Chat, main
 from routed_checkpoints import write_routing
 
 FLAGS = ["--device", "cpu", "--conv-mode", "digits", "--temperature", "0", "--max-new-tokens", "6"]
@@ -119,11 +119,13 @@ def test_skips_of_a_routed_checkpoint_are_shown(chat, routed_path: Path, picture
 
 def test_commands_change_the_image_and_forget(chat, model_path: Path, picture: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    lines = ["Hello", f"/image {tmp_path / 'red.png'}", "What?", "/new", "What?", "/image none.png", "/help", ""]
+    mistakes = ["/image none.png", "/image http://127.0.0.1:9/my picture.png", "/help"]
+    lines = ["Hello", f"/image {tmp_path / 'red.png'}", "What?", "/new", *mistakes, "What?", ""]
     printed = chat(lines, "--model-path", model_path, "--image-file", picture, *FLAGS, "--debug")
     prompts = re.findall(r"\{'prompt': '(.*?) ASSISTANT:', ", printed)
     assert prompts == ["USER: <image>\\nHello", "USER: <image>\\nWhat?", "USER: <image>\\nWhat?"]
     assert printed.count(answer(model_path, tmp_path / "red.png", ["<image>\nWhat?"])) >= 2
+    assert "['http://127.0.0.1:9/my picture.png' cannot be fetched" in printed
     assert "[Image 'none.png' cannot be read" in printed and "[/help is unknown or lacks something. /image" in printed
 
 
@@ -177,13 +179,13 @@ def test_an_answer_ends_where_the_context_does(model_path: Path) -> None:
 
 def test_the_template_is_the_checkpoints_if_it_names_one(model_path: Path) -> None:
     config = load_pretrained_model(str(model_path), device="cpu")[1].config
-    assert choose_template(None, config)[0] == "v1"
+    assert choose_template(None, config, "--conv-mode")[0] == "v1"
     config.conv_template = "digits"
-    assert choose_template(None, config) == ("digits", "named by the checkpoint")
-    assert choose_template("plain", config) == ("plain", "--conv-mode")
+    assert choose_template(None, config, "--conv-mode") == ("digits", "named by the checkpoint")
+    assert choose_template("plain", config, "--conv-mode") == ("plain", "--conv-mode")
     config.conv_template = "lost"
     with pytest.raises(KeyError, match="template 'lost' is unknown"):
-        choose_template(None, config)
+        choose_template(None, config, "--conv-mode")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,7 @@ def test_the_template_is_the_checkpoints_if_it_names_one(model_path: Path) -> No
         (["--image-file", "none.png"], "Image 'none.png' cannot be read \\(No such file"),
         (["--image-file", __file__], "does not decode \\(not a known image format"),
         (["--image-file", "http://127.0.0.1:9/x.png"], "refused"),
+        (["--image-file", "http://127.0.0.1:9/my x.png"], "'http://127.0.0.1:9/my x.png' cannot be fetched"),
         (["--conv-mode", "v9"], "Conversation template 'v9' is unknown; use one of chatml_direct, "),
         (["--temperature", "-1"], "--temperature is -1.0; it is 0"),
         (["--top-p", "1.5"], "--top-p is 1.5; it lies in \\(0, 1\\]"),

@@ -11,7 +11,7 @@ from PIL import Image
 from llava.data.dataset import SFTCollator
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
-from llava.serve.chat import choose_template
+from llava.model.families import choose_template
 from llava.train.arguments import DataArguments, DenseArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.stage import build_trainer
 from llava.train.stages import STAGES
@@ -34,5 +34,5 @@ def test_evaluation_prepares_images_as_training_did(
     with Image.open(record_folder / "blue.png") as image:
         expected = process_images([image], image_processor, config)
     assert torch.equal(trainer.train_dataset[1]["pixel_values"], expected)
-    assert choose_template(None, config)[0] == "digits"  # a chat, too, renders prompts as training did
+    assert choose_template(None, config, "--version")[0] == "digits"  # a chat, too, renders prompts as training did
     assert isinstance(trainer.data_collator, SFTCollator)
