@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import resource
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.routing_state import RoutingState
+from llava.files import atomic_write
 
 SHOWN = {
     "loss": "loss",
@@ -56,19 +58,18 @@ class BatchCallback(TrainerCallback):
         """Numbers since the last call, by name; called on all ranks."""
         return {}
 
+    def close(self) -> None:
+        """See that training has ended, also by an error, which no other method is told of."""
 
-def mean_over_ranks(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
-    """Join sums of all ranks to means; call on all of them, each with the names it has.
 
-    Args:
-        sums: Sum and number of its terms by name.
-    """
-    totals: dict[str, tuple[float, int]] = {}
-    for mine in gather_object([sums]):
+def mean_over_ranks(values: dict[str, list[float]]) -> dict[str, float]:
+    """Means over the values of all ranks; call on all of them, each with the names it has."""
+    sums: dict[str, tuple[float, int]] = {}
+    for mine in gather_object([{name: (sum(seen), len(seen)) for name, seen in values.items()}]):
         for name, (total, count) in mine.items():
-            before, number = totals.get(name, (0.0, 0))
-            totals[name] = (before + float(total), number + count)
-    return {name: total / count for name, (total, count) in sorted(totals.items()) if count}
+            before, number = sums.get(name, (0.0, 0))
+            sums[name] = (before + total, number + count)
+    return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
 
 class MetricsFile(TrainerCallback):
@@ -77,38 +78,24 @@ class MetricsFile(TrainerCallback):
     A resumed run first removes what was logged after its checkpoint, so that every step stands there once.
 
     Args:
-        path: File to append to, written by rank 0 alone.
+        path: File to append to, written by rank 0 alone; its folder exists.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the lines of the steps that are not taken again."""
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        # a kill may have cut the last line short, too
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
-        unfinished = self.path.with_name(f".{self.path.name}.tmp")
-        unfinished.write_text("".join(line + "\n" for line in kept))
-        unfinished.replace(self.path)
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
+            with atomic_write(self.path) as unfinished:
+                unfinished.write_text("".join(line + "\n" for line in kept))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write one line."""
-        if not state.is_world_process_zero or not logs:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if state.is_world_process_zero and logs:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 def _step_of(line: str) -> float:
@@ -116,25 +103,17 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except ValueError:
-        return float("inf")
+        return math.inf
 
 
 class Console(TrainerCallback):
     """Print the numbers that one follows a run by, one line per logging step; ``metrics.jsonl`` has them all."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print one line."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        numbers = ", ".join(f"{word} {logs[name]:.4g}" for name, word in SHOWN.items() if name in logs)
-        print(f"step {state.global_step} of {state.max_steps}: {numbers}", flush=True)
+        if state.is_world_process_zero and logs and "loss" in logs:
+            numbers = ", ".join(f"{word} {logs[name]:.4g}" for name, word in SHOWN.items() if name in logs)
+            print(f"step {state.global_step} of {state.max_steps}: {numbers}", flush=True)
 
 
 class RoutingMeter(BatchCallback):
@@ -149,10 +128,7 @@ class RoutingMeter(BatchCallback):
 
     def __init__(self, source_of: Callable[[int], str], rules: Any = None) -> None:
         self.source_of, self.rules = source_of, rules
-        self._kept: list[Tensor] = []
-        self._entropies: list[Tensor] = []
-        self._firings: list[Tensor] = []
-        self._samples: list[Tensor] = []
+        self._batches: list[tuple[Tensor, ...]] = []
 
     @torch.no_grad()
     def on_batch_end(self, batch: dict[str, Any], routing: RoutingState | None, loss: Tensor | None = None) -> None:
@@ -163,34 +139,30 @@ class RoutingMeter(BatchCallback):
         turns = routing.turn_mask().to(keep.device)  # (B, T)
         if routing.mode == "hard":
             keep = routing.kept_layers().float().to(keep.device).unsqueeze(1).expand_as(keep)
-        self._kept.append(_mean_over_turns(keep, turns))
         # xlogy, as 0 log 0 counts as 0: hard decisions have no entropy
         entropy = -(torch.xlogy(keep, keep) + torch.xlogy(1 - keep, 1 - keep)).mean(dim=2, keepdim=True)
-        self._entropies.append(_mean_over_turns(entropy, turns)[:, 0])
+        seen = [batch["sample_index"], _mean_over_turns(keep, turns), _mean_over_turns(entropy, turns)[:, 0]]
         if self.rules is not None and routing.result.features is not None:
-            self._firings.append(_mean_over_turns(self.rules.firing_strengths(routing.result.features), turns))
-        self._samples.append(batch["sample_index"])
+            seen.append(_mean_over_turns(self.rules.firing_strengths(routing.result.features), turns))
+        self._batches.append(tuple(seen))
 
     def take_metrics(self) -> dict[str, float]:
         """Means over the samples of all ranks since the last call, by name; empty if there were none."""
-        sums: dict[str, tuple[float, int]] = {}
-        if self._kept:
-            skipped = 1 - torch.cat(self._kept).cpu()  # (samples, L)
-            count, rates = len(skipped), skipped.mean(dim=1)  # (samples,)
-            sums["routing/skip_rate"] = (float(rates.sum()), count)
-            sums["routing/keep_weight_mean"] = (float((1 - rates).sum()), count)
-            sums["routing/keep_weight_entropy"] = (float(torch.cat(self._entropies).sum()), count)
-            for layer, total in enumerate(skipped.sum(dim=0).tolist()):
-                sums[f"routing/skip_rate/layer_{layer:02d}"] = (total, count)
-            for index, rate in zip(torch.cat(self._samples).tolist(), rates.tolist(), strict=True):
-                name = f"routing/skip_rate/source_{self.source_of(index)}"
-                total, number = sums.get(name, (0.0, 0))
-                sums[name] = (total + rate, number + 1)
-        if self._firings:
-            for rule, total in enumerate(torch.cat(self._firings).sum(dim=0).tolist()):
-                sums[f"routing/fuzzy/rule_{rule:02d}"] = (total, sum(map(len, self._firings)))
-        self._kept, self._entropies, self._firings, self._samples = [], [], [], []
-        return mean_over_ranks(sums)
+        batches, self._batches = self._batches, []
+        values: dict[str, list[float]] = defaultdict(list)
+        if batches:
+            samples, kept, entropy, *firings = (torch.cat(column).cpu() for column in zip(*batches, strict=True))
+            skipped, rates = 1 - kept, (1 - kept.mean(dim=1)).tolist()  # (samples, L), (samples,)
+            values["routing/skip_rate"] = rates
+            values["routing/keep_weight_mean"] = [1 - rate for rate in rates]
+            values["routing/keep_weight_entropy"] = entropy.tolist()
+            for layer, column in enumerate(skipped.T.tolist()):
+                values[f"routing/skip_rate/layer_{layer:02d}"] = column
+            for index, rate in zip(samples.tolist(), rates, strict=True):
+                values[f"routing/skip_rate/source_{self.source_of(index)}"].append(rate)
+            for rule, column in enumerate(firings[0].T.tolist() if firings else []):
+                values[f"routing/fuzzy/rule_{rule:02d}"] = column
+        return mean_over_ranks(values)
 
 
 def _mean_over_turns(values: Tensor, turns: Tensor) -> Tensor:
@@ -207,9 +179,7 @@ class Throughput(BatchCallback):
         self._started = time.perf_counter()
         self._masks: list[tuple[int, Tensor]] = []
 
-    def on_batch_end(
-        self, batch: dict[str, Any], routing: RoutingState | None = None, loss: Tensor | None = None
-    ) -> None:
+    def on_batch_end(self, batch: dict[str, Any], routing: Any = None, loss: Any = None) -> None:
         """Note a batch by its mask, (B, N), 0 at padding."""
         mask = batch["attention_mask"]
         self._masks.append((mask.shape[0], mask.sum()))  # counted on the device, read only when it is logged
@@ -251,14 +221,13 @@ class LossGuard(BatchCallback):
     def __init__(self, name_of: Callable[[int], str], max_bad_steps: int = MAX_BAD_STEPS) -> None:
         self.name_of, self.max_bad_steps = name_of, max_bad_steps
         self._batches: list[tuple[Tensor, Tensor]] = []
-        self._bad_steps = 0
-        self._samples: deque[int] = deque(maxlen=MAX_NAMED)
+        self._bad_steps, self._samples = 0, deque[int](maxlen=MAX_NAMED)
 
     def on_batch_end(self, batch: dict[str, Any], routing: RoutingState | None, loss: Tensor) -> None:
         """Note the loss of a batch and its samples, (B,)."""
         self._batches.append((loss.detach(), batch["sample_index"]))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Look at the batches of a step.
 
         Raises:
@@ -269,8 +238,7 @@ class LossGuard(BatchCallback):
             return
         losses = torch.stack([loss.float() for loss, _ in batches]).cpu()
         if losses.isfinite().all() and bool((losses != 0).any()):
-            self._bad_steps = 0
-            self._samples.clear()
+            self._bad_steps, self._samples = 0, deque(maxlen=MAX_NAMED)
             return
         self._bad_steps += 1
         self._samples.extend(index for _, indices in batches for index in indices.tolist())
@@ -309,9 +277,7 @@ class HangDetection(BatchCallback):
         """Say where this rank is; any note counts as progress."""
         self._place, self._seen = place, time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start to watch."""
         places = {f"decoder layer {index}": layer for index, layer in enumerate(find_decoder_layers(self.model))}
         places |= {"vision tower": self.model.model.vision_tower, "projector": self.model.model.multi_modal_projector}
@@ -322,9 +288,7 @@ class HangDetection(BatchCallback):
         self.note("the first batch")
         threading.Thread(target=self._watch, name="hang-detection", daemon=True).start()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the step."""
         self._step = state.global_step
         self.note("the beginning of a step")
@@ -338,49 +302,39 @@ class HangDetection(BatchCallback):
         """Note that the forward pass is done."""
         self.note("the backward pass")
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note that the backward pass is done."""
         self.note("the optimizer step")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the end of a step; a save that follows has no time limit."""
         self.note("the end of a step")
         if control.should_save:
-            self._seen = float("inf")
+            self._seen = math.inf
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Watch again."""
         self.note("the end of a save")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop watching."""
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop watching; also called when training ends by an error, which no callback is told of."""
+    def close(self) -> None:
+        """Stop watching: a process that outlives a failed run, such as a notebook, must not be ended by it."""
         self._stop.set()
         for handle in self._handles:
             handle.remove()
 
     def report(self) -> str:
         """Where this rank is, and with which batch."""
+        batch, where = self._batch, "none yet"
+        if batch is not None:
+            index, images = batch.get("sample_index"), "with" if "pixel_values" in batch else "without"
+            names = "unknown" if index is None else ", ".join(map(self.name_of, index.tolist()))
+            where = f"samples {names}; {images} images; (B, N) = {tuple(batch['input_ids'].shape)}"
         return (
             f"rank {self.rank}: no progress for {self.seconds:g} s at step {self._step}, last seen at {self._place}; "
-            f"batch: {self._describe_batch()}. If other ranks stand elsewhere, they run different parts of the model: "
-            "only whole decoder layers may differ, with --train_hard_skip under ZeRO-3. If they stand at the same "
-            "place, it is slow, or a rank has died; --watchdog_seconds 0 turns this off."
+            f"batch: {where}. If other ranks stand elsewhere, they run different parts of the model: only whole "
+            "decoder layers may differ, with --train_hard_skip under ZeRO-3. If they stand at the same place, it is "
+            "slow, or a rank has died; --watchdog_seconds 0 turns this off."
         )
-
-    def _describe_batch(self) -> str:
-        if self._batch is None:
-            return "none yet"
-        shape, index = tuple(self._batch["input_ids"].shape), self._batch.get("sample_index")
-        names = "unknown" if index is None else ", ".join(map(self.name_of, index.tolist()))
-        return f"samples {names}; {'with' if 'pixel_values' in self._batch else 'without'} images; (B, N) = {shape}"
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 4)):

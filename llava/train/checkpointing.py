@@ -13,10 +13,12 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from fuzzyroe.attach import find_decoder
 from fuzzyroe.config import FuzzyRoEConfig
@@ -48,39 +50,17 @@ PROJECTOR_FILE = "mm_projector.bin"
 """What a stage that trains the projector alone writes besides; the name and the form are LLaVA's."""
 
 MANIFEST, PREFIX = "manifest.json", "checkpoint-"
+_STEP = re.compile(rf"{PREFIX}\d+")
 
 BYTES_PER_TRAINED = 16
 """Of a step checkpoint, per trained parameter: weight, two moments and gradient scale of AdamW in float32."""
 
-TRAINING_FLAGS = (
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "mm_projector_lr",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "max_grad_norm",
-    "bf16",
-    "fp16",
-    "model_max_length",
-    "group_by_modality_length",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "bits",
-    "double_quant",
-    "quant_type",
+TRAINING_FLAGS = tuple(
+    "seed data_seed per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs learning_rate "
+    "mm_projector_lr lr_scheduler_type warmup_steps weight_decay optim max_grad_norm bf16 fp16 model_max_length "
+    "group_by_modality_length lora_r lora_alpha lora_dropout bits double_quant quant_type".split()
 )
 """Training flags on which a step depends; another value makes another run."""
-
-
-# The output folder of a stage.
 
 
 def partial_folder(output: Path) -> Path:
@@ -105,7 +85,7 @@ def save_stage(trainer: Any, checkpoint: Checkpoint, stage: Stage, output: Path,
             (partial / "run_hash").write_text(trainer.args.run_hash + "\n")
         write_json(partial / "stage.json", summary)
         write_stage_page(partial)
-        replace_folder(partial, output)
+        _replace_folder(partial, output)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -136,13 +116,14 @@ def write_model(checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path
     if not is_writer:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    base = None if writes_backbone else _relative_base(checkpoint.weights_path, output)
+    base = None if writes_backbone else checkpoint.weights_path
+    if base is not None and Path(base).is_dir():  # relative, so that both can be moved together
+        base = os.path.relpath(Path(base).resolve(), output.resolve())
     if is_routed:
         _save_routing(model, routing, stage, base, folder)
     if stage.trains == ("projector",):
-        family = family_of(model.config)
-        projector = {family.original_name(name): tensors[name] for name in parts["projector"]}
-        torch.save(projector, folder / PROJECTOR_FILE)
+        original_name = family_of(model.config).original_name
+        torch.save({original_name(name): tensors[name] for name in parts["projector"]}, folder / PROJECTOR_FILE)
     if writes_backbone:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         model.save_pretrained(folder, state_dict=tensors, save_original_format=False)  # empties ``tensors``
@@ -150,22 +131,6 @@ def write_model(checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path
     elif base is not None and has_lora:
         save_lora(model, lora, tensors, folder, base)
     _save_settings(checkpoint, folder)
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a complete folder into its final place; what stood there is removed only afterwards."""
-    # steps belong to the run, not to its result
-    for leftover in list_checkpoints(partial):
-        remove_checkpoint(leftover)
-    old = final.with_name(final.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    # a kill between the two renames leaves the old one as OUTPUT.old, from where the scripts put it back
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def dry_run_save(trainer: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -186,20 +151,15 @@ def dry_run_save(trainer: Any, checkpoint: Checkpoint, folder: Path) -> None:
     tensors = gather_parameters(dict(list(trained.items())[:1]))
     if trainer.args.process_index != 0:
         return
-    target = folder / "dry_run"
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        _save_settings(checkpoint, target)
-        save_file(tensors, target / "one.safetensors")
-        _verify_shapes([target / "one.safetensors"], {name: full_shape(trained[name]) for name in tensors})
-    finally:
-        shutil.rmtree(target)
+    with TemporaryDirectory(dir=folder) as target:
+        _save_settings(checkpoint, Path(target))
+        save_file(tensors, Path(target, "one.safetensors"))
+        _verify_shapes([Path(target, "one.safetensors")], {name: full_shape(trained[name]) for name in tensors})
     count = sum(math.prod(full_shape(parameter)) for parameter in trained.values())
     needed = 4 * count
     if trainer.args.save_strategy.value != "no":
-        steps = next((c for c in trainer.callback_handler.callbacks if isinstance(c, StepCheckpoints)), None)
-        # the newest is written before the oldest is removed
-        needed += (1 + ((steps and steps.limit) or 1)) * BYTES_PER_TRAINED * count
+        limits = [c.limit or 1 for c in trainer.callback_handler.callbacks if isinstance(c, StepCheckpoints)]
+        needed += (1 + sum(limits)) * BYTES_PER_TRAINED * count  # the newest comes before the oldest goes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StageInputError(
@@ -208,14 +168,25 @@ def dry_run_save(trainer: Any, checkpoint: Checkpoint, folder: Path) -> None:
         )
 
 
+def _replace_folder(partial: Path, final: Path) -> None:
+    """Put a complete folder into its final place; what stood there is removed only afterwards."""
+    for leftover in list_checkpoints(partial):  # steps belong to the run, not to its result
+        remove_checkpoint(leftover)
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    # a kill between the two renames leaves the old one as OUTPUT.old, from where the scripts put it back
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _save_settings(checkpoint: Checkpoint, folder: Path) -> None:
     """Write everything but weights."""
     model = checkpoint.model
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    checkpoint.tokenizer.save_pretrained(folder)
-    checkpoint.image_processor.save_pretrained(folder)
+    for settings in (model.config, model.generation_config, checkpoint.tokenizer, checkpoint.image_processor):
+        if settings is not None:
+            settings.save_pretrained(folder)
 
 
 def _save_routing(model: Any, parameters: dict[str, Tensor], stage: Stage, base: str | None, folder: Path) -> None:
@@ -235,19 +206,8 @@ def _save_routing(model: Any, parameters: dict[str, Tensor], stage: Stage, base:
     model.config.fuzzyroe = config.to_dict()
 
 
-def _relative_base(weights_path: str, output: Path) -> str:
-    """A local base is named relative to the checkpoint, so that both can be moved together."""
-    if not Path(weights_path).is_dir():
-        return weights_path
-    return os.path.relpath(Path(weights_path).resolve(), output.resolve())
-
-
 def _verify_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Re-open what was written and compare names and shapes with the model's.
-
-    Raises:
-        RuntimeError: If they differ, as when a sharded tensor was saved empty.
-    """
+    """Open what was written again; RuntimeError if names or shapes differ, as when a sharded tensor was saved empty."""
     written: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
@@ -277,7 +237,7 @@ class StepCheckpoints(TrainerCallback):
     ) -> None:
         self.partial, self.run, self.limit, self.facts = partial, run, limit, facts
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Make room for a step that is saved; the last one is not, as the stage's output follows at once."""
         if state.global_step >= state.max_steps:
             control.should_save = False
@@ -286,13 +246,9 @@ class StepCheckpoints(TrainerCallback):
                 remove_checkpoint(self.partial / f"{PREFIX}{state.global_step}")  # left by a run that got this far
             PartialState().wait_for_everyone()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The same for a save at the end of an epoch."""
-        self.on_step_end(args, state, control)
+    on_epoch_end = on_step_end  # the same for a save at the end of an epoch
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the manifest."""
         PartialState().wait_for_everyone()  # every process has written its share
         if state.is_world_process_zero:
@@ -302,15 +258,12 @@ class StepCheckpoints(TrainerCallback):
 
 
 def publish(folder: Path, run: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Give a written step checkpoint its manifest; call on one process when all have written.
+    """Give a written step checkpoint, ``OUTPUT.partial/checkpoint-N``, its manifest; call on one process.
 
     Args:
-        folder: ``OUTPUT.partial/checkpoint-N``.
+        folder: The checkpoint; it is returned.
         run: As ``describe_run`` says.
         facts: What a resumed run needs besides its state, as JSON knows it.
-
-    Returns:
-        The folder.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:  # on the disk before the manifest speaks of them, so that a power cut keeps that order
@@ -335,8 +288,7 @@ def rotate(partial: Path, limit: int | None) -> None:
 
 def list_checkpoints(partial: Path) -> list[Path]:
     """Step checkpoints of a folder by their step, oldest first, whole or not."""
-    named = [path for path in partial.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(named, key=step_of)
+    return sorted((path for path in partial.glob(f"{PREFIX}*") if _STEP.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -345,7 +297,9 @@ def step_of(folder: Path) -> int:
 
 
 def find_fault(folder: Path) -> str | None:
-    """Why a step checkpoint cannot be resumed, None if it is whole."""
+    """Why a folder is no step checkpoint that can be resumed, None if it is a whole one."""
+    if not _STEP.fullmatch(folder.name):
+        return "its name has no step"
     try:
         sizes = read_manifest(folder)["sizes"]
     except (OSError, ValueError, KeyError) as error:
@@ -399,22 +353,17 @@ def find_resume(asked: str, partial: Path, run: dict[str, Any]) -> Path | None:
     """
     if asked == "none":
         return None
-    if asked != "auto":
-        folder = Path(asked)
-        fault = "it is no folder" if not folder.is_dir() else find_fault(folder)
-        if fault is not None or not folder.name.startswith(PREFIX):
-            raise StageInputError(
-                f"--resume_from_checkpoint {asked} is no whole step checkpoint: {fault or 'its name has no step'}. "
-                "Name a folder OUTPUT.partial/checkpoint-N, or use auto or none."
-            )
-        _refuse_other_run(folder, run)
-        return folder
     # newest first; one that was being written when its run was killed is passed over
-    for folder in reversed(list_checkpoints(partial)):
+    for folder in reversed(list_checkpoints(partial)) if asked == "auto" else [Path(asked)]:
         fault = find_fault(folder)
         if fault is None:
             _refuse_other_run(folder, run)
             return folder
+        if asked != "auto":
+            raise StageInputError(
+                f"--resume_from_checkpoint {asked} is no whole step checkpoint: {fault}. Name a folder "
+                "OUTPUT.partial/checkpoint-N, or use auto or none."
+            )
         logger.warning("%s is passed over: %s", folder, fault)
     return None
 
@@ -437,23 +386,21 @@ def begin_folder(partial: Path, asked: str, run: dict[str, Any]) -> Path | None:
 
 def _refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
     """Compare what a checkpoint's run was asked for with this one."""
-    saved = read_manifest(folder)["run"]
+    saved, anew = read_manifest(folder)["run"], "--resume_from_checkpoint none"
     if saved["stage"] != run["stage"]:
         raise StageInputError(
             f"{folder} was saved by stage {saved['stage']}, this is stage {run['stage']}; a stage goes on from its own "
-            "checkpoints only and starts from what the stage before it wrote in the end. Name that as "
-            "--model_name_or_path, with --resume_from_checkpoint none."
+            f"checkpoints only. Name what the stage before it wrote in the end as --model_name_or_path, with {anew}."
         )
     if saved["world_size"] != run["world_size"]:
         raise StageInputError(
             f"{folder} was saved by {saved['world_size']} processes, there are {run['world_size']} now; each holds its "
-            f"own share of the optimizer. Start {saved['world_size']} processes, or begin this stage again with "
-            "--resume_from_checkpoint none; between stages their number may change."
+            f"own share of the optimizer. Start {saved['world_size']} processes, or begin anew with {anew}; between "
+            "stages their number may change."
         )
     wrong = [name for name in sorted({*saved, *run}) if saved.get(name) != run.get(name)]
     if wrong:
-        found = ", ".join(f"{name} {saved.get(name)} (now {run.get(name)})" for name in wrong[:4])
+        differing = ", ".join(f"{name} {saved.get(name)} (now {run.get(name)})" for name in wrong[:4])
         raise StageInputError(
-            f"{folder} was saved by a run with {found}; give the same flags to go on, or "
-            "--resume_from_checkpoint none to begin this stage again."
+            f"{folder} was saved by a run with {differing}; give the same flags to go on, or {anew} to begin anew."
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from llava.model.builder import describe_quantization
 from llava.model.families import family_of
@@ -63,13 +63,11 @@ def freeze_all_but(model: nn.Module, stage: Stage) -> list[str]:
     Returns:
         Names of the parameters that train.
     """
-    trained = []
-    for part, parameters in parameters_by_part(model).items():
-        for name, parameter in parameters.items():
+    parts = parameters_by_part(model)
+    for part, parameters in parts.items():
+        for parameter in parameters.values():
             parameter.requires_grad_(part in stage.trains)
-            if part in stage.trains:
-                trained.append(name)
-    return trained
+    return [name for part, parameters in parts.items() if part in stage.trains for name in parameters]
 
 
 def build_param_groups(model: nn.Module, learning_rates: dict[str, float], weight_decay: float) -> list[dict]:
@@ -88,19 +86,13 @@ def build_param_groups(model: nn.Module, learning_rates: dict[str, float], weigh
         trained = [p for p in parameters.values() if p.requires_grad]
         for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
             params = [p for p in trained if (len(full_shape(p)) >= 2) == (kind == "decay")]
-            if params:
-                groups.append(
-                    {"name": f"{part}/{kind}", "params": params, "lr": learning_rates[part], "weight_decay": decay}
-                )
+            group = {"name": f"{part}/{kind}", "params": params, "lr": learning_rates[part], "weight_decay": decay}
+            groups += [group] if params else []
     return groups
 
 
 def import_peft() -> Any:
-    """Import peft.
-
-    Raises:
-        ImportError: If it is not installed; the message says how to install it.
-    """
+    """Import peft; ImportError, which says how to install it, if it is missing."""
     try:
         import peft
     except ImportError as error:
@@ -127,14 +119,8 @@ def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
         LoRA (arXiv:2106.09685).
     """
     peft = import_peft()
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=LORA_TARGETS,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    options: dict[str, Any] = {"target_modules": LORA_TARGETS, "bias": "none", "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **options)
     # Injected, not wrapped as a PeftModel: attach, the trainer and state dicts go on seeing a LLaVA model.
     peft.inject_adapter_in_model(config, model, _LORA_NAME)
 
@@ -205,28 +191,17 @@ class TrainableCheck(TrainerCallback):
         self.model, self.stage = model, stage
         self.moved: dict[str, bool] = {**dict.fromkeys(PARTS, False), **(moved or {})}
         self._before: dict[str, dict[str, int]] = {}
-        self._learning_rate = 0.0
-        self._num_steps = 0
+        self._learning_rate, self._num_steps = 0.0, 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take checksums."""
-        self._before = {part: self._checksums(part) for part in PARTS}
-        self._num_steps = 0
+        self._before, self._num_steps = {part: self._checksums(part) for part in PARTS}, 0
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Note the learning rate of the step to come; warm-up starts at zero."""
         self._learning_rate = max(group["lr"] for group in optimizer.param_groups)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare after the first step at a non-zero rate; what has not moved yet again after 2, 4, 8, ... of them.
 
         Raises:
@@ -235,14 +210,10 @@ class TrainableCheck(TrainerCallback):
         if self._learning_rate == 0:
             return
         self._num_steps += 1
-        if self._num_steps == 1:
-            self._compare(PARTS)
-        elif self._num_steps & (self._num_steps - 1) == 0:  # a power of two: gathering all parts is not free
-            self._compare(self.stage.trains)
+        if self._num_steps & (self._num_steps - 1) == 0:  # a power of two: gathering all parts is not free
+            self._compare(PARTS if self._num_steps == 1 else self.stage.trains)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare for the last time.
 
         Raises:
@@ -259,7 +230,6 @@ class TrainableCheck(TrainerCallback):
                     f"{self._num_steps} steps; raise its learning rate or the number of steps."
                 )
         logger.info("stage %s moved %s and nothing else", self.stage.name, ", ".join(self.stage.trains))
-        self._before = {}
 
     def _compare(self, parts: tuple[str, ...]) -> None:
         for part in parts:
@@ -275,10 +245,8 @@ class TrainableCheck(TrainerCallback):
                 )
 
     def _checksums(self, part: str) -> dict[str, int]:
-        """Checksums of the parameters of a part; gathers, so call on all ranks."""
-        return map_parameters(parameters_by_part(self.model)[part], _checksum)
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Checksum of a tensor's bits."""
-    return zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        """Checksums of the bits of a part's parameters; gathers, so call on all ranks."""
+        return map_parameters(
+            parameters_by_part(self.model)[part],
+            lambda tensor: zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data),
+        )

@@ -8,6 +8,7 @@ calls: a resumed run routes as an undisturbed one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -38,28 +39,28 @@ class RoutingPolicy(Protocol):
         """
 
 
+@dataclass
 class PerSourceBudgets:
     """The interval that each sample of a batch draws its budget from.
 
     A source with a target t draws uniformly from the widest interval within [0, ``max_skip_ratio``] that is centred on
     t, so the mean of its budgets is t; other sources draw from all of [0, ``max_skip_ratio``].
 
-    Args:
+    Attributes:
         targets: Target of each source that has one, in [0, ``max_skip_ratio``].
         max_skip_ratio: Largest budget.
         source_of: Gives the source of a sample by its index.
     """
 
-    def __init__(self, targets: dict[str, float], max_skip_ratio: float, source_of: Callable[[int], str]) -> None:
-        self.max_skip_ratio = max_skip_ratio
-        self.source_of = source_of
-        self.intervals = {source: centred_interval(target, max_skip_ratio) for source, target in targets.items()}
+    targets: dict[str, float]
+    max_skip_ratio: float
+    source_of: Callable[[int], str]
 
     def intervals_of(self, sample_index: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest budget of samples, by their indices (B,); (B,) each, on the CPU."""
-        anywhere = (0.0, self.max_skip_ratio)
-        rows = [self.intervals.get(self.source_of(index), anywhere) for index in sample_index.tolist()]
-        low, high = torch.tensor(rows).unbind(dim=1)
+        middle, highest = self.max_skip_ratio / 2, self.max_skip_ratio  # the interval around the middle is all of it
+        targets = [self.targets.get(self.source_of(index), middle) for index in sample_index.tolist()]
+        low, high = torch.tensor([centred_interval(target, highest) for target in targets]).unbind(dim=1)
         return low, high
 
 
@@ -69,12 +70,13 @@ def centred_interval(target: float, highest: float) -> tuple[float, float]:
     return target - reach, target + reach
 
 
+@dataclass
 class BudgetedRouting:
     """Routes every training sample at a budget of its own, so that one checkpoint serves any.
 
     Budgets are uniform in [0, ``max_skip_ratio``].
 
-    Args:
+    Attributes:
         image_token_id: Token id of image positions.
         max_skip_ratio: Largest budget.
         dense_ratio: Share of samples that skip nothing, in [0, 1].
@@ -84,18 +86,12 @@ class BudgetedRouting:
             ``ANNEALED`` of the steps, so that the stage ends with the plans of inference; 0 plans hard throughout.
     """
 
-    def __init__(
-        self,
-        image_token_id: int,
-        max_skip_ratio: float,
-        dense_ratio: float = 0.0,
-        mode: Mode = "soft",
-        budgets: PerSourceBudgets | None = None,
-        softness: float = 0.0,
-    ) -> None:
-        self.image_token_id, self.mode = image_token_id, mode
-        self.max_skip_ratio, self.dense_ratio = max_skip_ratio, dense_ratio
-        self.budgets, self.softness = budgets, softness
+    image_token_id: int
+    max_skip_ratio: float
+    dense_ratio: float = 0.0
+    mode: Mode = "soft"
+    budgets: PerSourceBudgets | None = None
+    softness: float = 0.0
 
     def softness_at(self, progress: float) -> float:
         """Softness at a share of the steps, in [0, 1]."""
@@ -116,10 +112,11 @@ class BudgetedRouting:
         return state
 
 
+@dataclass
 class RandomRouting:
     """Skips layers at random, without a router: each sample draws a rate, then each turn and layer a coin.
 
-    Args:
+    Attributes:
         image_token_id: Token id of image positions.
         num_layers: Layers of the decoder; the first is always kept.
         max_skip_ratio: Largest rate over the layers that may be skipped.
@@ -129,9 +126,10 @@ class RandomRouting:
         RoE (arXiv:2407.14093) warms its adapters up with random skips.
     """
 
-    def __init__(self, image_token_id: int, num_layers: int, max_skip_ratio: float, mode: Mode = "soft") -> None:
-        self.image_token_id, self.mode = image_token_id, mode
-        self.num_layers, self.max_skip_ratio = num_layers, max_skip_ratio
+    image_token_id: int
+    num_layers: int
+    max_skip_ratio: float
+    mode: Mode = "soft"
 
     def __call__(self, batch: dict[str, Any], step: int = 0, num_steps: int = 1) -> RoutingState:
         state = RoutingState.from_batch(batch, self.image_token_id, self.mode)
@@ -143,10 +141,11 @@ class RandomRouting:
         return state.forced(keep.to(state.turn_ids.device))
 
 
+@dataclass
 class RelaxedRouting:
     """Routes training samples softly, as RoE's schedule says at this moment of its run; a stage is a part of that run.
 
-    Args:
+    Attributes:
         image_token_id: Token id of image positions.
         num_layers: Layers of the decoder, L.
         span: Shares of the run between which the stage lies.
@@ -154,19 +153,14 @@ class RelaxedRouting:
         compat: ``whole_units`` acts on the schedule.
     """
 
-    def __init__(
-        self, image_token_id: int, num_layers: int, span: tuple[float, float], skip_ratio: float, compat: RoECompat
-    ) -> None:
-        self.image_token_id, self.num_layers = image_token_id, num_layers
-        self.span, self.skip_ratio, self.compat = span, skip_ratio, compat
+    image_token_id: int
+    num_layers: int
+    span: tuple[float, float]
+    skip_ratio: float
+    compat: RoECompat
 
     def progress_at(self, step: int, num_steps: int) -> float:
-        """Share of the whole run that is done when this stage has taken some of its steps.
-
-        Args:
-            step: Optimizer steps taken.
-            num_steps: Optimizer steps of the stage, at least 1.
-        """
+        """Share of the whole run that is done when this stage has taken ``step`` of its ``num_steps`` steps."""
         begin, end = self.span
         # the run is longer than the stage by the share that the stage is of it
         whole = num_steps / (end - begin)

@@ -95,13 +95,7 @@ def run_stage(
             (partial / "trainable_params.json").write_text(json.dumps(trained, indent=2) + "\n")
         # a run should fail before its first step and not at its last
         dry_run_save(trainer, checkpoint, partial)
-        try:
-            result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        finally:
-            # a process that outlives a failed run, such as a notebook, must not be ended by its hang detection
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, HangDetection):
-                    callback.stop()
+        result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         summary |= {
             "steps": result.global_step,
             "resumed_at": step_of(resumed) if resumed else None,

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import seed_worker
 
 from llava.data.dataset import ModalityLengthSampler
 from llava.train.arguments import LlavaTrainingArguments
@@ -45,7 +43,6 @@ class LlavaTrainer(Trainer):
     model: Any
     train_dataset: Any
     deepspeed: Any
-    objective: Objective
 
     def __init__(
         self,
@@ -57,9 +54,8 @@ class LlavaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.learning_rates = learning_rates
+        self.learning_rates, self.write_model = learning_rates, write_model
         self.routing_policy, self.objective = routing_policy, objective
-        self.write_model = write_model
         self._values: dict[str, list[Tensor]] = defaultdict(list)  # what the objective logs, since the last log
         for printer in (PrinterCallback, ProgressCallback):  # ``callbacks.Console`` prints instead
             self.remove_callback(printer)
@@ -69,6 +65,14 @@ class LlavaTrainer(Trainer):
         """The callbacks that are told of every batch."""
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, BatchCallback)]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``Trainer`` does, and tell the callbacks of the end, whatever it is."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.batch_callbacks:
+                callback.close()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group per part and decay; a part that is frozen has no group."""
         if self.optimizer is None:
@@ -77,41 +81,21 @@ class LlavaTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches in the trainer's order, or of one modality and similar length each."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Private, but where LLaVA hooks in as well: batches of one modality and similar length each, if asked for.
         args = self.args
         if not args.group_by_modality_length:
-            return super().get_train_dataloader()
+            return super()._get_train_sampler(train_dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = ModalityLengthSampler(
+        return ModalityLengthSampler(
             self.train_dataset.modality_lengths(),
             args.train_batch_size * args.world_size,
             torch.Generator().manual_seed(seed),
             args.world_size,
         )
-        loader: DataLoader = DataLoader(
-            self.train_dataset,
-            batch_size=args.train_batch_size,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            drop_last=args.dataloader_drop_last,
-            worker_init_fn=functools.partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
-        )
-        return self.accelerator.prepare(loader)  # deals the batches out to the ranks
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of a batch under the objective; the one place where a routing state meets a batch."""
         for callback in self.batch_callbacks:
@@ -129,7 +113,7 @@ class LlavaTrainer(Trainer):
             result = self.objective(model, batch, routing)
             loss, values = result if isinstance(result, tuple) else (result, {})
             for name, value in values.items():
-                self._values[name].append(value.detach())
+                self._values[name].append(value.detach().reshape(-1))
             if num_items_in_batch is not None:
                 # Trainer then adds the losses of accumulated batches up, but a mean counts for its share of the step.
                 loss = loss / self.current_gradient_accumulation_steps
@@ -142,10 +126,8 @@ class LlavaTrainer(Trainer):
         for callback in self.batch_callbacks:
             logs = {**logs, **callback.take_metrics()}
         values, self._values = self._values, defaultdict(list)
-        sums = {
-            name: (float(sum(v.sum() for v in seen)), sum(v.numel() for v in seen)) for name, seen in values.items()
-        }
-        super().log({**logs, **mean_over_ranks(sums)}, *args)
+        means = mean_over_ranks({name: torch.cat(seen).tolist() for name, seen in values.items()})
+        super().log({**logs, **means}, *args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what evaluation reads of a step checkpoint; Trainer adds the states of optimizer and generators."""
@@ -153,8 +135,7 @@ class LlavaTrainer(Trainer):
         if self.write_model is not None:
             self.write_model(folder)
         if not self.is_deepspeed_enabled and self.args.should_save:
-            trained = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
-            save_file(trained, folder / TRAINED_FILE)
+            save_file({name: p.cpu() for name, p in self._trained().items()}, folder / TRAINED_FILE)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # Private, because there is no other door: Trainer has DeepSpeed write and read frozen parameters too unless the
@@ -173,11 +154,13 @@ class LlavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private, because Trainer refuses a folder without stock weights, which a stage of adapters does not write.
-        tensors = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if named.keys() != tensors.keys():
-            wrong = sorted(named.keys() ^ tensors.keys())[:3]
+        tensors, trained = load_file(Path(resume_from_checkpoint) / TRAINED_FILE), self._trained()
+        if trained.keys() != tensors.keys():
+            wrong = sorted(trained.keys() ^ tensors.keys())[:3]
             raise ValueError(f"{resume_from_checkpoint} and the model differ in what trains: {wrong}.")
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[name])
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What trains, by name, detached."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_init
 
 from fuzzyroe.attach import find_decoder_layers
@@ -19,11 +19,7 @@ Result = TypeVar("Result")
 
 
 def import_deepspeed() -> ModuleType:
-    """Import DeepSpeed, the only place that does.
-
-    Raises:
-        ImportError: If it is not installed; the message says how to install it.
-    """
+    """Import DeepSpeed, the only place that does; ImportError, which says how to install it, if it is missing."""
     try:
         import deepspeed
     except ImportError as error:
@@ -78,9 +74,7 @@ class ZeroMissingGradients(TrainerCallback):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fill in the zeros."""
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None and not is_sharded(parameter):
@@ -125,7 +119,7 @@ def map_parameters(named: Mapping[str, Tensor], function: Callable[[Tensor], Res
     """Apply a function to whole parameters, gathered one at a time where ZeRO-3 has sharded them; call on all ranks."""
     results = {}
     for name, parameter in named.items():
-        with _gathered(parameter, None):
+        with _gathered(parameter):
             results[name] = function(parameter.detach())
     return results
 
@@ -152,12 +146,12 @@ def assign_parameters(named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
                 f"{name} has shape {shape} in the model and {tuple(tensors[name].shape)} in the file; they must be "
                 "equal. Use the file that was trained for this model."
             )
-        with _gathered(parameter, 0):  # rank 0 writes, the engine hands out the shards
+        with _gathered(parameter, modifier_rank=0):  # rank 0 writes, the engine hands out the shards
             if not is_sharded(parameter) or distributed.get_rank() == 0:
                 parameter.data.copy_(tensors[name])
 
 
-def _gathered(parameter: Tensor, modifier_rank: int | None) -> Any:
+def _gathered(parameter: Tensor, modifier_rank: int | None = None) -> Any:
     """Context in which a parameter is whole; changes made by ``modifier_rank`` reach the shards."""
     if not is_sharded(parameter):
         return nullcontext()
