@@ -19,31 +19,22 @@ BROKEN = 1
 
 GIB = 2**30
 
-MIN_FREE_DISK = 20 * GIB
-"""A routed 7B checkpoint takes 15 GB."""
-
-MIN_SHARED_MEMORY = GIB
-"""Data loader workers pass batches through /dev/shm."""
-
-MIN_OPEN_FILES = 1024
+MIN_FREE_DISK, MIN_SHARED_MEMORY, MIN_OPEN_FILES = 20 * GIB, GIB, 1024
+"""A routed 7B checkpoint takes 15 GB; data loader workers pass batches through /dev/shm."""
 
 MARKS = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
 """State -> how it is printed."""
 
 
 class Finding(NamedTuple):
-    """One thing looked at.
+    """One thing looked at: its name, what was found, its state, and what to do unless that is "ok".
 
-    Attributes:
-        name: What was looked at.
-        state: "ok", "note" (something cannot be used, all else works) or "fail".
-        found: What was found.
-        remedy: What to do; empty where it is ok.
+    The state "note" means that something cannot be used and all else works, "fail" that it must be mended.
     """
 
     name: str
-    state: Literal["ok", "note", "fail"]
     found: str
+    state: Literal["ok", "note", "fail"] = "ok"
     remedy: str = ""
 
 
@@ -73,18 +64,32 @@ def examine(folder: Path) -> Iterator[Finding]:
     Args:
         folder: Where outputs would be written.
     """
-    yield Finding("python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))} at {sys.executable}")
+    from llava.train.zero3 import find_dead_build
+
+    yield Finding("python", f"{'.'.join(map(str, sys.version_info[:3]))} at {sys.executable}")
     yield from _packages()
     yield _torchvision()
     yield from _gpus()
-    yield _compiler()
-    remedy = f"a 7B checkpoint takes 15 GB; make {MIN_FREE_DISK / GIB:.0f} GiB room"
-    yield _room("disk", folder, MIN_FREE_DISK, remedy)
-    if Path("/dev/shm").is_dir():
-        remedy = "start the container with --shm-size=8g, or use --dataloader_num_workers 0"
-        yield _room("shared memory", Path("/dev/shm"), MIN_SHARED_MEMORY, remedy)
-    yield from _open_files()
-    yield _hub()
+    # DeepSpeed builds its CPU operators on first use; ninja is a Python package, its program may be off the PATH
+    beside = str(Path(sys.executable).parent)
+    missing = [name for name in ("g++", "ninja") if not (shutil.which(name) or shutil.which(name, path=beside))]
+    remedy = "DeepSpeed needs them for CPU and offloaded runs; install them"
+    text = f"{' and '.join(missing)} not found" if missing else f"g++ at {shutil.which('g++')}"
+    yield _noted("compiler", text, missing, remedy)
+    lock = find_dead_build()
+    if lock is not None:
+        yield Finding("operators", f"{lock}: a build of DeepSpeed's was killed", "fail", f"rm {lock}")
+    yield from _limits(folder)
+    # where hub checkpoints come from; no network is asked
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    cache = f"used for hub ids, cache in {os.environ.get('HF_HOME', '~/.cache/huggingface')}"
+    text = "HF_HUB_OFFLINE is set" if is_offline else cache
+    yield _noted("hub", text, is_offline, "name local checkpoint folders, or unset it")
+
+
+def _noted(name: str, found: str, is_bad: object, remedy: str) -> Finding:
+    """A finding that is noted, with its remedy, where it is bad."""
+    return Finding(name, found, "note", remedy) if is_bad else Finding(name, found)
 
 
 def _packages() -> Iterator[Finding]:
@@ -100,29 +105,27 @@ def _packages() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            if extra:
-                yield Finding(wanted.name, "note", "not installed", f"pip install 'fuzzyroe[{extra}]'")
-            else:
-                yield Finding(wanted.name, "fail", "not installed", install)
+            remedy = f"pip install 'fuzzyroe[{extra}]'" if extra else install
+            yield Finding(wanted.name, "not installed", "note" if extra else "fail", remedy)
             continue
         # a pre-release that is installed was chosen on purpose
         if wanted.specifier.contains(version, prereleases=True):
-            yield Finding(wanted.name, "ok", version)
+            yield Finding(wanted.name, version)
         else:
-            yield Finding(wanted.name, "fail", f"{version}, wanted {wanted.specifier}", install)
+            yield Finding(wanted.name, f"{version}, wanted {wanted.specifier}", "fail", install)
 
 
 def _torchvision() -> Finding:
     """A torchvision built for another torch breaks transformers when it is imported; none at all is fine."""
     if importlib.util.find_spec("torchvision") is None:
-        return Finding("torchvision", "ok", "not installed, not needed")
+        return Finding("torchvision", "not installed, not needed")
     # found is not enough: it loads operators compiled against one torch
     try:
         import torchvision
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        return Finding("torchvision", "fail", f"does not load: {reason}", "pip uninstall torchvision")
-    return Finding("torchvision", "ok", torchvision.__version__)
+        return Finding("torchvision", f"does not load: {reason}", "fail", "pip uninstall torchvision")
+    return Finding("torchvision", torchvision.__version__)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -131,53 +134,34 @@ def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         is_cpu_build = (torch.version.cuda or torch.version.hip) is None
         remedy = "install a torch build for your CUDA" if is_cpu_build else "check the driver with nvidia-smi"
-        yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", f"for training at 7B, {remedy}")
+        yield Finding("GPU", f"none that torch {torch.__version__} can use", "note", f"for training at 7B, {remedy}")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        size = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            yield Finding(f"GPU {index}", "ok", size)
-        else:
-            yield Finding(f"GPU {index}", "note", f"{size}, no bfloat16", "train with --fp16 True --bf16 False")
+        size, lacks_bf16 = properties.total_memory / GIB, not torch.cuda.is_bf16_supported(including_emulation=False)
+        text = f"{properties.name}, {size:.0f} GiB{', no bfloat16' if lacks_bf16 else ''}"
+        yield _noted(f"GPU {index}", text, lacks_bf16, "train with --fp16 True --bf16 False")
     # one process needs no communication
     if torch.cuda.device_count() > 1 and not torch.distributed.is_nccl_available():
-        yield Finding("NCCL", "fail", "this torch has none", "install a torch build with NCCL")
+        yield Finding("NCCL", "this torch has none", "fail", "install a torch build with NCCL")
 
 
-def _compiler() -> Finding:
-    """DeepSpeed builds its CPU operators on first use."""
-    beside = str(Path(sys.executable).parent)  # ninja is a Python package, its program may be off the PATH
-    missing = [name for name in ("g++", "ninja") if not (shutil.which(name) or shutil.which(name, path=beside))]
-    if missing:
-        text = f"{' and '.join(missing)} not found"
-        return Finding("compiler", "note", text, "DeepSpeed needs them for CPU and offloaded runs; install them")
-    return Finding("compiler", "ok", f"g++ at {shutil.which('g++')}")
+def _limits(folder: Path) -> Iterator[Finding]:
+    """Disk, shared memory and open files."""
+    remedy = f"a 7B checkpoint takes 15 GB; make {MIN_FREE_DISK / GIB:.0f} GiB room"
+    shared = "start the container with --shm-size=8g, or use --dataloader_num_workers 0"
+    rooms = (
+        ("disk", folder, MIN_FREE_DISK, remedy),
+        ("shared memory", Path("/dev/shm"), MIN_SHARED_MEMORY, shared),
+    )
+    for name, place, wanted, remedy in rooms:
+        if place.is_dir():
+            free = shutil.disk_usage(place).free
+            yield _noted(name, f"{free / GIB:.1f} GiB free in {place}", free < wanted, remedy)
+    if os.name == "posix":
+        import resource
 
-
-def _room(name: str, folder: Path, wanted: int, remedy: str) -> Finding:
-    free = shutil.disk_usage(folder).free
-    text = f"{free / GIB:.1f} GiB free in {folder}"
-    return Finding(name, "ok", text) if free >= wanted else Finding(name, "note", text, remedy)
-
-
-def _open_files() -> Iterator[Finding]:
-    if os.name != "posix":
-        return
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit == resource.RLIM_INFINITY:
-        yield Finding("open files", "ok", "unlimited")
-    elif limit >= MIN_OPEN_FILES:
-        yield Finding("open files", "ok", f"{limit:,}")
-    else:
-        remedy = f"ulimit -n {MIN_OPEN_FILES} or more, before training with many workers"
-        yield Finding("open files", "note", f"{limit:,}", remedy)
-
-
-def _hub() -> Finding:
-    """Says where hub checkpoints come from; asks no network."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Finding("hub", "note", "HF_HUB_OFFLINE is set", "name local checkpoint folders, or unset it")
-    return Finding("hub", "ok", f"used for hub ids, cache in {os.environ.get('HF_HOME', '~/.cache/huggingface')}")
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        is_low = limit != resource.RLIM_INFINITY and limit < MIN_OPEN_FILES
+        text = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
+        yield _noted("open files", text, is_low, f"ulimit -n {MIN_OPEN_FILES} or more, for many workers")

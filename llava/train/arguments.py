@@ -145,21 +145,15 @@ class PlanArguments(RoutedArguments):
         _check_range(self, 0, 1, "anneal_softness", "dense_ratio")
         _check_range(self, 1, math.inf, "calibration_samples", "order_samples", "score_samples")
         self.source_targets()  # a pair that cannot be read fails now, not when the first batch is drawn
-        _require(
-            not self.skips_nothing or self.skip_pattern == "plan" and not self.train_hard_skip,
-            "objective",
-            self.objective,
-            "skips nothing while it trains; leave out --train_hard_skip and --skip_pattern.",
-        )
+        skips = self.skip_pattern != "plan" or self.train_hard_skip
+        remedy = "skips nothing while it trains; leave out --train_hard_skip and --skip_pattern."
+        _require(not (self.skips_nothing and skips), "objective", self.objective, remedy)
         # these flags change plans, so the stage must follow some; soft plans leave no layer out
-        acts = dict.fromkeys(("dense_ratio", "source_skip_ratios", "anneal_softness"), self.follows_plans)
-        acts["anneal_softness"] &= not self.train_hard_skip
         remedy = "leave it out, or leave out --skip_pattern, --objective and --train_hard_skip."
-        for flag, holds in acts.items():
+        for flag in ("dense_ratio", "source_skip_ratios", "anneal_softness"):
             value = getattr(self, flag)
-            _require(
-                holds or not value, flag, value, f"was given, but nothing follows a plan that it changes; {remedy}"
-            )
+            acts = self.follows_plans and not (flag == "anneal_softness" and self.train_hard_skip)
+            _require(acts or not value, flag, value, f"was given, but nothing follows a plan that it changes; {remedy}")
 
     @property
     def skips_nothing(self) -> bool:
@@ -178,10 +172,9 @@ class PlanArguments(RoutedArguments):
             StageInputError: If a pair cannot be read, a source stands there twice, or a ratio is out of range.
         """
         flag, targets = "source_skip_ratios", dict[str, float]()
-        pairs = [] if self.source_skip_ratios is None else self.source_skip_ratios.split(",")
-        for pair in pairs:
-            source, _, ratio = pair.strip().rpartition("=")
+        for pair in [] if self.source_skip_ratios is None else self.source_skip_ratios.split(","):
             # a source may hold an equals sign itself, a ratio never does
+            source, _, ratio = pair.strip().rpartition("=")
             try:
                 target = float(ratio)
             except ValueError:
@@ -253,28 +246,25 @@ class LlavaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         _check_range(self, 0, 0.99, "warmup_ratio", "lora_dropout")
         _check_range(self, 1, math.inf, "lora_r", "lora_alpha")
-        if self.warmup_ratio and self.warmup_steps not in (0, self.warmup_ratio):
-            raise StageInputError(
-                f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps} were both given; give one."
-            )
+        given = f"{self.warmup_ratio} and --warmup_steps {self.warmup_steps}"
+        is_one = not self.warmup_ratio or self.warmup_steps in (0, self.warmup_ratio)
+        _require(is_one, "warmup_ratio", given, "were both given; give one.")
         self.warmup_steps = self.warmup_ratio or self.warmup_steps  # below 1 it is a share of the steps
-        if self.bits != 4 and (not self.double_quant or self.quant_type != "nf4"):
-            raise StageInputError(
-                f"--double_quant {self.double_quant} and --quant_type {self.quant_type} are about 4-bit weights, "
-                f"--bits is {self.bits}; leave them out, or give --bits 4."
-            )
+        given = f"{self.double_quant} and --quant_type {self.quant_type}"
+        remedy = f"are about 4-bit weights, --bits is {self.bits}; leave them out, or give --bits 4."
+        is_default = self.double_quant and self.quant_type == "nf4"
+        _require(self.bits == 4 or is_default, "double_quant", given, remedy)
         super().__post_init__()  # reads JSON values, such as those of gradient_checkpointing_kwargs
-        if self.eval_strategy != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH:
-            raise StageInputError(
-                "--eval_strategy or --per_device_eval_batch_size was given, but nothing is evaluated while training; "
-                "leave them out and run scripts/v1_5/eval.sh afterwards."
-            )
+        is_evaluated = self.eval_strategy != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH
+        remedy = (
+            "was given, but nothing is evaluated while training; leave them out and run scripts/v1_5/eval.sh after."
+        )
+        _require(not is_evaluated, "eval_strategy", "or --per_device_eval_batch_size", remedy)
         # the reentrant form sees no gradient through the routing keyword
         options: Any = self.gradient_checkpointing_kwargs or {}
-        if self.gradient_checkpointing and options.get("use_reentrant"):
-            raise StageInputError(
-                "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
-            )
+        is_reentrant = self.gradient_checkpointing and options.get("use_reentrant")
+        remedy = "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
+        _require(not is_reentrant, "gradient_checkpointing_kwargs", "", remedy)
         # the server is forked before CUDA and the model exist
         if self.dataloader_multiprocessing_context == "forkserver":
             multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)
@@ -378,23 +368,20 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
     unknown = parser.parse_known_args(words)[1]
     if unknown:
         parser.refuse(unknown)
-    model_args, data_args, stage_args, training_args, _ = parser.parse_args_into_dataclasses(
-        words, look_for_args_file=False
-    )
+    *arguments, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    model_args, data_args, stage_args, training_args = arguments
     # what a stage takes depends on other flags too, such as those that freeze a part
     stage = stage_of(model_args, stage_args, training_args)
-    for arguments in (stage_args, training_args):
-        for item in fields(arguments):
-            value = getattr(arguments, item.name)
+    for group in (stage_args, training_args):
+        for item in fields(group):
+            value = getattr(group, item.name)
             if value != item.default and not takes(stage, item.name):
                 raise StageInputError(_refusal(item.name, value, stage))
     make_objective(stage_args.objective or stage.objective, stage_args)  # which refuses flags that the family lacks
     # the regression is on the states of the dense model, so nothing else may move
-    if stage_args.objective == "layer_regression" and stage.trains != ("adapter",):
-        raise StageInputError(
-            f"--objective layer_regression was given, but it trains adapters alone, not stage {stage}; leave it out, "
-            "or use the stage adapter."
-        )
+    is_alone = stage_args.objective != "layer_regression" or stage.trains == ("adapter",)
+    remedy = f"was given, but it trains adapters alone, not stage {stage}; leave it out, or use the stage adapter."
+    _require(is_alone, "objective", stage_args.objective, remedy)
     return model_args, data_args, stage_args, training_args
 
 

@@ -61,15 +61,10 @@ class Workload:
     def __post_init__(self) -> None:
         if self.sharding not in SHARDINGS:
             raise ValueError(f"Sharding {self.sharding} is unknown; use one of {', '.join(SHARDINGS)}.")
-        for name in ("num_gpus", "batch", "length", "adapter_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a whole number of at least 1.")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank is {self.lora_rank}; it is 0 (no LoRA) or more.")
-        if self.lora_rank and "decoder" not in get_stage(self.stage).trains:
-            raise ValueError(
-                f"lora_rank is {self.lora_rank}, but stage {self.stage} does not train the decoder; use 0."
-            )
+        for name, lowest in (("num_gpus", 1), ("batch", 1), ("length", 1), ("adapter_width", 1), ("lora_rank", 0)):
+            value = getattr(self, name)
+            if value < lowest:
+                raise ValueError(f"{name} is {value}; it is a whole number of at least {lowest}.")
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,7 @@ def count_parameters(
         # counted before routing is attached, so that adapters, which are linear layers too, get no LoRA
         linear = [module for module in find_decoder_layers(model).modules() if isinstance(module, nn.Linear)]
         if adapter_width is not None:
-            text = config.text_config
-            kind = get_router_class("linear")
+            text, kind = config.text_config, get_router_class("linear")
             router = kind.build({}, text.num_hidden_layers, text.hidden_size) if has_linear_router else None
             attach(model, adapter_width, router=router)
     parts = {part: sum(p.numel() for p in named.values()) for part, named in parameters_by_part(model).items()}
@@ -137,12 +131,11 @@ def estimate_memory(config: Any, workload: Workload) -> MemoryEstimate:
     width = workload.adapter_width if stage.routing != "off" else None
     parts = count_parameters(config, width, stage.routing == "relaxed", workload.lora_rank)
     total, trained = sum(parts.values()), sum(parts[part] for part in stage.trains)
-    shards = workload.num_gpus
     per_gpu = {
-        "weights": 2 * total // shards,
+        "weights": 2 * total // workload.num_gpus,
         "gathered weights": 2 * min(total, MAX_LIVE_PARAMETERS),
-        "gradients": 2 * trained // shards,
-        "optimizer": 12 * trained // shards,
+        "gradients": 2 * trained // workload.num_gpus,
+        "optimizer": 12 * trained // workload.num_gpus,
         "activations": _activation_bytes(config, workload, is_trained=bool(stage.trains)),
         "runtime (assumed)": RUNTIME_BYTES,
     }
@@ -157,20 +150,11 @@ def estimate_memory(config: Any, workload: Workload) -> MemoryEstimate:
 
 
 def what_fits(config: Any, workload: Workload, gpu_bytes: int) -> list[Workload]:
-    """Give variants of a workload that fit, nearest first: smaller batches, then offloading, then LoRA.
-
-    Args:
-        config: Architecture.
-        workload: What did not fit.
-        gpu_bytes: Memory of one GPU.
-    """
-    variants, batch = [], workload.batch
-    # nearest to what was asked first: batches only cost time, offloading costs more, LoRA trains something else
-    while batch > 1:
-        batch //= 2
-        variants.append(replace(workload, batch=batch))
-    for kept in (workload.batch, 1):
-        variants.append(replace(workload, batch=kept, sharding="zero3_offload"))
+    """Give variants of a workload that fit into the memory of one GPU, nearest to what was asked first."""
+    # batches only cost time, offloading costs more, LoRA trains something else
+    batches = [workload.batch >> shift for shift in range(1, workload.batch.bit_length())]
+    variants = [replace(workload, batch=batch) for batch in batches]
+    variants += [replace(workload, batch=batch, sharding="zero3_offload") for batch in (workload.batch, 1)]
     if "decoder" in get_stage(workload.stage).trains and not workload.lora_rank:
         variants.append(replace(workload, batch=1, lora_rank=128))
     return [variant for variant in variants if estimate_memory(config, variant).total <= gpu_bytes]
@@ -180,12 +164,10 @@ def _activation_bytes(config: Any, workload: Workload, is_trained: bool) -> int:
     """Bytes of bfloat16 activations: what one layer keeps, layer inputs when checkpointing, logits with the loss."""
     text, positions = config.text_config, workload.batch * workload.length
     per_layer = 2 * positions * (10 * text.hidden_size + 4 * text.intermediate_size + 2 * workload.adapter_width)
-    logits = positions * text.vocab_size
+    logits = LOGIT_BYTES * positions * text.vocab_size
     # one layer at a time is alive in a forward pass, and in a backward pass that computes layers again
     if not is_trained:
-        return per_layer + LOGIT_BYTES // 2 * logits  # without gradients half of them
+        return per_layer + logits // 2  # without gradients half of them
     if workload.checkpoints_activations:
-        layers = per_layer + 2 * positions * text.hidden_size * text.num_hidden_layers
-    else:
-        layers = per_layer * text.num_hidden_layers
-    return layers + LOGIT_BYTES * logits
+        return per_layer + 2 * positions * text.hidden_size * text.num_hidden_layers + logits
+    return per_layer * text.num_hidden_layers + logits

@@ -57,6 +57,8 @@ from torch import distributed
 from llava.train.arguments import parse_arguments
 from llava.train.checks import check_inputs
 from llava.train.stage import run_stage
+from llava.train.stages import StageInputError
+from llava.train.zero3 import find_dead_build
 
 if __name__ == "__main__":
     gc.freeze()  # nor later: this saves two seconds at the end, and data workers share these pages
@@ -67,6 +69,14 @@ def main() -> None:
     """Parse flags, refuse bad input, run the stage."""
     problem = None
     try:
+        # parsing sets up DeepSpeed's communication, which waits for an operator that is being built
+        lock = find_dead_build() if any(word.startswith("--deepspeed") for word in sys.argv) else None
+        if lock is not None:
+            raise StageInputError(
+                f"{lock} is {(time.time() - lock.stat().st_mtime) / 60:.0f} minutes old and no process here has it "
+                "open: a build of a DeepSpeed operator was killed, and a launch would wait for it for ever. Unless "
+                f"another machine builds there, rm {lock} and start again."
+            )
         # every rank parses, as TrainingArguments sets up its device and its engine
         model_args, data_args, stage_args, training_args = parse_arguments()
         if training_args.process_index == 0:

@@ -43,6 +43,7 @@ class LlavaTrainer(Trainer):
     model: Any
     train_dataset: Any
     deepspeed: Any
+    objective: Objective
 
     def __init__(
         self,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -28,6 +31,27 @@ def import_deepspeed() -> ModuleType:
             "pip install 'fuzzyroe[train]', or leave --deepspeed out to train in one process."
         ) from error
     return deepspeed
+
+
+def find_dead_build() -> Path | None:
+    """Find the lock that a killed build of a DeepSpeed operator left; whoever builds it next would wait for ever.
+
+    torch keeps the lock open while it builds, so one that no process has open is left over.
+
+    Returns:
+        The lock; None if there is none, or it cannot be told on this system.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions").expanduser()
+    locks = sorted(folder.resolve().glob("**/lock"))
+    if not locks or not Path("/proc/self/fd").is_dir():
+        return None
+    held = set()
+    for entry in glob.iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):  # the process has ended, or is another user's
+            held.add(os.readlink(entry))
+    # whether it is still there is asked last: a build may have ended meanwhile
+    return next((lock for lock in locks if str(lock) not in held and lock.exists()), None)
 
 
 def init_communication() -> None:

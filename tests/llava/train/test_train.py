@@ -1,4 +1,4 @@
-"""A rank ends when its launcher is gone; a process started by hand does not."""
+"""Promises of the start of training: a rank ends with its launcher, a killed build is named and not waited for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import psutil
 import pytest
 
 from launching import ROOT
+from llava.train import train
+from llava.train.zero3 import find_dead_build
 
 RANK = """
 import sys, time, unittest.mock
 sys.path.insert(0, sys.argv[1])
-for part in ("arguments", "checks", "stage", "stages"):  # what takes seconds to import, and is not needed here
+for part in ("arguments", "checks", "stage", "stages", "zero3"):  # what takes seconds to import, and is not needed here
     sys.modules[f"llava.train.{part}"] = sys.modules["torch"] = unittest.mock.MagicMock()
 from llava.train.train import watch_launcher
 watch_launcher(0.05)
@@ -45,3 +47,20 @@ def test_only_a_rank_ends_with_its_launcher(tmp_path: Path, is_rank: bool) -> No
     finally:
         if not gone:
             rank.kill()
+
+
+def test_the_lock_of_a_killed_build_is_named_and_that_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert find_dead_build() is None
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    with lock.open("w"):  # as torch holds it while it builds
+        assert find_dead_build() is None
+    assert find_dead_build() == lock
+    monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed", "scripts/zero3.json"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    assert f"{lock} is 0 minutes old" in (printed := capsys.readouterr().err) and f"rm {lock} and start" in printed
