@@ -38,7 +38,8 @@ def _flag(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text.replace("%", "%%"), **more})
 
 
-def _require(holds: bool, flag: str, value: object, remedy: str) -> None:
+def require(holds: object, flag: str, value: object, remedy: str) -> None:
+    """Refuse a flag with its value and a remedy unless something holds; raises StageInputError."""
     if not holds:
         raise StageInputError(f"--{flag} {value} {remedy}")
 
@@ -47,7 +48,7 @@ def _check_range(arguments: Any, lowest: float, highest: float, *flags: str) -> 
     allowed = f"must be at least {lowest}" if highest == math.inf else f"lies outside [{lowest}, {highest}]"
     for flag in flags:
         value = getattr(arguments, flag)
-        _require(value is None or lowest <= value <= highest, flag, value, f"{allowed}; leave it out for the default.")
+        require(value is None or lowest <= value <= highest, flag, value, f"{allowed}; leave it out for the default.")
 
 
 @dataclass
@@ -92,7 +93,7 @@ class StageArguments:
 
     def __post_init__(self) -> None:
         is_known = self.objective is None or self.objective in OBJECTIVES
-        _require(is_known, "objective", self.objective, f"is unknown; use one of {', '.join(OBJECTIVES)}.")
+        require(is_known, "objective", self.objective, f"is unknown; use one of {', '.join(OBJECTIVES)}.")
 
 
 @dataclass
@@ -116,7 +117,7 @@ class RoutedArguments(StageArguments):
         _check_range(self, 0.01, 0.99, "max_skip_ratio")
         is_allowed = 0 <= self.target_skip_ratio <= self.max_skip_ratio
         remedy = f"lies outside [0, --max_skip_ratio {self.max_skip_ratio}]; lower it."
-        _require(is_allowed, "target_skip_ratio", self.target_skip_ratio, remedy)
+        require(is_allowed, "target_skip_ratio", self.target_skip_ratio, remedy)
         _check_range(self, 1, math.inf, "adapter_hidden_dim", "calibration_batch_size")
 
 
@@ -141,19 +142,19 @@ class PlanArguments(RoutedArguments):
         super().__post_init__()
         # not argparse's choices, which would miss a router that is added to ROUTERS later
         known = plan_router_names()
-        _require(self.router in (None, *known), "router", self.router, f"is unknown; use one of {', '.join(known)}.")
+        require(self.router in (None, *known), "router", self.router, f"is unknown; use one of {', '.join(known)}.")
         _check_range(self, 0, 1, "anneal_softness", "dense_ratio")
         _check_range(self, 1, math.inf, "calibration_samples", "order_samples", "score_samples")
         self.source_targets()  # a pair that cannot be read fails now, not when the first batch is drawn
         skips = self.skip_pattern != "plan" or self.train_hard_skip
         remedy = "skips nothing while it trains; leave out --train_hard_skip and --skip_pattern."
-        _require(not (self.skips_nothing and skips), "objective", self.objective, remedy)
+        require(not (self.skips_nothing and skips), "objective", self.objective, remedy)
         # these flags change plans, so the stage must follow some; soft plans leave no layer out
         remedy = "leave it out, or leave out --skip_pattern, --objective and --train_hard_skip."
         for flag in ("dense_ratio", "source_skip_ratios", "anneal_softness"):
             value = getattr(self, flag)
             acts = self.follows_plans and not (flag == "anneal_softness" and self.train_hard_skip)
-            _require(acts or not value, flag, value, f"was given, but nothing follows a plan that it changes; {remedy}")
+            require(acts or not value, flag, value, f"was given, but nothing follows a plan that it changes; {remedy}")
 
     @property
     def skips_nothing(self) -> bool:
@@ -180,10 +181,10 @@ class PlanArguments(RoutedArguments):
             except ValueError:
                 source, target = "", 0.0
             allowed = "SOURCE=RATIO pairs separated by commas are allowed, such as ocr_vqa=0.2,gqa=0.4. Correct it."
-            _require(bool(source), flag, f"has {pair!r};", allowed)
-            _require(source not in targets, flag, f"names {source} twice;", "give one target per source.")
+            require(bool(source), flag, f"has {pair!r};", allowed)
+            require(source not in targets, flag, f"names {source} twice;", "give one target per source.")
             outside = f"lies outside [0, --max_skip_ratio {self.max_skip_ratio}]; lower it, or raise --max_skip_ratio."
-            _require(0 <= target <= self.max_skip_ratio, flag, f"{source}={ratio}", outside)
+            require(0 <= target <= self.max_skip_ratio, flag, f"{source}={ratio}", outside)
             targets[source] = target
         return targets
 
@@ -206,7 +207,7 @@ class RoEArguments(RoutedArguments):
         # RoE has one operating point; only a table of targets has a largest one
         is_bound = self.budget_samples > 0 or self.max_skip_ratio == RoEArguments.max_skip_ratio
         remedy = "was given, but bounds nothing without --budget_samples; leave it out, or give both."
-        _require(is_bound, "max_skip_ratio", self.max_skip_ratio, remedy)
+        require(is_bound, "max_skip_ratio", self.max_skip_ratio, remedy)
         # the schedule starts from a bias, which reaches half of the layers at most
         try:
             start_bias(self.target_skip_ratio)
@@ -248,23 +249,23 @@ class LlavaTrainingArguments(TrainingArguments):
         _check_range(self, 1, math.inf, "lora_r", "lora_alpha")
         given = f"{self.warmup_ratio} and --warmup_steps {self.warmup_steps}"
         is_one = not self.warmup_ratio or self.warmup_steps in (0, self.warmup_ratio)
-        _require(is_one, "warmup_ratio", given, "were both given; give one.")
+        require(is_one, "warmup_ratio", given, "were both given; give one.")
         self.warmup_steps = self.warmup_ratio or self.warmup_steps  # below 1 it is a share of the steps
         given = f"{self.double_quant} and --quant_type {self.quant_type}"
         remedy = f"are about 4-bit weights, --bits is {self.bits}; leave them out, or give --bits 4."
         is_default = self.double_quant and self.quant_type == "nf4"
-        _require(self.bits == 4 or is_default, "double_quant", given, remedy)
+        require(self.bits == 4 or is_default, "double_quant", given, remedy)
         super().__post_init__()  # reads JSON values, such as those of gradient_checkpointing_kwargs
         is_evaluated = self.eval_strategy != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH
         remedy = (
             "was given, but nothing is evaluated while training; leave them out and run scripts/v1_5/eval.sh after."
         )
-        _require(not is_evaluated, "eval_strategy", "or --per_device_eval_batch_size", remedy)
+        require(not is_evaluated, "eval_strategy", "or --per_device_eval_batch_size", remedy)
         # the reentrant form sees no gradient through the routing keyword
         options: Any = self.gradient_checkpointing_kwargs or {}
         is_reentrant = self.gradient_checkpointing and options.get("use_reentrant")
         remedy = "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
-        _require(not is_reentrant, "gradient_checkpointing_kwargs", "", remedy)
+        require(not is_reentrant, "gradient_checkpointing_kwargs", "", remedy)
         # the server is forked before CUDA and the model exist
         if self.dataloader_multiprocessing_context == "forkserver":
             multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)
@@ -294,7 +295,7 @@ class FixedFlags:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            _require(value == item.default, item.name, value, f"is not available, {item.metadata['help']}")
+            require(value == item.default, item.name, value, f"is not available, {item.metadata['help']}")
 
 
 FITTING = "fitting"
@@ -381,7 +382,7 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
     # the regression is on the states of the dense model, so nothing else may move
     is_alone = stage_args.objective != "layer_regression" or stage.trains == ("adapter",)
     remedy = f"was given, but it trains adapters alone, not stage {stage}; leave it out, or use the stage adapter."
-    _require(is_alone, "objective", stage_args.objective, remedy)
+    require(is_alone, "objective", stage_args.objective, remedy)
     return model_args, data_args, stage_args, training_args
 
 

@@ -33,6 +33,7 @@ from llava.train.arguments import (
     PlanArguments,
     RoutedArguments,
     StageArguments,
+    require,
     stage_of,
 )
 from llava.train.checkpointing import describe_run, find_resume, partial_folder
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 ATTACH_FLAGS = ("router", "rule_base", "adapter_hidden_dim", "routing_summary", "roe_compat")
 """Flags that act when routing is first attached; a routed checkpoint has its own."""
 
-MIN_FREE_BYTES = 64 * 2**20
+MIN_FREE_MIB = 64
 
 MIN_CALIBRATION_SAMPLES = 8
 """One for each bin of scores that ``FuzzyRouter.calibrate`` makes."""
@@ -87,15 +88,16 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
     """Read the configuration, with the folders that the model's files lie in, none if it comes from the hub."""
     path = model_args.model_name_or_path
     config, folder = read_config_dict(path), Path(path)
+    settings = None
     if is_language_model(config):
         if stage.routing != "off":
             raise StageInputError(
                 f"{path} is a language model, stage {stage.name} routes a LLaVA checkpoint; run the stages pretrain "
                 "and dense first, or name a LLaVA checkpoint."
             )
-        text_side = read_config_and_tokenizer(path, vision_settings(model_args))[0]
-    else:
-        text_side = read_config_and_tokenizer(path)[0]  # refuses, by name, what belongs to no family
+        settings = vision_settings(model_args)
+    text_side = read_config_and_tokenizer(path, settings)[0]  # refuses, by name, what belongs to no family
+    if settings is None:
         check_agreement(config, model_args)
     if model_args.pretrain_mm_mlp_adapter is not None:
         read_projector(model_args.pretrain_mm_mlp_adapter, text_side)  # refuses one that does not fit
@@ -156,7 +158,12 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
     if block:
         _check_attached(block, stage, path, stage_args)
     elif isinstance(stage_args, PlanArguments):
-        _check_rule_base(stage_args.rule_base or DEFAULT_RULE_BASE)
+        name = stage_args.rule_base or DEFAULT_RULE_BASE
+        unknown = [v.name for v in load_rule_base(name).antecedents if v.name not in FEATURES]
+        if unknown:
+            raise StageInputError(
+                f"Rule base {name} has antecedents {unknown}, no features; use {', '.join(FEATURES)}."
+            )
         if stage.trains and stage_args.follows_plans:
             raise StageInputError(
                 f"Stage {stage.name} follows the plans of a calibrated router, but {path} has none; run the router "
@@ -169,12 +176,10 @@ def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_
     if isinstance(stage_args, PlanArguments):
         router = (block or {}).get("router") or stage_args.router or plan_router_names()[0]
         # static and random routers rank nothing, so rules, tables and softness have nothing to act on
-        for name in ("rule_base", "per_layer_tables", "anneal_softness"):
-            if getattr(stage_args, name) and not get_router_class(router).is_scored:
-                raise StageInputError(
-                    f"--{name} {getattr(stage_args, name)} was given, but a {router} router has no score; leave it "
-                    "out, or use --router fuzzy."
-                )
+        acting = () if get_router_class(router).is_scored else ("rule_base", "per_layer_tables", "anneal_softness")
+        remedy = f"was given, but a {router} router has no score; leave it out, or use --router fuzzy."
+        for flag in acting:
+            require(not getattr(stage_args, flag), flag, getattr(stage_args, flag), remedy)
 
 
 def _check_attached(block: dict[str, Any], stage: Stage, path: str, stage_args: RoutedArguments) -> None:
@@ -187,92 +192,70 @@ def _check_attached(block: dict[str, Any], stage: Stage, path: str, stage_args: 
             f"{path} is routed by a {router} router, which stage {stage.name} does not train; use one of the stages "
             f"{', '.join(family)}, or start from a dense checkpoint."
         )
-    for name in ATTACH_FLAGS:
-        value = getattr(stage_args, name, None)
+    width = block.get("adapter_width")
+    for flag in ATTACH_FLAGS:
+        value, is_width = getattr(stage_args, flag, None), flag == "adapter_hidden_dim"
+        has = f"has adapters of width {width}" if is_width else "has a router already"
         # the width may be repeated, as scripts give it to every stage
-        is_same = name == "adapter_hidden_dim" and value == block.get("adapter_width")
-        if value is not None and not is_same:
-            has = f"has adapters of width {block.get('adapter_width')}" if "adapter" in name else "has a router already"
-            raise StageInputError(
-                f"--{name} {value} was given, but {path} {has}; leave it out, or start from a dense checkpoint."
-            )
-
-
-def _check_rule_base(name: str) -> None:
-    """The rule base must load, and its antecedents must be features."""
-    unknown = [v.name for v in load_rule_base(name).antecedents if v.name not in FEATURES]
-    if unknown:
-        raise StageInputError(f"Rule base {name} has antecedents {unknown}, no features; use {', '.join(FEATURES)}.")
+        remedy = f"was given, but {path} {has}; leave it out, or start from a dense checkpoint."
+        require(value is None or is_width and value == width, flag, value, remedy)
 
 
 def _check_output(output: Path, sources: list[Path]) -> None:
     """The output must be writable and must not replace what it is made from."""
-    for source in sources:
-        if output.resolve() == source.resolve():
-            raise StageInputError(
-                f"--output_dir {output} is the folder that the model is read from; choose another, so that it stays."
-            )
+    given = f"--output_dir {output}"
+    if output.resolve() in [source.resolve() for source in sources]:
+        raise StageInputError(f"{given} is the folder that the model is read from; choose another, so that it stays.")
     # the nearest folder that exists decides; lexists, as a dangling link is in the way too
     parent = output.absolute()
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise StageInputError(f"{parent} is a file, --output_dir {output} needs a folder there; choose another.")
+        raise StageInputError(f"{parent} is a file, {given} needs a folder there; choose another.")
     if not os.access(parent, os.W_OK):
         raise StageInputError(f"{parent} cannot be written; choose another --output_dir.")
-    free = shutil.disk_usage(parent).free
-    if free < MIN_FREE_BYTES:
-        raise StageInputError(
-            f"{parent} has {free / 2**20:.0f} MiB free, at least {MIN_FREE_BYTES // 2**20} MiB are needed; make room."
-        )
+    free = shutil.disk_usage(parent).free / 2**20
+    if free < MIN_FREE_MIB:
+        raise StageInputError(f"{parent} has {free:.0f} MiB free, at least {MIN_FREE_MIB} MiB are needed; make room.")
 
 
 def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: LlavaTrainingArguments) -> None:
     """A DeepSpeed JSON must leave the optimizer to the trainer, be able to save, and suit what the stage runs."""
-    config = training_args.deepspeed or {}
-    if isinstance(config, str):
-        config = json.loads(Path(config).read_text())
+    name: Any = training_args.deepspeed
+    config = json.loads(Path(name).read_text()) if isinstance(name, str) else name or {}
     zero = config.get("zero_optimization", {})
-    zero_stage = zero.get("stage", 0)
+    zero_stage, num_ranks = zero.get("stage", 0), training_args.world_size
     # the trainer makes the optimizer: its groups have a rate per part
     if "optimizer" in config:
         raise StageInputError(
-            f"{training_args.deepspeed} has an 'optimizer' entry, which would silently drop the learning rates by part;"
-            " remove it."
+            f"{name} has an 'optimizer' entry, which would silently drop the learning rates by part; remove it."
         )
     if zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise StageInputError(
-            f"{training_args.deepspeed} cannot save under ZeRO-3; set "
-            "zero_optimization.stage3_gather_16bit_weights_on_model_save to true."
+            f"{name} cannot save under ZeRO-3; set zero_optimization.stage3_gather_16bit_weights_on_model_save to true."
         )
     if config and not stage.trains and zero_stage != 3:
         raise StageInputError(
-            f"{training_args.deepspeed} has ZeRO stage {zero_stage}; stage {stage.name} only runs forward "
-            "passes, which DeepSpeed does with ZeRO stage 3 alone. Use scripts/zero3.json, or leave --deepspeed out."
+            f"{name} has ZeRO stage {zero_stage}; stage {stage.name} only runs forward passes, which DeepSpeed does "
+            "with ZeRO stage 3 alone. Use scripts/zero3.json, or leave --deepspeed out."
         )
     # ZeRO-3 gathers whole layers as leaf modules, so ranks may skip different ones
     skips_hard = isinstance(stage_args, PlanArguments) and stage_args.train_hard_skip
-    if skips_hard and training_args.world_size > 1 and zero_stage != 3:
+    if skips_hard and num_ranks > 1 and zero_stage != 3:
         raise StageInputError(
-            f"--train_hard_skip was given with {training_args.world_size} processes and ZeRO stage {zero_stage}, where "
-            "ranks that skip different layers exchange gradients of different parameters; use scripts/zero3.json, or "
-            "leave it out."
+            f"--train_hard_skip was given with {num_ranks} processes and ZeRO stage {zero_stage}, where ranks that "
+            "skip different layers exchange gradients of different parameters; use scripts/zero3.json, or leave it out."
         )
 
 
 def _check_records(model_args: ModelArguments, data_args: DataArguments, training_args: LlavaTrainingArguments) -> None:
     """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
     # a language model gets its image tokens from the vision settings, a LLaVA checkpoint has them
-    is_composed = is_language_model(read_config_dict(model_args.model_name_or_path))
-    settings = vision_settings(model_args) if is_composed else None
-    config, tokenizer = read_config_and_tokenizer(model_args.model_name_or_path, settings)
-    meter = LengthMeter(
-        tokenizer,
-        get_template(model_args.version),
-        count_image_tokens(config),
-        get_image_token_id(config),
-        training_args.model_max_length,
-    )
+    path = model_args.model_name_or_path
+    settings = vision_settings(model_args) if is_language_model(read_config_dict(path)) else None
+    config, tokenizer = read_config_and_tokenizer(path, settings)
+    template, longest = get_template(model_args.version), training_args.model_max_length
+    meter = LengthMeter(tokenizer, template, count_image_tokens(config), get_image_token_id(config), longest)
     report = check_data(
         data_args.data_path, data_args.image_folder, meter=meter, allow_truncation=training_args.allow_truncation
     )
@@ -284,30 +267,27 @@ def _check_records(model_args: ModelArguments, data_args: DataArguments, trainin
 def _check_sources(stage_args: StageArguments, data_path: str) -> None:
     """Every source with a target of its own must have a record; records are read until all were seen."""
     targets = stage_args.source_targets() if isinstance(stage_args, PlanArguments) else {}
-    if not targets:
-        return
     seen: set[str] = set()
-    for record in RecordFile(data_path):
+    for record in RecordFile(data_path) if targets else ():
         seen.add(record.source)
         if seen.issuperset(targets):
             return
     unknown = [source for source in targets if source not in seen]
-    raise StageInputError(
-        f"--source_skip_ratios names {', '.join(unknown)}, but the sources of {data_path} are "
-        f"{', '.join(sorted(seen))}; name one of these (the first folder of an image, text without one)."
-    )
+    if unknown:
+        raise StageInputError(
+            f"--source_skip_ratios names {', '.join(unknown)}, but the sources of {data_path} are "
+            f"{', '.join(sorted(seen))}; name one of these (the first folder of an image, text without one)."
+        )
 
 
 def _check_number(num_records: int, stage: Stage, stage_args: StageArguments, world_size: int) -> None:
     """Fitting needs samples in every bin of scores and, for each of its passes, on every process."""
-    is_planned = isinstance(stage_args, PlanArguments)
-    names = ("calibration_samples", "order_samples", "score_samples") if is_planned else ("budget_samples",)
-    for name in names:
-        asked = getattr(stage_args, name)
+    for name in ("calibration_samples", "order_samples", "score_samples", "budget_samples"):
+        asked = getattr(stage_args, name, None)  # a family has the flags that its routers read
         # ranks measure equal shares; what is left over is not used
-        usable = min(num_records, asked) // world_size * world_size
+        usable = min(num_records, asked or 0) // world_size * world_size
         needed = MIN_CALIBRATION_SAMPLES if name == "calibration_samples" else world_size
-        if usable < needed:
+        if asked is not None and usable < needed:
             raise StageInputError(
                 f"Stage {stage.name} would calibrate on {usable} samples ({num_records} records, --{name} {asked}, "
                 f"{world_size} processes); at least {needed} are needed. Give more."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def attach_new_router(model: Any, arguments: RoutedArguments) -> None:
 
 
 def fit_router(
-    trainer: LlavaTrainer, arguments: Any, checkpoint: Checkpoint, say: Callable[[str], None]
+    trainer: LlavaTrainer, arguments: Any, checkpoint: Checkpoint, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure on all ranks, fit the attached router, put the fitted one in place.
 
@@ -103,14 +103,14 @@ def fit_router(
         trainer: Gives the engine, the training samples and the seed.
         arguments: Flags of the stage: how much is measured, and the skip ratio to set.
         checkpoint: Has the router.
-        say: Called with lines of progress, on every rank.
+        progress: Called with lines of progress, on every rank.
 
     Returns:
         What was found, with its cost: training samples touched, sample-passes through the decoder, seconds of wall
         time and of this process's CPU time.
     """
     started, cpu_started = time.time(), time.process_time()
-    config: Any = checkpoint.model.config
+    config, args = checkpoint.model.config, trainer.args
     measurer = Measurer(
         prepare_for_forward(trainer),
         trainer.train_dataset,
@@ -118,26 +118,22 @@ def fit_router(
         get_image_token_id(config),
         config.text_config.num_hidden_layers,
         CalibrationSize.from_flags(arguments),
-        trainer.args.device,
-        trainer.args.seed,
-        say,
+        args.device,
+        args.seed,
+        progress,
     )
     decoder: Any = find_decoder(checkpoint.model)
     router, report = decoder.router.fit(measurer, arguments)
-    decoder.router = router.to(trainer.args.device)
-    return {
-        **report,
-        "samples": measurer.cost.samples,
-        "passes": measurer.cost.passes,
-        "seconds": time.time() - started,
-        "cpu_seconds": time.process_time() - cpu_started,
-    }
+    decoder.router = router.to(args.device)
+    seconds = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - cpu_started}
+    return {**report, **asdict(measurer.cost), **seconds}
 
 
+@dataclass
 class Measurer:
     """Runs the forward passes that routers are fitted by, see ``fuzzyroe.routers.base.Measurer``.
 
-    Args:
+    Attributes:
         engine: Model or engine to call, with routing attached.
         dataset: Training samples.
         collator: Makes batches of them.
@@ -147,27 +143,25 @@ class Measurer:
         device: Where batches go.
         seed: Seed of the choice of samples.
         progress: Called with a line of text at each step.
+        cost: What the passes have cost so far.
     """
 
-    def __init__(
-        self,
-        engine: nn.Module,
-        dataset: Any,
-        collator: Any,
-        image_token_id: int,
-        num_layers: int,
-        size: CalibrationSize,
-        device: torch.device,
-        seed: int = 0,
-        progress: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.engine, self.dataset, self.collator = engine, dataset, collator
-        self.image_token_id, self.num_layers, self.size, self.device = image_token_id, num_layers, size, device
-        self.progress = progress
-        self.cost = Cost()
-        self.world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    engine: nn.Module
+    dataset: Any
+    collator: Any
+    image_token_id: int
+    num_layers: int
+    size: CalibrationSize
+    device: torch.device
+    seed: int = 0
+    progress: Callable[[str], None] = lambda line: None
+    cost: Cost = field(default_factory=Cost, init=False)
+
+    def __post_init__(self) -> None:
+        is_spread = distributed.is_initialized()
+        self.rank, self.world_size = (distributed.get_rank(), distributed.get_world_size()) if is_spread else (0, 1)
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        size = self.size
         # every measurement takes the first of these, so that the samples touched are as few as the largest asks for
         counts = (size.order_samples, size.calibration_samples, size.score_samples, size.budget_samples)
         self.samples = order[: max(counts)]
@@ -210,11 +204,11 @@ class Measurer:
     def skip_rate(self, batches: Iterable[dict[str, Tensor]], ask: Callable[[RoutingState], None]) -> float:
         """Mean share of layers that the attached router skips, once ``ask`` has changed each batch's state."""
 
-        def kept(batch: dict[str, Tensor], state: RoutingState) -> Tensor:
+        def kept(batch: dict[str, Tensor], state: RoutingState, answered: Tensor) -> Tensor:
             ask(state)
             self.run_model(batch, state)
             assert state.result.keep_weights is not None
-            return state.result.keep_weights[_answered(batch, state)]
+            return state.result.keep_weights[answered]
 
         return 1 - float(self._measure_turns(batches, kept).mean())
 
@@ -223,20 +217,18 @@ class Measurer:
         keep = torch.ones(self.num_layers, device=self.device)
         keep[skipped] = 0.0
 
-        def losses_of(batch: dict[str, Tensor], state: RoutingState) -> Tensor:
-            forced = state.forced(keep.expand(len(state.turn_ids), -1))
-            logits = self.run_model(batch, forced).logits
-            return turn_losses(logits, batch["labels"], state.turn_ids, state.planned_turns())
+        def losses_of(batch: dict[str, Tensor], state: RoutingState, answered: Tensor) -> Tensor:
+            logits = self.run_model(batch, state.forced(keep.expand(len(state.turn_ids), -1))).logits
+            return turn_losses(logits, batch["labels"], state.turn_ids, answered.shape[1])
 
         return self._measure_turns(batches, losses_of)
 
     def raw_features(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
         """All raw features of every turn, in the order of ``losses``, (turns over all ranks, features), on the CPU."""
 
-        def features_of(batch: dict[str, Tensor], state: RoutingState) -> Tensor:
-            embeddings = self.decoder_input(batch, state)
-            raw = compute_features(summarise(embeddings, state, state.num_turns), tuple(FEATURES))
-            return raw[_answered(batch, state)]
+        def features_of(batch: dict[str, Tensor], state: RoutingState, answered: Tensor) -> Tensor:
+            summary = summarise(self.decoder_input(batch, state), state, state.num_turns)
+            return compute_features(summary, tuple(FEATURES))[answered]
 
         return self._measure_turns(batches, features_of)
 
@@ -245,10 +237,8 @@ class Measurer:
         usable = min(num_samples, len(self.samples))
         self.cost.samples = max(self.cost.samples, usable)
         usable -= usable % self.world_size  # a rank with one batch more would wait forever under ZeRO-3
-        mine = sorted(
-            self.samples[self.rank : usable : self.world_size],
-            key=lambda sample: abs(self.dataset.modality_length(sample)),
-        )
+        mine = self.samples[self.rank : usable : self.world_size]
+        mine = sorted(mine, key=lambda sample: abs(self.dataset.modality_length(sample)))
         return iter(DataLoader(Subset(self.dataset, mine), self.size.calibration_batch_size, collate_fn=self.collator))
 
     def decoder_input(self, batch: dict[str, Tensor], state: RoutingState) -> Tensor:
@@ -258,8 +248,7 @@ class Measurer:
             lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
         )
         try:
-            keep = torch.ones(len(state.turn_ids), self.num_layers, device=self.device)
-            self.run_model(batch, state.forced(keep))
+            self.run_model(batch, state.forced(torch.ones(len(state.turn_ids), self.num_layers, device=self.device)))
         finally:
             handle.remove()
         return seen[0]
@@ -278,14 +267,18 @@ class Measurer:
 
     @torch.no_grad()
     def _measure_turns(
-        self, batches: Iterable[dict[str, Tensor]], look: Callable[[dict[str, Tensor], RoutingState], Tensor]
+        self, batches: Iterable[dict[str, Tensor]], look: Callable[[dict[str, Tensor], RoutingState, Tensor], Tensor]
     ) -> Tensor:
-        """Join what one pass per batch tells of every answered turn: over all ranks, in rank order, on the CPU."""
+        """Join what one pass per batch tells of its answered turns, (B, T): over all ranks, in their order, on the CPU.
+
+        Turns without an answer, whose loss is not known, are left out of all measurements alike.
+        """
         parts = []
         for batch in batches:
             batch = {name: value.to(self.device) for name, value in batch.items()}
             state = self.describe(batch)
-            parts.append(look(batch, state).float().cpu())
+            answered = answered_turns(batch["labels"], state.turn_ids, state.planned_turns())
+            parts.append(look(batch, state, answered).float().cpu())
             self.cost.passes += len(state.turn_ids) * self.world_size
         mine = torch.cat(parts)
         if self.world_size == 1:
@@ -296,7 +289,3 @@ class Measurer:
 
     def _decoder(self) -> Any:
         return find_decoder(getattr(self.engine, "module", self.engine))
-
-
-def _answered(batch: dict[str, Tensor], state: RoutingState) -> Tensor:
-    return answered_turns(batch["labels"], state.turn_ids, state.planned_turns())
