@@ -150,10 +150,7 @@ def _limits(folder: Path) -> Iterator[Finding]:
     """Disk, shared memory and open files."""
     remedy = f"a 7B checkpoint takes 15 GB; make {MIN_FREE_DISK / GIB:.0f} GiB room"
     shared = "start the container with --shm-size=8g, or use --dataloader_num_workers 0"
-    rooms = (
-        ("disk", folder, MIN_FREE_DISK, remedy),
-        ("shared memory", Path("/dev/shm"), MIN_SHARED_MEMORY, shared),
-    )
+    rooms = (("disk", folder, MIN_FREE_DISK, remedy), ("shared memory", Path("/dev/shm"), MIN_SHARED_MEMORY, shared))
     for name, place, wanted, remedy in rooms:
         if place.is_dir():
             free = shutil.disk_usage(place).free

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from llava.model.builder import Checkpoint, build_checkpoint, load_checkpoint
 from llava.model.checkpoints.contents import read_projector
@@ -48,16 +48,15 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, seed: int, **opti
         named = {to_hf.rename(name): p for name, p in checkpoint.model.named_parameters()}
         tensors = read_projector(model_args.pretrain_mm_mlp_adapter, checkpoint.model.config)
         assign_parameters({name: named[name] for name in tensors}, tensors)
-    _drop_unused_sampling(checkpoint.model)
+    # a model that does not sample has no use for sampling parameters: with them it could not be saved after training
+    generation = checkpoint.model.generation_config
+    if generation is not None and not generation.do_sample:
+        generation.temperature = generation.top_p = generation.top_k = None
     return checkpoint
 
 
 def vision_settings(model_args: ModelArguments) -> VisionSettings:
-    """Vision settings that the flags give, with LLaVA-1.5's values where they say nothing.
-
-    Raises:
-        ValueError: If no vision tower is named, or a value is not available.
-    """
+    """Vision settings that the flags give, with LLaVA-1.5's values where they say nothing."""
     if model_args.vision_tower is None:
         raise ValueError(
             f"{model_args.model_name_or_path} is a language model; --vision_tower must name a CLIP checkpoint, "
@@ -72,15 +71,7 @@ def vision_settings(model_args: ModelArguments) -> VisionSettings:
 
 
 def check_agreement(config: dict[str, Any], model_args: ModelArguments) -> None:
-    """Refuse vision settings that a checkpoint contradicts: those it was trained with cannot be changed.
-
-    Args:
-        config: Configuration of the checkpoint, of transformers' or of LLaVA's layout.
-        model_args: The flags.
-
-    Raises:
-        ValueError: Naming the first that differs.
-    """
+    """Refuse vision settings other than a checkpoint, of transformers' or of LLaVA's layout, was trained with."""
     strategy = config.get("vision_feature_select_strategy", "default")
     feature = next((name for name, own in SELECT_FEATURES.items() if own == strategy), strategy)
     # transformers' layout says the same under other keys, and does not name the tower
@@ -98,10 +89,3 @@ def check_agreement(config: dict[str, Any], model_args: ModelArguments) -> None:
                 f"--{name} {found} was given, but {model_args.model_name_or_path} {has}, which its projector was "
                 f"trained for; leave --{name} out, or start from a language model."
             )
-
-
-def _drop_unused_sampling(model: PreTrainedModel) -> None:
-    """Remove sampling parameters of a model that does not sample: with them it could not be saved after training."""
-    generation = model.generation_config
-    if generation is not None and not generation.do_sample:
-        generation.temperature = generation.top_p = generation.top_k = None

@@ -43,9 +43,7 @@ def roe(
     """RoE's objective: next-token loss and a hinge on the skip rate, see ``fuzzyroe.routers.roe.training``.
 
     Args:
-        model: Routed model with linear routers.
-        batch: What it takes, with ``labels``, (B, N).
-        routing: Relaxed routing of the batch.
+        model, batch, routing: Model with linear routers; its input with ``labels``, (B, N); relaxed routing of it.
         target_skip_ratio: Target skip ratio, in [0, 0.5].
         skip_loss_weight: Weight of the hinge, 1 in RoE; 0 trains without this regularisation.
     """
@@ -67,13 +65,8 @@ def layer_regression(model: nn.Module, batch: dict[str, Any], routing: RoutingSt
         sum |h + adapter(input_layernorm(h)) - y|^2  /  sum |h - y|^2
 
     An untrained adapter, which is zero, has loss 1, one that stands in for its layer perfectly 0. The loss is the mean
-    over layers. Every layer teaches its adapter in every step, whatever a router would skip, and no error of one
-    adapter reaches the next; the model is run once, without a gradient.
-
-    Args:
-        model: Routed model.
-        batch: What it takes, with ``attention_mask``, (B, N).
-        routing: Not read: nothing is skipped.
+    over layers. Every layer teaches its adapter in every step, and no error of one adapter reaches the next; the model
+    is run once, without a gradient. ``routing`` is not read, as nothing is skipped.
 
     Reference:
         Informed Routing (arXiv:2510.13831), lightweight feature forecasters.
@@ -114,12 +107,9 @@ def make_objective(name: str, flags: Any) -> Objective:
         flags: Has an attribute for each keyword-only parameter of the objective.
 
     Raises:
-        KeyError: If there is none of this name; the message lists the known ones.
         StageInputError: If the stage has not the flags that the objective reads.
     """
-    if name not in OBJECTIVES:
-        raise KeyError(f"Objective '{name}' is unknown; use one of {', '.join(OBJECTIVES)}.")
-    function = OBJECTIVES[name]
+    function = OBJECTIVES[name]  # the flag's own dataclass refuses other names
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     missing = [option for option in names if not hasattr(flags, option)]
     if missing:

@@ -42,13 +42,7 @@ from llava.train.checkpointing import (
 )
 from llava.train.load_model import load_model
 from llava.train.objectives import make_objective
-from llava.train.parameters import (
-    TrainableCheck,
-    add_lora,
-    freeze_all_but,
-    prepare_quantized,
-    quantization_options,
-)
+from llava.train.parameters import TrainableCheck, add_lora, freeze_all_but, prepare_quantized, quantization_options
 from llava.train.router_fitting import attach_new_router, fit_router
 from llava.train.routing_policies import make_policy
 from llava.train.stages import Stage

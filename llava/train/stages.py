@@ -48,6 +48,8 @@ class Stage:
         return f"{self.name} (trains {trains}; routing {self.routing})"
 
 
+_ALL = ("projector", "decoder", "adapter")
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -56,17 +58,10 @@ STAGES: dict[str, Stage] = {
         Stage("scratch", ("vision_tower", "projector", "decoder"), "off", False, "every weight, without routing"),
         Stage("router", (), "plan", True, "fits the fuzzy router by forward passes, no optimizer"),
         Stage("adapter", ("adapter",), "plan", True, "trains what stands in for a skipped layer"),
-        Stage("finetune", ("projector", "decoder", "adapter"), "plan", True, "trains the routed model as a whole"),
+        Stage("finetune", _ALL, "plan", True, "trains the routed model as a whole"),
         Stage("roe_adapter", ("adapter",), "relaxed", False, "RoE's first: adapters, under drawn skips", (0.0, 0.3)),
         Stage("roe_router", ("adapter", "router"), "relaxed", False, "RoE's second: linear routers too", (0.3, 0.5)),
-        Stage(
-            "roe_finetune",
-            ("projector", "decoder", "adapter", "router"),
-            "relaxed",
-            False,
-            "RoE's third: the routed model as a whole",
-            (0.5, 1.0),
-        ),
+        Stage("roe_finetune", (*_ALL, "router"), "relaxed", False, "RoE's third: the whole routed model", (0.5, 1.0)),
     )
 }
 
@@ -76,11 +71,7 @@ class StageInputError(ValueError):
 
 
 def get_stage(name: str) -> Stage:
-    """Look a stage up.
-
-    Raises:
-        KeyError: If there is none of this name; the message lists the known ones.
-    """
+    """Look a stage up; KeyError, which lists the known ones, if there is none of this name."""
     if name not in STAGES:
         raise KeyError(f"Stage '{name}' is unknown; use one of {', '.join(STAGES)}.")
     return STAGES[name]
@@ -115,29 +106,19 @@ def choose_stage(
     """
     # LLaVA has no stages; its flag for the first one chooses pretrain
     stage = get_stage(name or ("pretrain" if tune_projector else "dense"))
-    if tune_projector and stage.trains != ("projector",):
-        raise StageInputError(
-            f"--tune_mm_mlp_adapter trains the projector alone, stage {stage.name} trains "
-            f"{', '.join(stage.trains) or 'nothing'}; leave one of the two out."
-        )
-    if lora and "decoder" not in stage.trains:
-        raise StageInputError(
-            f"--lora_enable updates the decoder, which stage {stage.name} does not train; leave it out."
-        )
-    if lora and freeze_decoder:
-        raise StageInputError(
-            "--lora_enable updates the decoder, --freeze_backbone keeps it; leave one of the two out."
-        )
-    if freeze_adapters and "adapter" not in stage.trains:
-        raise StageInputError(f"--freeze_adapters was given, but stage {stage.name} trains no adapters; leave it out.")
-    if not refit and not (stage.calibrates and stage.trains):
-        raise StageInputError(
-            f"--refit_router False was given, but stage {stage.name} fits no router again; leave it out."
-        )
-    if fit_budgets and "router" not in stage.trains:
-        raise StageInputError(
-            f"--budget_samples was given, but stage {stage.name} trains no linear routers; leave it out."
-        )
+    trains, own = stage.trains, f"stage {stage.name} trains {', '.join(stage.trains) or 'nothing'}"
+    tunes_other, fits_again = tune_projector and trains != ("projector",), stage.calibrates and bool(trains)
+    lora_trains, given = "--lora_enable updates the decoder,", f"was given, but stage {stage.name}"
+    for is_wrong, message in (
+        (tunes_other, f"--tune_mm_mlp_adapter trains the projector alone, {own}; leave one of the two out"),
+        (lora and "decoder" not in trains, f"{lora_trains} which stage {stage.name} does not train; leave it out"),
+        (lora and freeze_decoder, f"{lora_trains} --freeze_backbone keeps it; leave one of the two out"),
+        (freeze_adapters and "adapter" not in trains, f"--freeze_adapters {given} trains no adapters; leave it out"),
+        (not refit and not fits_again, f"--refit_router False {given} fits no router again; leave it out"),
+        (fit_budgets and "router" not in trains, f"--budget_samples {given} trains no linear routers; leave it out"),
+    ):
+        if is_wrong:
+            raise StageInputError(f"{message}.")
     # LoRA weights take the decoder's place in the list; what a flag freezes leaves it
     freezes = (("decoder", freeze_decoder), ("projector", freeze_projector), ("adapter", freeze_adapters))
     frozen = {part for part, is_set in freezes if is_set}
