@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -346,10 +346,16 @@ class StageParser(HfArgumentParser):
         self.error(f"{word} {value} is no flag of training{f', did you mean --{close[0]}' if close else ''}")
 
 
-Parsed = tuple[ModelArguments, DataArguments, StageArguments, LlavaTrainingArguments]
+class Arguments(NamedTuple):
+    """What a command line asks for: the flags of model, data, stage and trainer."""
+
+    model: ModelArguments
+    data: DataArguments
+    stage: StageArguments
+    training: LlavaTrainingArguments
 
 
-def parse_arguments(words: list[str] | None = None) -> Parsed:
+def parse_arguments(words: list[str] | None = None) -> Arguments:
     """Read a command line with the parser of its stage.
 
     Args:
@@ -369,11 +375,10 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
     unknown = parser.parse_known_args(words)[1]
     if unknown:
         parser.refuse(unknown)
-    *arguments, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    model_args, data_args, stage_args, training_args = arguments
+    arguments = Arguments(*parser.parse_args_into_dataclasses(words, look_for_args_file=False)[:4])
     # what a stage takes depends on other flags too, such as those that freeze a part
-    stage = stage_of(model_args, stage_args, training_args)
-    for group in (stage_args, training_args):
+    stage, stage_args = stage_of(arguments), arguments.stage
+    for group in (stage_args, arguments.training):
         for item in fields(group):
             value = getattr(group, item.name)
             if value != item.default and not takes(stage, item.name):
@@ -383,11 +388,12 @@ def parse_arguments(words: list[str] | None = None) -> Parsed:
     is_alone = stage_args.objective != "layer_regression" or stage.trains == ("adapter",)
     remedy = f"was given, but it trains adapters alone, not stage {stage}; leave it out, or use the stage adapter."
     require(is_alone, "objective", stage_args.objective, remedy)
-    return model_args, data_args, stage_args, training_args
+    return arguments
 
 
-def stage_of(model_args: ModelArguments, stage_args: StageArguments, training_args: LlavaTrainingArguments) -> Stage:
+def stage_of(arguments: Arguments) -> Stage:
     """The stage that the flags ask for. Raises KeyError or ValueError as ``choose_stage`` does."""
+    model_args, _, stage_args, training_args = arguments
     return choose_stage(
         stage_args.stage,
         tune_projector=model_args.tune_mm_mlp_adapter,

@@ -37,7 +37,7 @@ from llava.model.builder import Checkpoint
 from llava.model.checkpoints.routing import ROUTING_FILE
 from llava.model.families import family_of
 from llava.report.page import write_stage_page
-from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, StageArguments, stage_of
+from llava.train.arguments import Arguments, stage_of
 from llava.train.parameters import parameters_by_part, save_lora
 from llava.train.stages import Stage, StageInputError
 from llava.train.zero3 import full_shape, gather_parameters
@@ -318,14 +318,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def describe_run(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    training_args: LlavaTrainingArguments,
-) -> dict[str, Any]:
+def describe_run(arguments: Arguments) -> dict[str, Any]:
     """What the steps of a run depend on, as JSON knows it; two runs that agree in it take the same steps."""
-    stage = stage_of(model_args, stage_args, training_args)
+    model_args, data_args, stage_args, training_args = arguments
+    stage = stage_of(arguments)
     described = {
         "stage": stage.name,
         "trains": stage.trains,

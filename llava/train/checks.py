@@ -27,7 +27,7 @@ from llava.model.families import count_image_tokens, get_image_token_id
 from llava.train.arguments import (
     DEFAULT_RULE_BASE,
     FULL_BITS,
-    DataArguments,
+    Arguments,
     LlavaTrainingArguments,
     ModelArguments,
     PlanArguments,
@@ -51,12 +51,7 @@ MIN_CALIBRATION_SAMPLES = 8
 """One for each bin of scores that ``FuzzyRouter.calibrate`` makes."""
 
 
-def check_inputs(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    training_args: LlavaTrainingArguments,
-) -> None:
+def check_inputs(arguments: Arguments) -> None:
     """Check everything that can be checked without a model.
 
     Raises:
@@ -65,7 +60,8 @@ def check_inputs(
         OSError: If a model or file is not there.
         ImportError: If a package is missing that a flag needs.
     """
-    stage = stage_of(model_args, stage_args, training_args)
+    model_args, data_args, stage_args, training_args = arguments
+    stage = stage_of(arguments)
     get_template(model_args.version)
     # cheapest first: files that are read in a second, then packages, then every record and image
     config, sources = _check_model(model_args, stage)
@@ -75,13 +71,12 @@ def check_inputs(
     _check_output(output, sources)
     _check_deepspeed(stage, stage_args, training_args)
     if not training_args.skip_data_check:
-        _check_records(model_args, data_args, training_args)
+        _check_records(arguments)
     _check_sources(stage_args, data_args.data_path)
     if stage.calibrates:
         _check_number(len(RecordFile(data_args.data_path)), stage, stage_args, training_args.world_size)
     # a step checkpoint of another run is refused now, not after the model was loaded
-    run = describe_run(model_args, data_args, stage_args, training_args)
-    find_resume(training_args.resume_from_checkpoint, partial_folder(output), run)
+    find_resume(training_args.resume_from_checkpoint, partial_folder(output), describe_run(arguments))
 
 
 def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, Any], list[Path]]:
@@ -248,8 +243,9 @@ def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: Ll
         )
 
 
-def _check_records(model_args: ModelArguments, data_args: DataArguments, training_args: LlavaTrainingArguments) -> None:
+def _check_records(arguments: Arguments) -> None:
     """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
+    model_args, data_args, _, training_args = arguments
     # a language model gets its image tokens from the vision settings, a LLaVA checkpoint has them
     path = model_args.model_name_or_path
     settings = vision_settings(model_args) if is_language_model(read_config_dict(path)) else None

@@ -110,7 +110,8 @@ def fit_router(
         time and of this process's CPU time.
     """
     started, cpu_started = time.time(), time.process_time()
-    config, args = checkpoint.model.config, trainer.args
+    config: Any = checkpoint.model.config
+    args = trainer.args
     measurer = Measurer(
         prepare_for_forward(trainer),
         trainer.train_dataset,

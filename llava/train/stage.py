@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,7 @@ from llava.model.builder import Checkpoint
 from llava.model.families import count_image_tokens, get_image_token_id
 from llava.train.arguments import (
     FULL_BITS,
-    DataArguments,
-    LlavaTrainingArguments,
-    ModelArguments,
+    Arguments,
     PlanArguments,
     RoEArguments,
     RoutedArguments,
@@ -50,12 +49,7 @@ from llava.train.trainer import LlavaTrainer
 from llava.train.zero3 import ZeroMissingGradients, describe_engine, init_communication, prepare_model
 
 
-def run_stage(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    training_args: LlavaTrainingArguments,
-) -> dict[str, Any]:
+def run_stage(arguments: Arguments) -> dict[str, Any]:
     """Run one stage and write its output folder.
 
     The folder is written beside its final place and renamed once complete, so ``output_dir`` either holds a whole
@@ -65,24 +59,25 @@ def run_stage(
         The stage's summary, as in ``stage.json``.
     """
     started, cpu_started = time.time(), time.process_time()
-    stage, output = stage_of(model_args, stage_args, training_args), Path(str(training_args.output_dir))
+    _, _, stage_args, training_args = arguments
+    stage, output = stage_of(arguments), Path(str(training_args.output_dir))
     partial, is_main = partial_folder(output), training_args.process_index == 0
     if training_args.deepspeed:
         init_communication()
-    run = describe_run(model_args, data_args, stage_args, training_args)
+    run = describe_run(arguments)
     # one answer for all ranks: a shared disk may show them different folders for a moment
     resumed = from_rank_0(lambda: begin_folder(partial, training_args.resume_from_checkpoint, run), is_main)
     if is_main:
         (partial / "run_hash").write_text(training_args.run_hash + "\n")
         if resumed is not None:
             say(f"going on from step {step_of(resumed)}, saved in {resumed}")
-    checkpoint = prepare_checkpoint(stage, model_args, stage_args, training_args)
+    checkpoint = prepare_checkpoint(stage, arguments)
     # before the engine exists: it takes over the parameters that require a gradient, and no others
     trained = freeze_all_but(checkpoint.model, stage)
     facts = read_manifest(resumed)["facts"] if resumed else {}
     check = TrainableCheck(checkpoint.model, stage, facts.get("moved"))
     callbacks = [StepCheckpoints(partial, run, training_args.save_total_limit, lambda: {"moved": check.moved}), check]
-    trainer = build_trainer(stage, checkpoint, model_args, data_args, stage_args, training_args, callbacks)
+    trainer = build_trainer(stage, checkpoint, arguments, callbacks)
     summary: dict[str, Any] = {"stage": stage.name, "purpose": stage.purpose, "samples": len(trainer.train_dataset)}
     if stage.trains:
         if is_main:
@@ -111,10 +106,9 @@ def run_stage(
     return summary
 
 
-def prepare_checkpoint(
-    stage: Stage, model_args: ModelArguments, stage_args: StageArguments, training_args: LlavaTrainingArguments
-) -> Checkpoint:
+def prepare_checkpoint(stage: Stage, arguments: Arguments) -> Checkpoint:
     """Load what a stage starts from and add what it trains: a router with adapters, LoRA; call on all ranks."""
+    model_args, _, stage_args, training_args = arguments
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     checkpoint = load_model(model_args, dtype, training_args.seed, **quantization_options(training_args, dtype))
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
@@ -129,22 +123,17 @@ def prepare_checkpoint(
 
 
 def build_trainer(
-    stage: Stage,
-    checkpoint: Checkpoint,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    training_args: LlavaTrainingArguments,
-    callbacks: list[TrainerCallback] | None = None,
+    stage: Stage, checkpoint: Checkpoint, arguments: Arguments, callbacks: Sequence[TrainerCallback] = ()
 ) -> LlavaTrainer:
     """Build the trainer of a stage, complete.
 
     Args:
         stage: What trains and how layers are routed.
         checkpoint: What ``prepare_checkpoint`` gave, frozen as the stage wants it.
-        model_args, data_args, stage_args, training_args: The flags, which stay as they are.
+        arguments: The flags, which stay as they are.
         callbacks: Called before the trainer's own.
     """
+    model_args, data_args, stage_args, training_args = arguments
     model, config = checkpoint.model, checkpoint.model.config
     config.image_aspect_ratio = data_args.image_aspect_ratio  # saved, so that evaluation prepares images alike
     config.conv_template = model_args.version  # saved, so that a chat goes on as training began
@@ -182,7 +171,7 @@ def build_trainer(
         args=args,
         train_dataset=dataset,
         data_collator=SFTCollator(checkpoint.tokenizer.pad_token_id),
-        callbacks=[*(callbacks or []), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), Console(), *observers],
+        callbacks=[*callbacks, MetricsFile(Path(args.output_dir) / "metrics.jsonl"), Console(), *observers],
     )
 
 

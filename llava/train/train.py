@@ -78,9 +78,9 @@ def main() -> None:
                 f"another machine builds there, rm {lock} and start again."
             )
         # every rank parses, as TrainingArguments sets up its device and its engine
-        model_args, data_args, stage_args, training_args = parse_arguments()
-        if training_args.process_index == 0:
-            check_inputs(model_args, data_args, stage_args, training_args)
+        arguments = parse_arguments()
+        if arguments.training.process_index == 0:
+            check_inputs(arguments)
     except (ValueError, KeyError, OSError, ImportError) as error:
         problem = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     # rank 0 alone looks at files; the others must not go on when it refuses
@@ -89,7 +89,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
-    run_stage(model_args, data_args, stage_args, training_args)
+    run_stage(arguments)
 
 
 def agree(problem: str | None) -> str | None:

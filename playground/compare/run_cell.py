@@ -109,9 +109,9 @@ def flags_of(training: Training, cell: Cell, data: Path, model: str, output: Pat
 def _run_stage(training: Training, cell: Cell, data: Path, model: str, output: Path) -> dict[str, Any]:
     words = flags_of(training, cell, data, model, output)
     arguments = parse_arguments(words)
-    check_inputs(*arguments)
+    check_inputs(arguments)
     started = time.process_time()
-    calibration = run_stage(*arguments).get("calibration", {})
+    calibration = run_stage(arguments).get("calibration", {})
     return {
         "stage": training.stage,
         "flags": words,

@@ -55,11 +55,9 @@ def test_a_cell_starts_from_what_an_earlier_wave_has_made() -> None:
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.seed == 0], ids=lambda cell: cell.name)
 def test_every_flag_of_a_cell_acts_in_its_stage(cell: Cell) -> None:
     for training in cell.arm.stages:
-        model, routing, training_args = (
-            parse_arguments(flags_of(training, cell, Path("data"), "base", Path("out")))[index] for index in (0, 2, 3)
-        )
-        stage = stage_of(model, routing, training_args)
-        assert training_args.seed == cell.seed and (training.steps > 0) == bool(stage.trains)
+        arguments = parse_arguments(flags_of(training, cell, Path("data"), "base", Path("out")))
+        stage = stage_of(arguments)
+        assert arguments.training.seed == cell.seed and (training.steps > 0) == bool(stage.trains)
 
 
 def test_all_methods_take_the_same_steps_and_no_router_is_fitted_by_more_than_its_share() -> None:

@@ -93,8 +93,8 @@ def test_every_script_is_in_the_table() -> None:
 @pytest.mark.parametrize("script", STAGES)
 def test_every_flag_of_a_script_is_known_and_its_stages_train_what_they_say(script: str, tmp_path: Path) -> None:
     found = []
-    for model, _, routing, training in launches(script, tmp_path):
-        found.append(stage_of(model, routing, training))
+    for arguments in launches(script, tmp_path):
+        found.append(stage_of(arguments))
     assert [(stage.name, stage.trains) for stage in found] == STAGES[script]
 
 

@@ -118,7 +118,7 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     for patch in patches:
         patch.start()
     try:
-        stage.run_stage(*arguments)
+        stage.run_stage(arguments)
     finally:
         for patch in patches:
             patch.stop()

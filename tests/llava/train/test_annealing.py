@@ -46,7 +46,7 @@ def test_an_annealed_stage_begins_soft_and_ends_hard(tiny: Tiny, tmp_path: Path)
     zero3_cases.reset()
     more = {"anneal_softness": 0.2, "max_steps": 5, "per_device_train_batch_size": 4, "skip_data_check": True}
     flags = tiny.flags("adapter", tmp_path / "router", tmp_path / "adapter", **more)
-    check_inputs(*parse_arguments(flags))
+    check_inputs(parse_arguments(flags))
     zero3_cases.run_case("adapter", flags)
     zero3_cases.reset()
     lines = (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()
@@ -64,4 +64,4 @@ def test_annealing_is_refused_where_no_plan_can_be_soft(tiny: Tiny, tmp_path: Pa
     if stage == "adapter":
         flags.setdefault("skip_pattern", "random")
     with pytest.raises(StageInputError, match="anneal_softness 0.1 was given"):
-        check_inputs(*parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "output", **flags)))
+        check_inputs(parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "output", **flags)))

@@ -166,7 +166,7 @@ def test_a_resumed_run_takes_the_steps_of_a_whole_one(
 
 def test_two_runs_are_alike_only_if_their_flags_are(tiny: Tiny, tmp_path: Path) -> None:
     def described(**more: object) -> dict:
-        return describe_run(*parse_arguments(tiny.flags("adapter", tiny.base, tmp_path / "output", **more)))
+        return describe_run(parse_arguments(tiny.flags("adapter", tiny.base, tmp_path / "output", **more)))
 
     assert described() == described(logging_steps=5, save_steps=7)
     for name, value in (("roe_lr", 1e-3), ("max_steps", 9), ("train_hard_skip", True), ("seed", 3)):

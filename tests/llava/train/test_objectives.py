@@ -31,7 +31,7 @@ def test_an_objective_is_a_function_and_a_line(tiny: Tiny, tmp_path: Path, monke
     monkeypatch.setitem(OBJECTIVES, "toy", mean_square_of_logits)
     more = {"objective": "toy", "skip_pattern": "random", "max_steps": 2, "per_device_train_batch_size": 4}
     flags = tiny.flags("adapter", tiny.base, tmp_path / "adapter", **more)
-    check_inputs(*parse_arguments(flags))
+    check_inputs(parse_arguments(flags))
     zero3_cases.run_case("adapter", flags)
     zero3_cases.reset()
     lines = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
@@ -80,7 +80,7 @@ def test_a_stage_of_layer_regression_moves_every_adapter_and_lowers_the_loss(tin
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
     )
-    check_inputs(*parse_arguments(flags))
+    check_inputs(parse_arguments(flags))
     zero3_cases.run_case("adapter", flags)
     zero3_cases.reset()
     lines = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
@@ -101,4 +101,4 @@ def test_flags_that_contradict_layer_regression_are_refused(
 ) -> None:
     flags = {"objective": "layer_regression", "skip_data_check": True, **flags}
     with pytest.raises(ValueError, match=message):
-        check_inputs(*parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "output", **flags)))
+        check_inputs(parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "output", **flags)))

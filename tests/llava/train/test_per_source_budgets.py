@@ -76,7 +76,7 @@ def test_a_stage_skips_where_its_targets_say(tiny: Tiny, tmp_path: Path) -> None
     zero3_cases.reset()
     more = {"source_skip_ratios": "text=0", "per_device_train_batch_size": 12, "skip_data_check": True}
     flags = tiny.flags("adapter", tmp_path / "router", tmp_path / "adapter", **more)
-    check_inputs(*parse_arguments(flags))
+    check_inputs(parse_arguments(flags))
     zero3_cases.run_case("adapter", flags)
     zero3_cases.reset()
     lines = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
@@ -89,11 +89,11 @@ def test_a_stage_skips_where_its_targets_say(tiny: Tiny, tmp_path: Path) -> None
     assert max(max(values) for values in rates.values()) > 0
     unknown = tiny.flags("adapter", tmp_path / "router", tmp_path / "other", **more | {"source_skip_ratios": "gqa=0.2"})
     with pytest.raises(StageInputError, match=r"names gqa, but the sources of .* are .*text"):
-        check_inputs(*parse_arguments(unknown))
+        check_inputs(parse_arguments(unknown))
 
 
 @pytest.mark.parametrize("flags", [{"skip_pattern": "random"}, {"objective": "layer_regression"}])
 def test_targets_are_refused_where_no_budget_is_drawn(tiny: Tiny, tmp_path: Path, flags: dict) -> None:
     flags = {"source_skip_ratios": "text=0.2", "skip_data_check": True, **flags}
     with pytest.raises(StageInputError, match="source_skip_ratios text=0.2 was given, but nothing follows a plan"):
-        check_inputs(*parse_arguments(tiny.flags("adapter", tiny.base, tmp_path / "output", **flags)))
+        check_inputs(parse_arguments(tiny.flags("adapter", tiny.base, tmp_path / "output", **flags)))

@@ -24,8 +24,8 @@ def run(tiny: Tiny, stage: str, model: Path, output: Path, leave_out: tuple[str,
     words = tiny.flags(stage, model, output, **more)
     pairs = [pair for pair in zip(words[::2], words[1::2], strict=True) if pair[0].removeprefix("--") not in leave_out]
     arguments = parse_arguments([word for pair in pairs for word in pair])
-    check_inputs(*arguments)
-    return run_stage(*arguments)
+    check_inputs(arguments)
+    return run_stage(arguments)
 
 
 FITTING = ("calibration_samples", "order_samples", "score_samples", "calibration_batch_size")
@@ -107,11 +107,11 @@ def test_without_the_hinge_the_loss_is_that_of_the_task(tiny: Tiny, tmp_path: Pa
 )
 def test_flags_that_nothing_would_act_on_are_refused(tiny: Tiny, tmp_path: Path, stage, flags, message) -> None:
     with pytest.raises((StageInputError, ValueError), match=message):
-        check_inputs(*parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "out", **flags)))
+        check_inputs(parse_arguments(tiny.flags(stage, tiny.base, tmp_path / "out", **flags)))
 
 
 def test_a_router_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny, "router", tiny.base, tmp_path / "router", router="static")
     words = tiny.flags("router", tmp_path / "router", tmp_path / "out", router="random")
     with pytest.raises(StageInputError, match="--router random was given, but .* has a router already"):
-        check_inputs(*parse_arguments(words))
+        check_inputs(parse_arguments(words))

@@ -25,7 +25,7 @@ def test_llavas_flags_are_taken(tiny: Tiny, tmp_path: Path) -> None:
     arguments = parse_arguments(tiny.flags("dense", tiny.base, tmp_path / "output", **more))
     found = arguments[-1]
     assert (found.bits, found.double_quant, found.quant_type) == (4, False, "fp4")
-    described = describe_run(*arguments)
+    described = describe_run(arguments)
     assert (described["bits"], described["double_quant"], described["quant_type"]) == (4, False, "fp4")
 
 
@@ -36,7 +36,7 @@ def test_bits_without_bitsandbytes_are_refused_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     flags = tiny.flags("dense", tiny.base, tmp_path / "output", lora_enable=True, bits=bits, skip_data_check=True)
     with pytest.raises(ImportError, match=f"--bits {bits} was given but bitsandbytes is not installed; pip install"):
-        check_inputs(*parse_arguments(flags))
+        check_inputs(parse_arguments(flags))
 
 
 def test_what_is_not_quantized_is_frozen_in_float32_and_saved_without_a_word_of_quantization(

@@ -49,8 +49,8 @@ class OneLayerRouter(Router):
 
 def run(words: list[str]) -> dict:
     arguments = parse_arguments(words)
-    check_inputs(*arguments)
-    return run_stage(*arguments)
+    check_inputs(arguments)
+    return run_stage(arguments)
 
 
 def test_a_router_needs_a_class_and_an_entry(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,4 +73,4 @@ def test_it_is_a_choice_like_the_others(tiny: Tiny, tmp_path: Path, monkeypatch:
     monkeypatch.setitem(ROUTERS, "one_layer", OneLayerRouter)
     assert parse_arguments(words)[2].router == "one_layer"
     with pytest.raises(ValueError, match="--rule_base default .* a one_layer router has no score"):
-        check_inputs(*parse_arguments([*words, "--rule_base", "default"]))
+        check_inputs(parse_arguments([*words, "--rule_base", "default"]))

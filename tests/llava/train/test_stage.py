@@ -12,7 +12,7 @@ from llava.data.dataset import SFTCollator
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
 from llava.model.families import choose_template
-from llava.train.arguments import DataArguments, DenseArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.arguments import Arguments, DataArguments, DenseArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.stage import build_trainer
 from llava.train.stages import STAGES
 
@@ -25,10 +25,12 @@ def test_evaluation_prepares_images_as_training_did(
     trainer = build_trainer(
         STAGES["dense"],
         checkpoint,
-        ModelArguments("memory", version="digits"),
-        DataArguments(str(record_folder / "records.json"), str(record_folder), image_aspect_ratio=aspect),
-        DenseArguments(),
-        LlavaTrainingArguments(output_dir=str(record_folder / "output"), use_cpu=True),
+        Arguments(
+            ModelArguments("memory", version="digits"),
+            DataArguments(str(record_folder / "records.json"), str(record_folder), image_aspect_ratio=aspect),
+            DenseArguments(),
+            LlavaTrainingArguments(output_dir=str(record_folder / "output"), use_cpu=True),
+        ),
     )
     config = type(reading_llava.config).from_dict(reading_llava.config.to_dict())  # as saved and loaded again
     with Image.open(record_folder / "blue.png") as image:

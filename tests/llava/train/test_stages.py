@@ -144,9 +144,9 @@ def test_a_stage_is_one_entry_and_gets_the_flags_of_its_family(
     toy = Stage("toy", ("projector", "adapter"), "plan", False, "a toy: projector and adapters, no refit")
     monkeypatch.setitem(STAGES, "toy", toy)
     arguments = parse_arguments(tiny.flags("toy", tiny.base, tmp_path / "toy", skip_pattern="random", max_steps=2))
-    assert isinstance(arguments[2], PlanArguments) and stage_of(arguments[0], *arguments[2:]) == toy
-    check_inputs(*arguments)
-    summary = run_stage(*arguments)
+    assert isinstance(arguments[2], PlanArguments) and stage_of(arguments) == toy
+    check_inputs(arguments)
+    summary = run_stage(arguments)
     assert (summary["stage"], summary["steps"]) == ("toy", 2) and "calibration" not in summary
     assert {part for part, has_moved in summary["moved"].items() if has_moved} == {"projector", "adapter"}
     with pytest.raises(StageInputError, match=r"--budget_samples 8 was given.* stage toy \(trains projector, adapter;"):
