@@ -36,17 +36,10 @@ LOGIT_BYTES = 12
 
 @dataclass(frozen=True)
 class Workload:
-    """How a stage is to be run.
+    """How a stage, a name in ``STAGES``, is to be run, on ``num_gpus`` over all nodes.
 
-    Attributes:
-        stage: Name in ``STAGES``.
-        num_gpus: GPUs over all nodes, at least 1.
-        sharding: One of ``SHARDINGS``.
-        batch: Samples per GPU and pass, at least 1.
-        length: Positions per sample, images expanded, at least 1.
-        adapter_width: Width of the skip adapters, at least 1.
-        checkpoints_activations: Whether layers are computed again in the backward pass.
-        lora_rank: Rank of LoRA on the decoder's linear layers; 0 trains the parts whole.
+    ``batch`` counts samples per GPU and pass, ``length`` positions per sample with images expanded; layers that are
+    checkpointed are computed again in the backward pass; a ``lora_rank`` of 0 trains the decoder whole.
     """
 
     stage: str
@@ -69,14 +62,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by purpose.
-
-    Attributes:
-        per_gpu: Purpose -> bytes on every GPU.
-        on_host: Bytes of host memory over all processes of the job.
-        parameters: Part -> number of parameters.
-        trained: Number of parameters that train.
-    """
+    """Bytes by purpose on every GPU, and on the host over all processes; parameters by part, and how many train."""
 
     per_gpu: dict[str, int]
     on_host: int
@@ -94,19 +80,15 @@ def count_parameters(
 ) -> dict[str, int]:
     """Count the parameters of each part on a model without storage.
 
-    Args:
-        config: Architecture.
-        adapter_width: Width of the skip adapters; None counts a model without routing.
-        has_linear_router: Whether a linear router with routing tokens is attached too.
-        lora_rank: Rank of LoRA on all linear layers of the decoder; 0 for none.
+    An ``adapter_width`` of None counts a model without routing; LoRA lies on all linear layers of the decoder.
     """
     with torch.device("meta"):
         model = HostModel(config)
         # counted before routing is attached, so that adapters, which are linear layers too, get no LoRA
         linear = [module for module in find_decoder_layers(model).modules() if isinstance(module, nn.Linear)]
         if adapter_width is not None:
-            text, kind = config.text_config, get_router_class("linear")
-            router = kind.build({}, text.num_hidden_layers, text.hidden_size) if has_linear_router else None
+            sizes = config.text_config.num_hidden_layers, config.text_config.hidden_size
+            router = get_router_class("linear").build({}, *sizes) if has_linear_router else None
             attach(model, adapter_width, router=router)
     parts = {part: sum(p.numel() for p in named.values()) for part, named in parameters_by_part(model).items()}
     return parts | {"lora": lora_rank * sum(module.in_features + module.out_features for module in linear)}
@@ -118,10 +100,6 @@ def estimate_memory(config: Any, workload: Workload) -> MemoryEstimate:
     Per GPU, with P parameters of which T train, G GPUs: weights 2 P / G (2 P under ZeRO-2), gathered weights
     2 min(P, 1e9) under ZeRO-3, gradients 2 T / G, optimizer 12 T / G (float32 weights and Adam's two moments).
     Offloading moves weights, gradients (there in float32) and optimizer to the host.
-
-    Args:
-        config: Architecture.
-        workload: Stage, sharding and batch.
 
     Reference:
         ZeRO (arXiv:1910.02054), section 3, for 2 + 2 + 12 bytes; arXiv:2205.05198, section 4, for activations.

@@ -33,10 +33,7 @@ _LORA_NAME, _PEFT_PREFIX = "default", "base_model.model."
 
 
 def parameters_by_part(model: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """Assign every parameter of a LLaVA model to exactly one part.
-
-    Args:
-        model: A model of any family, with or without routing attached.
+    """Assign every parameter of a LLaVA model of any family, routed or not, to exactly one part.
 
     Returns:
         ``{part: {parameter name: parameter}}`` for all of ``PARTS``; a part may be empty. The decoder's part holds
@@ -58,11 +55,7 @@ def parameters_by_part(model: Any) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def freeze_all_but(model: nn.Module, stage: Stage) -> list[str]:
-    """Set ``requires_grad`` as a stage wants it; call before the optimizer or an engine exists.
-
-    Returns:
-        Names of the parameters that train.
-    """
+    """Set ``requires_grad`` as a stage wants it, before an optimizer or engine exists; names of what trains."""
     parts = parameters_by_part(model)
     for part, parameters in parts.items():
         for parameter in parameters.values():
@@ -71,15 +64,9 @@ def freeze_all_but(model: nn.Module, stage: Stage) -> list[str]:
 
 
 def build_param_groups(model: nn.Module, learning_rates: dict[str, float], weight_decay: float) -> list[dict]:
-    """Optimizer groups, one per part and decay, without empty ones.
+    """Optimizer groups of what requires a gradient, one per part and decay, without empty ones.
 
-    Args:
-        model: Model whose ``requires_grad`` is already set.
-        learning_rates: Learning rate of each part.
-        weight_decay: Decay of matrices; vectors (norms, biases) have none.
-
-    Returns:
-        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``.
+    Matrices decay by ``weight_decay``, vectors (norms, biases) do not; a part has its rate in ``learning_rates``.
     """
     groups = []
     for part, parameters in parameters_by_part(model).items():
@@ -106,14 +93,7 @@ def import_peft() -> Any:
 def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
     """Put LoRA weights into a LLaVA model; before the first step they change nothing.
 
-    Args:
-        model: Dense or routed; its class and the names of its other parameters stay.
-        rank: Rank of the weights.
-        alpha: They are scaled by ``alpha / rank``.
-        dropout: Dropout before them, in [0, 1).
-
-    Raises:
-        ImportError: If peft is not installed.
+    The model's class and the names of its other parameters stay. LoRA is scaled by ``alpha / rank``.
 
     Reference:
         LoRA (arXiv:2106.09685).
@@ -130,8 +110,7 @@ def save_lora(model: Any, weights: dict[str, Tensor], others: dict[str, Tensor],
 
     Args:
         model: Model with LoRA.
-        weights: Whole tensors of LoRA, under their names in the model.
-        others: Whole tensors of other parameters that are not in the base, under their names in the model.
+        weights, others: Whole tensors of LoRA, and of others that are not in the base, by their names in the model.
         folder: Folder to write to.
         base_model: What the weights belong to: a hub id, or a folder relative to where they will lie.
     """
@@ -145,12 +124,7 @@ def save_lora(model: Any, weights: dict[str, Tensor], others: dict[str, Tensor],
 
 
 def quantization_options(training_args: LlavaTrainingArguments, dtype: torch.dtype) -> dict[str, Any]:
-    """Options of ``from_pretrained`` that quantize the decoder's linear layers while it loads; none with 16 bits.
-
-    Args:
-        training_args: ``bits``, ``double_quant`` and ``quant_type`` are read, and the device.
-        dtype: Data type that is computed in.
-    """
+    """Options of ``from_pretrained`` that quantize the decoder while it loads, for ``dtype``; none with 16 bits."""
     bits = training_args.bits
     if bits == FULL_BITS:
         return {}

@@ -44,16 +44,7 @@ from llava.train.zero3 import prepare_for_forward
 
 @dataclass(frozen=True)
 class CalibrationSize:
-    """How much is measured; each number is the value of the flag of its name.
-
-    Attributes:
-        order_samples: Samples that the order of layers is searched on.
-        calibration_samples: Samples whose loss is measured at every number of skipped layers.
-        score_samples: Samples whose features are measured.
-        calibration_batch_size: Samples per rank and pass.
-        max_skip_ratio: Share of the layers that are skipped at most, rounded up to whole layers.
-        budget_samples: Samples on which skip rates are observed.
-    """
+    """How much is measured; each number is the value of the flag of its name, which says what it counts."""
 
     order_samples: int = 0
     calibration_samples: int = 0
@@ -136,12 +127,9 @@ class Measurer:
 
     Attributes:
         engine: Model or engine to call, with routing attached.
-        dataset: Training samples.
-        collator: Makes batches of them.
-        image_token_id: Token id of image positions.
-        num_layers: Layers of the decoder.
-        size: How much to measure.
-        device: Where batches go.
+        dataset, collator: Training samples, and what makes batches of them.
+        image_token_id, num_layers: Of the model.
+        size, device: How much to measure, and where batches go.
         seed: Seed of the choice of samples.
         progress: Called with a line of text at each step.
         cost: What the passes have cost so far.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,30 +26,16 @@ ANNEALED = 0.8
 """Share of an annealed stage after which its plans are hard."""
 
 
-class RoutingPolicy(Protocol):
-    """What the trainer asks for the routing of a batch."""
-
-    def __call__(self, batch: dict[str, Any], step: int = 0, num_steps: int = 1) -> RoutingState:
-        """Give the routing state of a batch.
-
-        Args:
-            batch: What the collator gives, with ``sample_index``, (B,).
-            step: Optimizer steps that the stage has taken.
-            num_steps: Optimizer steps of the stage, at least 1.
-        """
+RoutingPolicy = Callable[[dict[str, Any], int, int], RoutingState]
+"""Called with what the collator gives, the steps that the stage has taken, and the steps that it has, at least 1."""
 
 
 @dataclass
 class PerSourceBudgets:
-    """The interval that each sample of a batch draws its budget from.
+    """The interval that each sample of a batch draws its budget from; ``source_of`` gives its source by its index.
 
     A source with a target t draws uniformly from the widest interval within [0, ``max_skip_ratio``] that is centred on
     t, so the mean of its budgets is t; other sources draw from all of [0, ``max_skip_ratio``].
-
-    Attributes:
-        targets: Target of each source that has one, in [0, ``max_skip_ratio``].
-        max_skip_ratio: Largest budget.
-        source_of: Gives the source of a sample by its index.
     """
 
     targets: dict[str, float]
@@ -72,13 +58,10 @@ def centred_interval(target: float, highest: float) -> tuple[float, float]:
 
 @dataclass
 class BudgetedRouting:
-    """Routes every training sample at a budget of its own, so that one checkpoint serves any.
-
-    Budgets are uniform in [0, ``max_skip_ratio``].
+    """Routes every training sample at a budget of its own, uniform in [0, ``max_skip_ratio``], so that any is served.
 
     Attributes:
         image_token_id: Token id of image positions.
-        max_skip_ratio: Largest budget.
         dense_ratio: Share of samples that skip nothing, in [0, 1].
         mode: ``"soft"`` computes both branches of every layer, ``"hard"`` one for each row: that of its last turn.
         budgets: Narrower intervals for the samples of some sources; None for none.
@@ -116,11 +99,7 @@ class BudgetedRouting:
 class RandomRouting:
     """Skips layers at random, without a router: each sample draws a rate, then each turn and layer a coin.
 
-    Attributes:
-        image_token_id: Token id of image positions.
-        num_layers: Layers of the decoder; the first is always kept.
-        max_skip_ratio: Largest rate over the layers that may be skipped.
-        mode: ``"soft"`` computes both branches of every layer, ``"hard"`` one for each row: that of its last turn.
+    Rates go up to ``max_skip_ratio``, over the layers that may be skipped; the first is always kept.
 
     Reference:
         RoE (arXiv:2407.14093) warms its adapters up with random skips.
@@ -145,12 +124,7 @@ class RandomRouting:
 class RelaxedRouting:
     """Routes training samples softly, as RoE's schedule says at this moment of its run; a stage is a part of that run.
 
-    Attributes:
-        image_token_id: Token id of image positions.
-        num_layers: Layers of the decoder, L.
-        span: Shares of the run between which the stage lies.
-        skip_ratio: Target skip ratio, in [0, 0.5].
-        compat: ``whole_units`` acts on the schedule.
+    The stage lies between the shares ``span`` of the run; ``skip_ratio`` is its target, in [0, 0.5].
     """
 
     image_token_id: int
@@ -182,9 +156,8 @@ def make_policy(
     """Give the policy of a stage; None where nothing is skipped in training.
 
     Args:
-        stage: ``span`` is read.
+        stage, stage_args: The stage, and the flags of its family.
         model: LLaVA model, routed if the stage is.
-        stage_args: The flags of the stage's family.
         source_of: Gives the source of a sample by its index in the training set.
     """
     image_token_id, num_layers = get_image_token_id(model.config), model.config.text_config.num_hidden_layers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import time
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from llava.train.arguments import (
     PlanArguments,
     RoEArguments,
     RoutedArguments,
-    StageArguments,
     learning_rates,
     stage_of,
 )
@@ -118,7 +116,7 @@ def prepare_checkpoint(stage: Stage, arguments: Arguments) -> Checkpoint:
         prepare_quantized(checkpoint.model)
     if "lora" in stage.trains:
         add_lora(checkpoint.model, training_args.lora_r, training_args.lora_alpha, training_args.lora_dropout)
-    prepare_model(checkpoint.model, _leaves_out_layers(stage_args), bool(training_args.deepspeed))
+    prepare_model(checkpoint.model, getattr(stage_args, "train_hard_skip", False), bool(training_args.deepspeed))
     return checkpoint
 
 
@@ -152,15 +150,20 @@ def build_trainer(
     args = copy.copy(training_args)
     args.output_dir = str(partial_folder(Path(str(training_args.output_dir))))
     args.save_total_limit = None  # StepCheckpoints removes the oldest, once the newest is whole
-    source_of = functools.partial(_source_of, dataset)
-    name_of = functools.partial(_name_of, dataset)
+
+    def source_of(index: int) -> str:
+        return dataset.records[index].source
+
+    def name_of(index: int) -> str:  # the place in the file, with the file's own identifier
+        return f"{index} (id {dataset.records[index].id!r})"
+
     observers: list[TrainerCallback] = [LossGuard(name_of), Throughput()]
     if stage.routing != "off":
         rules = getattr(model.get_decoder().router, "rules", None)
         observers.append(RoutingMeter(source_of, rules))
     if training_args.watchdog_seconds > 0:
         observers.append(HangDetection(model, training_args.watchdog_seconds, name_of, training_args.process_index))
-    if _leaves_out_layers(stage_args) and not training_args.deepspeed:
+    if getattr(stage_args, "train_hard_skip", False) and not training_args.deepspeed:
         observers.append(ZeroMissingGradients(model))
     return LlavaTrainer(
         learning_rates=learning_rates(stage_args, training_args),
@@ -186,18 +189,3 @@ def from_rank_0(function: Any, is_main: bool) -> Any:
 def say(line: str) -> None:
     """Print one line of progress; this is a command-line program."""
     print(line, flush=True)
-
-
-def _leaves_out_layers(stage_args: StageArguments) -> bool:
-    """Whether skipped layers are left out in training, not weighted with zero."""
-    return isinstance(stage_args, PlanArguments) and stage_args.train_hard_skip
-
-
-def _name_of(dataset: SFTDataset, index: int) -> str:
-    """Name a sample for a message: its place in the file, with the file's own identifier."""
-    return f"{index} (id {dataset.records[index].id!r})"
-
-
-def _source_of(dataset: SFTDataset, index: int) -> str:
-    """Source of a sample, as its record says."""
-    return dataset.records[index].source

@@ -36,10 +36,8 @@ def import_deepspeed() -> ModuleType:
 def find_dead_build() -> Path | None:
     """Find the lock that a killed build of a DeepSpeed operator left; whoever builds it next would wait for ever.
 
-    torch keeps the lock open while it builds, so one that no process has open is left over.
-
-    Returns:
-        The lock; None if there is none, or it cannot be told on this system.
+    torch keeps the lock open while it builds, so one that no process has open is left over. None if there is none, or
+    it cannot be told on this system.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions").expanduser()
@@ -154,15 +152,7 @@ def gather_parameters(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assign_parameters(named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Give parameters new values, also where ZeRO-3 has sharded them; call on all ranks.
-
-    Args:
-        named: Parameters by name.
-        tensors: Whole values, one per parameter.
-
-    Raises:
-        ValueError: If a shape differs.
-    """
+    """Give parameters new values, whole ones by name, also where ZeRO-3 has sharded them; call on all ranks."""
     for name, parameter in named.items():
         shape = full_shape(parameter)
         if shape != tuple(tensors[name].shape):
