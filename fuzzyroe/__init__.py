@@ -16,10 +16,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuzzyroe.attach import attach, detach, find_router, set_router, set_skip_rate
+from fuzzyroe.attach import attach, detach, find_router, set_escalation, set_router, set_skip_rate
 from fuzzyroe.routing_state import RoutingState
 
-__all__ = ["ROUTERS", "RoutingState", "attach", "detach", "find_router", "set_router", "set_skip_rate"]
+__all__ = [
+    "ROUTERS",
+    "RoutingState",
+    "attach",
+    "detach",
+    "find_router",
+    "set_escalation",
+    "set_router",
+    "set_skip_rate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fuzzyroe.adapter import SkipAdapter
 from fuzzyroe.cache import has_started, refuse_chunked_prefill, refuse_unsupported, remember_prompt
+from fuzzyroe.resume import watch
 from fuzzyroe.routed_layer import SKIP_UNITS, RoutedLayer, routed_class
 from fuzzyroe.routing_state import RoutingState
 
@@ -61,6 +62,7 @@ def attach(
         _swap_class(layer, routed_class(dense_class))
     # else a device map would match the old name and cut routed layers in two
     _rename_no_split(model, {layer.base_class.__name__: type(layer).__name__ for layer in layers})
+    decoder.routed_model = (model,)  # in a tuple, so that the decoder does not become its own part
     decoder.routing_hook = decoder.register_forward_pre_hook(ask_router, with_kwargs=True)
     try:
         verify_attached(model)
@@ -90,7 +92,7 @@ def detach(model: nn.Module) -> nn.Module:
         _swap_class(layer, layer.base_class)
         del layer.adapter, layer.route_index, layer.skip_unit
     decoder.routing_hook.remove()
-    del decoder.routing_hook
+    del decoder.routing_hook, decoder.routed_model
     if hasattr(decoder, "router"):
         del decoder.router
     return model
@@ -145,6 +147,33 @@ def set_skip_rate(model: nn.Module, skip_rate: float | None) -> None:
     if skip_rate is not None:
         router.set_skip_rate(skip_rate)
     router.enabled = skip_rate is not None
+
+
+def set_escalation(model: nn.Module, escalation: Any) -> None:
+    """Let rows whose first answer token is in doubt run more layers than planned; None lets every row keep its plan.
+
+    Args:
+        model: An attached model with a router and an output head.
+        escalation: A ``fuzzyroe.escalation.Escalation``.
+
+    Raises:
+        ValueError: If the model has no router or no output head, or its router has no shallower plan to offer.
+    """
+    router = find_router(model)
+    if router is None:
+        raise ValueError("An escalation was given to a model without a router; attach one that plans first.")
+    if escalation is not None:
+        if find_decoder(model).routed_model[0].get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output head, whose logits an escalation reads; attach the model that "
+                "has one, not its decoder."
+            )
+        if escalation.shallower_from is not None and getattr(router, "decides_layer_wise", False):
+            raise ValueError(
+                f"{type(router).__name__} decides layer by layer, so it has no shallower plan; allowed is an "
+                "escalation to all layers. Leave shallower_from out."
+            )
+    router.escalation = escalation
 
 
 def refuse_skip_rate_if_dense(model: nn.Module, skip_rate: Any) -> None:
@@ -256,7 +285,10 @@ def ask_router(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     # the mask recognises a second chunk of this prompt, which would have to be decided again
     remember_prompt(cache, mask)
     kwargs["routing"] = routing
-    return (), router.prepare(decoder, kwargs, routing) if hasattr(router, "prepare") else kwargs
+    prepared = router.prepare(decoder, kwargs, routing) if hasattr(router, "prepare") else dict(kwargs)
+    if getattr(router, "escalation", None) is not None and routing.mode == "hard" and not decoder.training:
+        prepared["routing"] = watch(decoder, router, kwargs, prepared["routing"])
+    return (), prepared
 
 
 def _as_keywords(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,54 @@ def rows_to_run(
     return split
 
 
+def empty_cache(num_layers: int) -> Cache:
+    """Make a cache of dynamic layers."""
+    return Cache(layers=[DynamicLayer() for _ in range(num_layers)])
+
+
+def replace_rows(past_key_values: Cache, layer: int, rows: Tensor, resumed: Any) -> None:
+    """Put what a resumed pass stored for some rows in the place of what the first pass did.
+
+    Args:
+        past_key_values: The cache of all rows; its layer is replaced, decision included.
+        layer: Layer index.
+        rows: Rows that were resumed, (E,) int64 on the CPU.
+        resumed: Layer of their own cache, of E rows.
+    """
+    old: Any = past_key_values.layers[layer]
+    routed = [part for part in (old, resumed) if isinstance(part, RoutedCacheLayer)]
+    holds_all_rows = any(part.holds_all_rows for part in routed)
+    num_rows = old.split.num_rows if isinstance(old, RoutedCacheLayer) else old.keys.shape[0]
+    keep = old.keep.clone() if isinstance(old, RoutedCacheLayer) else torch.ones(num_rows, dtype=torch.bool)
+    num_stored = old.keys.shape[0] if old.is_initialized else 0
+    # where each row's keys stand in those of both passes, one after the other
+    slots = torch.arange(num_rows) if holds_all_rows else keep.cumsum(dim=0) - 1
+    keep[rows] = resumed.keep if isinstance(resumed, RoutedCacheLayer) else True
+    slots[rows] = num_stored + (torch.arange(len(rows)) if holds_all_rows else keep[rows].cumsum(dim=0) - 1)
+    stored = slots if holds_all_rows else slots[keep]
+    fresh = DynamicLayer() if keep.all() else RoutedCacheLayer(RowSplit(keep), holds_all_rows)
+    if isinstance(fresh, RoutedCacheLayer):
+        fresh.seen = old.get_seq_length()
+    parts = [part for part in (old, resumed) if part.is_initialized]
+    if len(stored):
+        index = stored.to(parts[0].keys.device)
+        keys, values = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values"))
+        fresh.lazy_initialization(keys, values)
+        fresh.keys, fresh.values = keys.index_select(0, index), values.index_select(0, index)
+    past_key_values.layers[layer] = fresh
+
+
+def prefill_runs(past_key_values: Any, num_rows: int) -> Tensor:
+    """Read from a cache how often each row ran each layer in its prefill, reruns included, (B, L) int64 on the CPU.
+
+    Args:
+        past_key_values: As for ``kept_layers``.
+        num_rows: Rows of that batch.
+    """
+    record = getattr(past_key_values, "escalation", None)
+    return kept_layers(past_key_values, num_rows).long() if record is None else record.runs
+
+
 def advance(past_key_values: Any, layer: int, num_positions: int) -> None:
     """Count positions at a layer that every row skips; without a cache there is nothing to count."""
     if past_key_values is not None:
@@ -214,6 +262,7 @@ def remember_prompt(past_key_values: Any, attention_mask: Tensor | None) -> None
     """Note on the cache which mask its decisions were taken under, for ``refuse_chunked_prefill``."""
     if past_key_values is not None:
         past_key_values.routing_prompt_mask = attention_mask
+        past_key_values.escalation = None  # that of an earlier prompt, in a cache that was emptied
 
 
 def refuse_chunked_prefill(past_key_values: Any, attention_mask: Tensor | None, num_positions: int) -> None:

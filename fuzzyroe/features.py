@@ -1,4 +1,4 @@
-"""Task-complexity features: the rules' antecedents, known of an example before the first decoder layer runs.
+"""Task-complexity features: the rules' antecedents, known before the first decoder layer or after the prefill.
 
 Positions of an image and of each question are pooled once (``summarise``); every feature is a function of the pooled
 states, or of the pixels. All are computed in float32, per example, from nothing but that example, and lie in [0, 1].
@@ -165,6 +165,59 @@ def compute_features(summary: Summary, names: Sequence[str]) -> Tensor:
         if name not in FEATURES:
             raise KeyError(f"Feature '{name}' is unknown; a rule base may use {', '.join(FEATURES)}.")
     return torch.stack([FEATURES[name](summary) for name in names], dim=-1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the prefill says of the first token of each answer.
+
+    Attributes:
+        margin: Log-probability of the likeliest token less that of the next, (B,).
+        entropy: Entropy of all tokens over the logarithm of their number, (B,).
+    """
+
+    margin: Tensor
+    entropy: Tensor
+
+
+def read_answer(logits: Tensor) -> Answer:
+    """Read the logits behind the last position of each prompt, (B, V)."""
+    best = logits.float().topk(2, dim=-1).values
+    return Answer(best[:, 0] - best[:, 1], _entropy(logits.float()))
+
+
+def answer_margin(answer: Answer) -> Tensor:
+    """``m / (1 + m)`` of the margin m between the two likeliest first tokens: 0 if they tie, towards 1 if one is sure.
+
+    Reference:
+        The confidence of CALM (arXiv:2207.07061), spread over [0, 1] by a map that keeps the order.
+    """
+    return answer.margin / (1 + answer.margin)
+
+
+def answer_entropy(answer: Answer) -> Tensor:
+    """Entropy of the first token over the logarithm of the vocabulary: 0 if it is sure, 1 if nothing is known."""
+    return answer.entropy
+
+
+ANSWER_FEATURES: dict[str, Callable[[Answer], Tensor]] = {
+    function.__name__: function for function in (answer_margin, answer_entropy)
+}
+"""Features by name that are known after the prefill, values in [0, 1], (B,); antecedents of rules that escalate."""
+
+
+def when_known(name: str) -> str:
+    """Say when a feature is known: rules can only read what is known when they decide.
+
+    >>> when_known("question_length"), when_known("answer_margin")
+    ('before the first layer', 'after the prefill')
+
+    Raises:
+        KeyError: If there is no such feature.
+    """
+    if name not in {**FEATURES, **ANSWER_FEATURES}:
+        raise KeyError(f"Feature '{name}' is unknown; known are {', '.join([*FEATURES, *ANSWER_FEATURES])}.")
+    return "before the first layer" if name in FEATURES else "after the prefill"
 
 
 def edge_share(pixel_values: Tensor) -> Tensor:

@@ -69,8 +69,16 @@ class RoutedLayer(AnyDecoderLayer):
             ValueError: If reentrant checkpointing is on, or ``routing`` does not fit the batch.
             TypeError: If cache or mask cannot be cut down to the kept rows, or the base layer gives more than a tensor.
         """
+        if routing is not None and routing.resume is not None:
+            # the input of a resumed pass is known: the stored states, whatever the decoder made of its embeddings
+            first, states = routing.resume
+            if self.route_index < first:
+                return hidden_states
+            hidden_states = states if self.route_index == first else hidden_states
         cache, part_name = kwargs.get("past_key_values"), SKIP_UNITS[self.skip_unit]
         keep = self._keep(hidden_states, routing, cache)
+        if routing is not None and routing.entries is not None and isinstance(keep, RowSplit):
+            routing.entries.note(self.route_index, keep, hidden_states)
         if keep is None or (isinstance(keep, RowSplit) and keep.all_kept):
             return super().forward(hidden_states, *args, **kwargs)
         if isinstance(keep, RowSplit) and keep.none_kept and not self.stores_keys:
@@ -166,9 +174,9 @@ def mix(
             "attn_implementation 'sdpa', 'eager' or 'flash_attention_2'."
         )
     kept_rows, skipped_rows = keep.rows(hidden_states.device)
-    kept_args = [_select_rows(value, kept_rows, keep.num_rows) for value in args]
+    kept_args = [select_rows(value, kept_rows, keep.num_rows) for value in args]
     kept_kwargs = {
-        name: _select_rows(value, kept_rows, keep.num_rows, BATCH_DIMENSIONS.get(name, 0))
+        name: select_rows(value, kept_rows, keep.num_rows, BATCH_DIMENSIONS.get(name, 0))
         for name, value in kwargs.items()
     }
     kept = _only_tensor(run(hidden_states.index_select(0, kept_rows), *kept_args, **kept_kwargs))
@@ -209,10 +217,10 @@ def _only_tensor(output: Any) -> Tensor:
     return output
 
 
-def _select_rows(value: Any, rows: Tensor, num_rows: int, dim: int = 0) -> Any:
+def select_rows(value: Any, rows: Tensor, num_rows: int, dim: int = 0) -> Any:
     """Take the rows of one layer argument; what has no batch dimension of this size passes unchanged."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_select_rows(item, rows, num_rows, dim) for item in value)
+        return type(value)(select_rows(item, rows, num_rows, dim) for item in value)
     # vectors are lengths or flags, never rows of states
     if isinstance(value, Tensor) and value.dim() > 1 and value.dim() >= -dim and value.shape[dim] == num_rows:
         return value.index_select(dim, rows)

@@ -55,29 +55,80 @@ class RowSplit:
         return self._slots[device]
 
 
+class SkipEntries:
+    """States in front of the first layer that each row skips, kept while a pass runs, so that it can resume there.
+
+    Args:
+        num_rows: Batch size B.
+
+    Attributes:
+        by_layer: Layer index -> the rows whose first skip it is, (E,) int64 on the CPU, and its input of these,
+            (E, N, D).
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+        self._has_skipped = torch.zeros(num_rows, dtype=torch.bool)
+
+    def note(self, layer: int, split: RowSplit, hidden_states: Tensor) -> None:
+        """Keep the input of a layer, (B, N, D), for the rows that skip it and have skipped none before."""
+        is_first = ~split.keep & ~self._has_skipped
+        rows = is_first.nonzero().flatten()
+        if len(rows) == 0:
+            return
+        # no layer writes into its input, so that of a whole batch need not be copied
+        whole = len(rows) == len(is_first)
+        states = hidden_states if whole else hidden_states.index_select(0, rows.to(hidden_states.device))
+        self.by_layer[layer] = (rows, states)
+        self._has_skipped |= is_first
+
+
+@dataclass(frozen=True)
+class EscalationRecord:
+    """What an escalation read behind a prefill, and what it decided; everything on the CPU.
+
+    Attributes:
+        readings: Antecedents by name, (B,) each, among them ``answer_margin`` and ``answer_entropy``.
+        doubt: What the policy made of them, in [0, 1], (B,).
+        levels: 0 where the row kept its plan, 1 where it went on under a shallower one, 2 under all layers, (B,) int64.
+        planned: Plan of the first prefill, (B, L) bool.
+        runs: How often each row ran each layer in its prefill, reruns included, (B, L) int64.
+    """
+
+    readings: dict[str, Tensor]
+    doubt: Tensor
+    levels: Tensor
+    planned: Tensor
+    runs: Tensor
+
+
 @dataclass
 class RoutingResult:
     """What came of one forward pass, written by router and layers, read by the caller.
 
     Attributes:
         keep_weights: Keep weights in [0, 1], (B, T, L), index t - 1 for turn t; forced, planned by the router, or
-            stacked once a layer-wise router has decided the last layer.
+            stacked once a layer-wise router has decided the last layer; those of the final plan after an escalation.
+        kept_layers: The hard decisions, once somebody has asked for them; see ``RoutingState.kept_layers``.
         decisions: Layer index -> keep weights (B, T), of a layer-wise router.
         position_weights: Layer index -> keep weight of each position, (B, N), from a layer-wise router that spreads
             its weights over the positions itself.
         summary: Pooled states that the router looked at.
         features: Antecedents in [0, 1], (B, T, K).
         scores: Router scores, (B, T).
-        layer_runs: Layer index -> rows that ran the base layer.
+        layer_runs: Layer index -> rows that ran the base layer, counted again where they ran it again.
+        escalation: What an escalation read and decided; None without one.
     """
 
     keep_weights: Tensor | None = None
+    kept_layers: Tensor | None = None
     decisions: dict[int, Tensor] = field(default_factory=dict)
     position_weights: dict[int, Tensor] = field(default_factory=dict)
     summary: Any = None
     features: Tensor | None = None
     scores: Tensor | None = None
     layer_runs: dict[int, int] = field(default_factory=dict)
+    escalation: EscalationRecord | None = None
 
 
 @dataclass
@@ -105,6 +156,10 @@ class RoutingState:
         decide: Layer-wise routing: asked for each layer as it is reached, ``(layer, (B, N, D), state) -> (B, T)``; None
             where all layers are planned ahead. The decoder's hook sets it, with ``num_layers``, for the layers.
         num_layers: Layers L that ``decide`` is asked for.
+        prompt_positions: Where the positions of the prompt stand, (B, N), if the router has added others to the pass.
+        entries: Collects what is needed to resume the pass; None where it will not be.
+        resume: Layer from which an earlier pass of these rows is resumed, with the states in front of it, (B, N, D);
+            earlier layers do nothing.
         result: What came of the pass.
     """
 
@@ -121,8 +176,10 @@ class RoutingState:
     roe: Any = None
     decide: Callable[[int, Tensor, RoutingState], Tensor] | None = None
     num_layers: int | None = None
+    prompt_positions: Tensor | None = None
+    entries: SkipEntries | None = None
+    resume: tuple[int, Tensor] | None = None
     result: RoutingResult = field(default_factory=RoutingResult)
-    _kept_layers: Tensor | None = field(default=None, init=False, repr=False)
     _splits: dict[tuple[bool, ...], RowSplit] = field(default_factory=dict, init=False, repr=False)
     _table_index: Tensor | None = field(default=None, init=False, repr=False)
     _turn_mask: Tensor | None = field(default=None, init=False, repr=False)
@@ -255,9 +312,9 @@ class RoutingState:
         Raises:
             ValueError: If there are no keep weights or a turn has none.
         """
-        if self._kept_layers is None:
-            self._kept_layers = self._harden(self._checked_weights())
-        return self._kept_layers
+        if self.result.kept_layers is None:
+            self.result.kept_layers = self._harden(self._checked_weights())
+        return self.result.kept_layers
 
     def split(self, layer: int) -> RowSplit:
         """Give the rows that run layer ``layer`` under the hard decisions; layers that agree share one split."""

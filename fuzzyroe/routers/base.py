@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fuzzyroe.calibrate import Measurements
+from fuzzyroe.escalation import Escalation
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import FuzzyRuleBase, load_rule_base, save_rule_base
 
@@ -54,6 +55,7 @@ class Router(nn.Module):
         enabled: Whether the router routes prompts on its own when the model is not training; a state passed by the
             caller is routed either way.
         target_skip_ratio: Mean skip rate planned for where a state asks for none, a number or a tensor ().
+        escalation: Who runs more layers than planned once the prefill is through; None for nobody.
     """
 
     decides_layer_wise: ClassVar[bool] = False
@@ -62,6 +64,7 @@ class Router(nn.Module):
     stays_in_float32: ClassVar[bool] = False
     option_names: ClassVar[tuple[str, ...]] = ()
     target_skip_ratio: Tensor | float
+    escalation: Escalation | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,6 +188,8 @@ class Router(nn.Module):
                 value = value.to_dict()
             # JSON has no nan, which stands for an operating point that no target names
             options[name] = None if isinstance(value, float) and math.isnan(value) else value
+        if self.escalation is not None:
+            options["escalation"] = self.escalation.save(folder)
         return options
 
     @classmethod
@@ -203,10 +208,14 @@ class Router(nn.Module):
         sizes = {"num_layers": num_layers, "hidden_size": hidden_size}
         wanted = inspect.signature(cls).parameters
         given: dict[str, Any] = {name: size for name, size in sizes.items() if name in wanted}
+        options = dict(options)
+        escalation = options.pop("escalation", None)
         for name, value in options.items():
             is_file = name == "rule_base" and isinstance(value, str)
             given[name] = load_rule_base(find_file(value)) if is_file else value
-        return cls(**given)
+        router = cls(**given)
+        router.escalation = None if escalation is None else Escalation.load(escalation, find_file)
+        return router
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move with the model, in its data type or, if the router asks for it, in its own."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuzzyroe.budget import BudgetTable, allocate
 from fuzzyroe.calibrate import Measurements, Prepared, fit_layer_tables, prepare, rank_correlation
-from fuzzyroe.features import FEATURES, compute_features, summarise
+from fuzzyroe.features import ANSWER_FEATURES, FEATURES, compute_features, summarise
 from fuzzyroe.routers.base import Measurer, Router
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import FuzzyRuleBase, ZeroOrderTSK, compile_rule_base
@@ -58,9 +58,10 @@ class FuzzyRouter(Router):
         self.antecedents = tuple(variable.name for variable in rule_base.antecedents)
         for name in self.antecedents:
             if name not in FEATURES:
+                found = "known after the prefill only" if name in ANSWER_FEATURES else "no feature"
                 raise KeyError(
-                    f"Rule base '{rule_base.name}' has antecedent '{name}', which is no feature; "
-                    f"use {', '.join(FEATURES)}."
+                    f"Rule base '{rule_base.name}' has antecedent '{name}', which is {found}; a plan is made "
+                    f"before the first layer, use {', '.join(FEATURES)}."
                 )
         self.rules = self._compile(rule_base if rule_base.is_complete else rule_base.interpolate())
         self.register_buffer("feature_low", torch.zeros(len(self.antecedents)))

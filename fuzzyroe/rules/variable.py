@@ -115,6 +115,7 @@ class LinguisticVariable:
         terms: Sequence[str] = THREE_TERMS,
         universe: tuple[float, float] = (0.0, 1.0),
         monotone: str | None = None,
+        quantiles: Sequence[float] | None = None,
     ) -> LinguisticVariable:
         """Place the peaks at the ``(k + 1/2) / K`` quantiles, so that every term has mean membership about 1 / K.
 
@@ -124,6 +125,7 @@ class LinguisticVariable:
             terms: Names of the K terms, from low to high.
             universe: Smallest and largest value.
             monotone: Direction of the effect, see the class.
+            quantiles: Other quantiles for the K peaks, increasing in (0, 1), as where only a tail matters.
 
         Returns:
             A variable whose peaks are at least ``MIN_SPACING`` apart: for a (nearly) constant feature they are spread,
@@ -143,13 +145,14 @@ class LinguisticVariable:
                 "first."
             )
         num_terms = len(terms)
-        quantiles = np.quantile(values.clip(lower, upper), (np.arange(num_terms) + 0.5) / num_terms)
+        shares = (np.arange(num_terms) + 0.5) / num_terms if quantiles is None else quantiles
+        knots = np.quantile(values.clip(lower, upper), shares)
         # push equal quantiles apart, first upwards, then back below the upper border
         steps = MIN_SPACING * (upper - lower) * np.arange(num_terms)
-        apart = np.maximum.accumulate(quantiles - steps) + steps
+        apart = np.maximum.accumulate(knots - steps) + steps
         peaks = np.minimum(apart, upper - steps[::-1]).clip(lower)
-        if not np.array_equal(peaks, quantiles):
-            logger.warning("Feature '%s' is nearly constant: peaks %s were spread to %s.", name, quantiles, peaks)
+        if not np.array_equal(peaks, knots):
+            logger.warning("Feature '%s' is nearly constant: peaks %s were spread to %s.", name, knots, peaks)
         return cls(name, universe, tuple(terms), tuple(peaks.tolist()), monotone)
 
     def flip_direction(self) -> LinguisticVariable:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from fuzzyroe.cache import kept_layers
+from fuzzyroe.cache import kept_layers, prefill_runs
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.data.preprocess import encode_prompt
@@ -164,7 +164,9 @@ class GeneratedBatch:
         texts: The answers, B.
         num_new_tokens: Tokens generated for each answer, its end-of-sequence token included, B.
         num_prompt_tokens: Tokens of each prompt with its images expanded, without padding, B.
-        kept_layers: True where the example ran the layer, (B, L) bool on the CPU; all True for a dense model.
+        kept_layers: True where decoding ran the layer, (B, L) bool on the CPU; all True for a dense model.
+        prefill_runs: How often the prefill ran each layer over the example, reruns of an escalation included, (B, L)
+            int64 on the CPU.
         prefill_ms: From the call until every row has its first token: vision tower, projector, router, decoder.
             Planning done beforehand is included.
         decode_ms: From there to the end of the batch.
@@ -174,8 +176,19 @@ class GeneratedBatch:
     num_new_tokens: list[int]
     num_prompt_tokens: list[int]
     kept_layers: Tensor
+    prefill_runs: Tensor
     prefill_ms: float
     decode_ms: float
+
+    @property
+    def prefill_skip_rates(self) -> Tensor:
+        """Net skip rate of each prefill, (B,): one less the layers run per position over all layers, reruns counted."""
+        return 1 - self.prefill_runs.float().mean(dim=1)
+
+    @property
+    def decode_skip_rates(self) -> Tensor:
+        """Skip rate of each answer behind its first token, (B,)."""
+        return 1 - self.kept_layers.float().mean(dim=1)
 
 
 class Generator:
@@ -265,12 +278,16 @@ class Generator:
         answers = [self._without_padding(row) for row in output.sequences[:, prompt_length:].tolist()]
         texts = [options.cut(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
         # beams of one example share its decision, and a beam search keeps the cache in the order of its examples
-        kept = kept_layers(output.past_key_values, len(lengths) * options.num_beams)[:: options.num_beams]
+        kept, runs = (
+            read(output.past_key_values, len(lengths) * options.num_beams)[:: options.num_beams]
+            for read in (kept_layers, prefill_runs)
+        )
         return GeneratedBatch(
             texts=texts,
             num_new_tokens=[len(answer) for answer in answers],
             num_prompt_tokens=lengths,
             kept_layers=kept,
+            prefill_runs=runs,
             prefill_ms=1e3 * (clock.first_token - clock.start),
             decode_ms=1e3 * (finished - clock.first_token),
         )

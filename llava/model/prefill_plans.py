@@ -34,9 +34,10 @@ class PlannedPrompt:
 
 
 def plans_ahead(model: HostModel) -> bool:
-    """Say whether routing is on, by a router that decides before the first layer."""
+    """Say whether routing is on, by a router that decides before the first layer, and for good."""
     router = find_router(model)
-    return bool(getattr(router, "enabled", False)) and not getattr(router, "decides_layer_wise", False)
+    decides_later = getattr(router, "decides_layer_wise", False) or getattr(router, "escalation", None) is not None
+    return bool(getattr(router, "enabled", False)) and not decides_later
 
 
 def plan_prompts(model: HostModel, inputs: dict[str, Tensor]) -> list[PlannedPrompt]:
@@ -47,7 +48,8 @@ def plan_prompts(model: HostModel, inputs: dict[str, Tensor]) -> list[PlannedPro
     """
     if not plans_ahead(model):
         raise ValueError(
-            "The model does not plan ahead: its routing is off, absent, or decides at each layer. Let generate decide."
+            "The model does not plan ahead: its routing is off, absent, decides at each layer or is escalated. Let "
+            "generate decide."
         )
     states, routing = plan_by_router(model, inputs)
     rows = zip(states, inputs["attention_mask"].bool(), routing.kept_layers(), strict=True)

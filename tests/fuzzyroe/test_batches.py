@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from batches import NEW_TOKENS, generate, pad, prompts_of_lengths
 from fuzzyroe.attach import attach, find_decoder, find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from fuzzyroe.routing_state import RoutingState
 
 UNITS = ("layer", "attention", "ffn")
-NUM_PROMPTS, BATCH, NEW_TOKENS = 20, 8, 6
+NUM_PROMPTS, BATCH = 20, 8
 
 UNIFORM_PLANS = {
     "everything skipped": [[0] * 4] * 4,
@@ -18,33 +19,6 @@ UNIFORM_PLANS = {
     "one row only skips": [[1, 1, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]],
     "one row only runs": [[0] * 4, [0] * 4, [1, 1, 0, 1], [0] * 4],
 }
-
-
-def prompts_of_lengths(lengths: list[int], seed: int = 5) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 95, (length,), generator=generator) for length in lengths]
-
-
-def pad(rows: list[torch.Tensor], side: str = "left") -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        ids[index, place], mask[index, place] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model, rows, **options):
-    inputs = pad(rows)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1), output
 
 
 @pytest.mark.parametrize("unit", UNITS)

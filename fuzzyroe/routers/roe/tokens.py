@@ -304,7 +304,8 @@ def _with_summary(
     turn_mask = (routing.turn_ids.unsqueeze(1) == turns).any(dim=-1)
     summary = Summary(read, tuple(layer.input_layernorm for layer in decoder.layers), turn_mask)
     roe = replace(routing.roe or RoEPass(), layout=layout, summary=summary)
-    return {**inputs, "routing": replace(routing, roe=roe)}
+    positions = None if layout is None else layout.prompt_positions
+    return {**inputs, "routing": replace(routing, roe=roe, prompt_positions=positions)}
 
 
 def _remove_after_pass(decoder: nn.Module, layout: Layout) -> None:
