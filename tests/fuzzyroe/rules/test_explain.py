@@ -117,7 +117,7 @@ def test_review_finds_cells_on_which_methods_differ():
 
 @pytest.mark.parametrize("name", shipped_rule_bases())
 def test_shipped_rule_bases_can_be_reviewed(name):
-    assert review_rule_base(load_rule_base(name)).num_given == 15
+    assert review_rule_base(load_rule_base(name)).num_given == (5 if name == "escalate" else 15)
 
 
 def test_review_lists_rules_that_no_example_informed():
