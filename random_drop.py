@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from llava.data.subset import MODES, STRATA, DataError, SubsetResult, SubsetSettings, draw_subset, parse_split
@@ -25,16 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and give its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
+    command, progress = shlex.join(["python", "random_drop.py", *argv]), _show_progress if sys.stderr.isatty() else None
     try:
-        input_path, output_path = _paths(options)
-        result = draw_subset(
-            input_path,
-            output_path,
-            _settings(options),
-            command=shlex.join(["python", "random_drop.py", *argv]),
-            overwrite=options.overwrite,
-            progress=_show_progress if sys.stderr.isatty() else None,
-        )
+        result = draw_subset(*_paths(options), _settings(options), command, options.overwrite, progress)
     except (DataError, OSError) as error:
         print(f"random_drop.py: {error}", file=sys.stderr)
         return 2
@@ -53,7 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="equal seeds give equal, nested results (default: 42)")
     add("--stratify", choices=STRATA, help="keep the same share of each (default: source)")
     add("--mode", choices=MODES, default="random", help="modulo: index %% 100 < 100 * ratio (default: random)")
-    add("--exclude-source", action="append", default=[], metavar="NAME", help="leave a source out, repeatable")
+    add(
+        "--exclude-source",
+        action="append",
+        dest="exclude_sources",
+        metavar="NAME",
+        help="leave a source out, repeatable",
+    )
     add("--require-images", metavar="DIR", help="leave out records whose images are not in this folder")
     add("--max-per-source", type=int, metavar="N", help="keep at most N records of a source")
     add("--split", metavar="NAME=RATIO,...", help="write disjoint parts OUTPUT_STEM.NAME.json instead of one file")
@@ -80,15 +80,9 @@ def _settings(options: argparse.Namespace) -> SubsetSettings:
     for name in ("seed", "stratify"):
         if options.mode == "modulo" and getattr(options, name) is not None:
             raise DataError(f"--{name} has no effect in --mode modulo; only --mode random draws. Drop --{name}.")
-    given = {name: getattr(options, name) for name in ("keep_ratio", "seed", "stratify")}
-    return SubsetSettings(
-        mode=options.mode,
-        exclude_sources=tuple(options.exclude_source),
-        require_images=options.require_images,
-        max_per_source=options.max_per_source,
-        split=parse_split(options.split) if options.split is not None else (),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    settings = {name: getattr(options, name) for name in (field.name for field in fields(SubsetSettings))}
+    settings["split"] = None if options.split is None else parse_split(options.split)
+    return SubsetSettings(**{name: value for name, value in settings.items() if value is not None})
 
 
 def _show_progress(done: int, total: int) -> None:
@@ -96,17 +90,15 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _print_result(result: SubsetResult) -> None:
-    names = [part.path.name for part in result.parts]
-    width = max(len(name) for name in [*result.before, "source", "all"])
-    print("  ".join([f"{'source':<{width}}", f"{'before':>9}", *(f"{name:>9}" for name in names)]))
-    rows = [(source, count, [part.counts[source] for part in result.parts]) for source, count in result.before.items()]
-    rows.append(("all", sum(result.before.values()), [part.num_records for part in result.parts]))
-    for source, count, kept in rows:
-        cells = [f"{number:>{max(9, len(name))},}" for number, name in zip(kept, names, strict=True)]
-        print("  ".join([f"{source:<{width}}", f"{count:>9,}", *cells]))
+    counts = {"before": result.before, **{part.path.name: part.counts for part in result.parts}}
+    width = max(map(len, [*result.before, "source"]))
+    print("  ".join([f"{'source':<{width}}", *(f"{name:>9}" for name in counts)]))
+    for source in [*result.before, None]:
+        numbers = (sum(kept.values()) if source is None else kept[source] for kept in counts.values())
+        cells = (f"{number:>{max(9, len(name))},}" for number, name in zip(numbers, counts, strict=True))
+        print("  ".join([f"{source or 'all':<{width}}", *cells]))
     for part in result.parts:
-        state = "already there" if part.was_there else "written"
-        print(f"{part.path}: {state}, {part.num_records:,} records")
+        print(f"{part.path}: {'already there' if part.was_there else 'written'}, {part.num_records:,} records")
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from llava.cli.terminal import USER_ERROR
+from llava.cli.terminal import USER_ERROR, make_table, open_console, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from llava.data.check import DataReport, LengthCounts
     from llava.data.preprocess import LengthMeter
 
@@ -46,7 +46,6 @@ def check_data_command(
     show: Annotated[int, typer.Option(help="Records to show as trained and masked text, with --model.", min=0)] = 2,
 ) -> None:
     """Look at every record and every image that training would read; exit 2 if any cannot be trained on."""
-    from llava.cli.terminal import open_console, progress_bar
     from llava.data.check import check_data
 
     meter = _open_meter(model, vision_tower, version, model_max_length) if model is not None else None
@@ -65,11 +64,14 @@ def check_data_command(
             progress=progress,
         )
     # Counts go to stdout, problems to stderr: a script can keep one and show the other.
-    console = open_console()
+    console, problems = open_console(), open_console(stderr=True)
     _print_report(console, report)
     if meter:
         _print_samples(console, meter, report.usable_path, show)
-    _print_problems(open_console(stderr=True), report)
+    for warning in report.warnings:
+        problems.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+    for line in report.problems():
+        problems.print(line, soft_wrap=True, markup=False)
     if not report.is_ok:
         raise typer.Exit(USER_ERROR)
 
@@ -78,21 +80,20 @@ def data_stats_command(data: Annotated[Path, typer.Argument(help="JSON or JSON L
     """Count records, images, turns and words per source; images are not looked at."""
     import numpy as np
 
-    from llava.cli.terminal import make_table, open_console, progress_bar
     from llava.data.check import STATS, collect_stats
 
     with progress_bar("reading records") as progress:
         sources, unusable = collect_stats(data, progress)
-    every = np.concatenate([*sources.values(), np.empty((0, len(STATS)), int)])
+    sources["total"] = np.concatenate([*sources.values(), np.empty((0, len(STATS)), int)])
     rows = []
-    for name, counts in [*sources.items(), ("total", every)]:
+    for name, counts in sources.items():
         images = counts[:, 0]
         numbers = (len(counts), (images > 0).sum(), (images == 0).sum(), images.sum())
         # "lower" gives numbers that occur, never 1.5 turns.
         spread = np.quantile(counts[:, 1:] if len(counts) else [[0, 0, 0]], [0.5, 0.95, 1], axis=0, method="lower")
         rows.append([name, *(f"{number:,}" for number in numbers), *(" / ".join(map(str, c)) for c in spread.T)])
-    columns = ("source", "records", "with image", "text only", *STATS)
     console = open_console()
+    columns = ("source", "records", "with image", "text only", *STATS)
     console.print(make_table(str(data), columns, rows, bold=[len(rows) - 1]))
     console.print("turns and words per record: median / 95 % quantile / maximum", style="dim")
     if unusable:
@@ -107,19 +108,14 @@ def _open_meter(model: str, vision_tower: str | None, version: str | None, max_l
     from llava.model.families import VisionSettings, count_image_tokens, get_image_token_id
 
     if version is None:
-        raise typer.BadParameter(
-            "--model measures rendered conversations; name their template.", param_hint="--version"
-        )
-    settings = None if vision_tower is None else VisionSettings(vision_tower)
+        raise typer.BadParameter("--model measures conversations; name their template.", param_hint="--version")
     # A language model alone has no image size yet: that of its future vision tower decides how long images are.
-    config, tokenizer = read_config_and_tokenizer(model, settings)
-    template, num_image_tokens = get_template(version), count_image_tokens(config)
-    return LengthMeter(tokenizer, template, num_image_tokens, get_image_token_id(config), max_length)
+    config, tokenizer = read_config_and_tokenizer(model, VisionSettings(vision_tower) if vision_tower else None)
+    image = (count_image_tokens(config), get_image_token_id(config))
+    return LengthMeter(tokenizer, get_template(version), *image, max_length)
 
 
 def _print_report(console: Console, report: DataReport) -> None:
-    from llava.cli.terminal import make_table
-
     columns = ("records", "bad", "invalid", "images", "missing", "empty", "corrupt", "resolved")
     rows = [[name, *(f"{getattr(c, key):,}" for key in columns)] for name, c in report.sources.items()]
     totals = [sum(getattr(counts, key) for counts in report.sources.values()) for key in columns]
@@ -132,8 +128,6 @@ def _print_report(console: Console, report: DataReport) -> None:
 
 
 def _print_lengths(console: Console, lengths: LengthCounts) -> None:
-    from llava.cli.terminal import make_table
-
     edges = [f"up to {edge:,}" for edge in lengths.bin_edges()] + [f"above {lengths.model_max_length:,}"]
     most = max(lengths.histogram, default=0) or 1  # the longest bar fills the width
     rows = [
@@ -152,8 +146,6 @@ def _print_lengths(console: Console, lengths: LengthCounts) -> None:
 
 def _print_samples(console: Console, meter: LengthMeter, path: Path, count: int) -> None:
     """Show a few records as training sees them."""
-    from rich.text import Text
-
     from llava.data.preprocess import view_tokens
     from llava.data.records import DataError, RecordFile
 
@@ -172,20 +164,3 @@ def _print_samples(console: Console, meter: LengthMeter, path: Path, count: int)
             head = Text(f"  turn {turn}  {kind:<7} {num_tokens:>5}  ")
             text = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
             console.print(head.append(repr(text) if text else "", style=_STYLES[kind]), soft_wrap=True)
-
-
-def _print_problems(console: Console, report: DataReport) -> None:
-    for error in report.errors:
-        console.print(error, soft_wrap=True, markup=False)
-    more = report.num_bad - len(report.errors)
-    if more > 0:
-        console.print(f"... and {more:,} more", markup=False)
-    if report.missing_list:
-        console.print(f"all bad images: {report.missing_list}", soft_wrap=True, markup=False)
-    for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
-    for sentence in report.too_much:
-        console.print(sentence, style="bold", soft_wrap=True, markup=False)
-    if report.num_bad:
-        verdict = "were dropped" if report.on_missing == "drop" else "cannot be trained on"
-        console.print(f"{report.num_bad:,} of {report.num_records:,} records {verdict}", style="bold", markup=False)

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
@@ -97,24 +97,22 @@ def _encode(
     conversation: Conversation, tokenizer: Any, num_image_tokens: int, image_token_id: int
 ) -> EncodedConversation:
     """Encode a conversation, whole."""
-    text, ends, marks = "", [], []
-    for segment in conversation.segments():
-        text += segment.text
-        ends.append(len(text))
-        marks.append((segment.turn, segment.is_answer))
-    tokens = _tokenize_around_images(text, tokenizer)
+    segments = list(conversation.segments())
+    ends = list(accumulate(len(segment.text) for segment in segments))
+    tokens = _tokenize_around_images("".join(segment.text for segment in segments), tokenizer)
     # A token belongs to the segment of its last character: a leading space belongs to what follows it.
-    segments = [bisect_right(ends, max(stop - 1, start, 0)) for _, start, stop in tokens]
-    owners = [marks[min(segment, len(marks) - 1)] for segment in segments]
-    first_question = [n for n, (token_id, _, _) in enumerate(tokens) if token_id is None and owners[n][0] == 1]
-    prefix_end = max(first_question, default=-1)
+    numbers = [bisect_right(ends, max(stop - 1, start, 0)) for _, start, stop in tokens]
+    owners = [segments[min(number, len(segments) - 1)] for number in numbers]
+    # Turn 0 ends with the last image of the first question.
+    is_first = [token_id is None and owner.turn == 1 for (token_id, _, _), owner in zip(tokens, owners, strict=True)]
+    prefix_end = max((n for n, is_image in enumerate(is_first) if is_image), default=-1)
     encoded = EncodedConversation([], [], [])
-    for number, ((token_id, _, _), (turn, is_answer)) in enumerate(zip(tokens, owners, strict=True)):
+    for n, ((token_id, _, _), owner) in enumerate(zip(tokens, owners, strict=True)):
         is_image = token_id is None
         count = num_image_tokens if is_image else 1
         encoded.input_ids.extend([image_token_id if token_id is None else token_id] * count)
-        encoded.labels.extend([token_id if is_answer and token_id is not None else IGNORE_INDEX] * count)
-        encoded.turn_ids.extend([0 if is_image or number <= prefix_end else turn] * count)
+        encoded.labels.extend([token_id if owner.is_answer and token_id is not None else IGNORE_INDEX] * count)
+        encoded.turn_ids.extend([0 if is_image or n <= prefix_end else owner.turn] * count)
     return encoded
 
 
@@ -140,7 +138,7 @@ def _tokenize_around_images(text: str, tokenizer: Any) -> list[tuple[int | None,
         if number:
             tokens.append((None, start, start + len(DEFAULT_IMAGE_TOKEN)))
             start += len(DEFAULT_IMAGE_TOKEN)
-        for position, (token_id, left, right) in enumerate(tokenize_with_offsets(chunk, tokenizer)):
+        for position, (token_id, left, right) in enumerate(_tokenize_with_offsets(chunk, tokenizer)):
             is_bos = position == 0 and token_id == tokenizer.bos_token_id and left == right
             if not (number and is_bos):  # <s> is kept once, in front
                 tokens.append((token_id, start + left, start + right))
@@ -148,16 +146,10 @@ def _tokenize_around_images(text: str, tokenizer: Any) -> list[tuple[int | None,
     return tokens
 
 
-def tokenize_with_offsets(text: str, tokenizer: Any) -> list[tuple[int, int, int]]:
-    """Tokenize a text, special tokens included, and say where each token stands.
+def _tokenize_with_offsets(text: str, tokenizer: Any) -> list[tuple[int, int, int]]:
+    """Id, start and end in characters of each token, special ones included, whose range is empty.
 
     A fast tokenizer tells the ranges itself. The pieces of a slow one are laid along the text, one after the other.
-
-    Returns:
-        Id, start and end of each token, in characters; the range of a token without text, such as ``<s>``, is empty.
-
-    Raises:
-        ValueError: If a slow tokenizer rewrites the text, so that its pieces are not found there.
     """
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True)
@@ -176,38 +168,26 @@ def _lay_along(text: str, pieces: list[str], tokenizer_name: str) -> list[tuple[
     spans: list[tuple[int, int]] = []
     position, pending = 0, b""  # bytes of a character that is not complete yet
     for piece in pieces:
-        end = _end_of(text, position, piece)
-        byte = _BYTE_PIECE.fullmatch(piece)
-        if end is None and byte:
+        surface, start, byte = piece.replace(_SPACE_PIECE, " "), position, _BYTE_PIECE.fullmatch(piece)
+        if surface.startswith(" ") and not text.startswith(surface, start):
+            # Its leading space is missing in the text, as the first word's is, or is another white space there.
+            surface = surface.lstrip(" ")
+            while surface and text[start : start + 1].isspace():
+                start += 1
+        if not pending and text.startswith(surface, start):
+            spans.append((position, start + len(surface)))
+            position = start + len(surface)
+        elif byte:
             pending += bytes.fromhex(byte[1])
             spans.append((position, position + 1))
             if text[position : position + 1].encode() == pending:
                 position, pending = position + 1, b""
-            continue
-        if end is None or pending:
+        else:
             raise ValueError(
                 f"Tokenizer {tokenizer_name} gives the piece {piece!r}, which is not in the text at "
                 f"{text[position : position + 20]!r}; a slow tokenizer must not rewrite its text. Load a fast one."
             )
-        spans.append((position, end))
-        position = end
     return spans
-
-
-def _end_of(text: str, position: int, piece: str) -> int | None:
-    """Where a piece ends that begins at a position; None if it does not begin there.
-
-    A piece may have a leading space that the text has not (the first word's), or has as another white space.
-    """
-    surface = piece.replace(_SPACE_PIECE, " ")
-    if text.startswith(surface, position):
-        return position + len(surface)
-    word = surface.lstrip(" ")
-    if surface == word:
-        return None
-    while position < len(text) and word and text[position].isspace():
-        position += 1
-    return position + len(word) if text.startswith(word, position) else None
 
 
 # ---- lengths, and a view of what is learned --------------------------------------------------------------------------
@@ -256,11 +236,10 @@ class LengthMeter:
         frame.system = ""
         for role in (*frame.roles, *frame.roles):
             frame.append_message(role, "")
-        markup = len(self.template.system.encode()) + len(record.turns) * len(frame.get_prompt().encode())
-        num_bytes = sum(len(turn.question.encode()) + len(turn.answer.encode()) for turn in record.turns)
+        texts = [self.template.system, *(frame.get_prompt() + turn.question + turn.answer for turn in record.turns)]
         num_images = len(record.images)
-        text = num_bytes + markup + (num_images + 1) * _TOKENS_WITHOUT_TEXT
-        return text + num_images * self.num_image_tokens > self.max_length
+        num_without_text = (num_images + 1) * _TOKENS_WITHOUT_TEXT + num_images * self.num_image_tokens
+        return sum(len(text.encode()) for text in texts) + num_without_text > self.max_length
 
 
 def view_tokens(
