@@ -109,7 +109,12 @@ class ZeroOrderTSK(nn.Module):
             Outputs, (...,) or (..., outputs), in float32 (float64 for float64 features).
         """
         features, is_broken = self._guard(features)
-        outputs = self._fire(features) @ self.consequents.to(features.dtype)
+        firing, table = self._fire(features), self.consequents.to(features.dtype)
+        if features.is_cuda:  # a matrix product would follow the flags of TF32, which training sets
+            by_column = (firing.unsqueeze(-1) * table.view(len(table), -1)).sum(dim=-2)
+            outputs = by_column if table.ndim == 2 else by_column.squeeze(-1)
+        else:
+            outputs = firing @ table
         is_broken = is_broken if self.consequents.ndim == 1 else is_broken.unsqueeze(-1)
         return outputs.masked_fill(is_broken, self.non_finite)
 

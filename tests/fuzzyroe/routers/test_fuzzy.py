@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuzzyroe.budget import allocate
 from fuzzyroe.routers import FuzzyRouter
-from fuzzyroe.routers.fuzzy import NUM_QUANTILES
+from fuzzyroe.routers.fuzzy import NUM_QUANTILES, PerLayerFuzzyRouter
 from fuzzyroe.routing_state import RoutingState
 from fuzzyroe.rules import FuzzyRuleBase, load_rule_base, skfuzzy_bridge
 
@@ -221,6 +222,52 @@ def test_planning_never_reads_a_value_back(router: FuzzyRouter) -> None:
         planned = RoutingState(*masks, "hard", num_turns=routing.num_turns, target_skip_ratio=skip_rate)
         router.to("meta").plan(states.to("meta"), planned)
         assert planned.result.keep_weights.shape == (len(states), routing.num_turns, NUM_LAYERS)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [FuzzyRouter, PerLayerFuzzyRouter])
+def test_planning_on_a_gpu_multiplies_no_matrices_which_would_follow_the_flags_of_tf32(
+    rule_base: FuzzyRuleBase, monkeypatch: pytest.MonkeyPatch, kind: type[FuzzyRouter]
+) -> None:
+    router = kind(rule_base, NUM_LAYERS)
+    router.rules.consequents.copy_(torch.rand(router.rules.consequents.shape))
+    planned = []
+    for is_cuda in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+        states, routing = make_batch(num_turns=2)
+        with Operations() as operations:
+            router.plan(states, routing)
+        planned.append(routing.result)
+        assert bool(operations.names & {"mm", "bmm", "mv", "addmv", "dot"}) is not is_cuda
+    for name in ("features", "scores"):
+        torch.testing.assert_close(getattr(planned[0], name), getattr(planned[1], name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tf32_changes_nothing_that_is_planned_on_a_gpu(router: FuzzyRouter) -> None:
+    states = torch.randn(64, 600, 512, device="cuda")
+    scores, precision = [], torch.get_float32_matmul_precision()
+    for wanted in ("highest", "high"):
+        torch.set_float32_matmul_precision(wanted)
+        try:
+            routing = RoutingState.from_batch({"attention_mask": torch.ones(64, 600, device="cuda")})
+            router.cuda().plan(states, routing)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        scores.append(routing.result.scores)
+    assert torch.equal(*scores)
 
 
 @pytest.mark.gpu
