@@ -208,11 +208,7 @@ def diff(first: RuleBaseName, second: RuleBaseName) -> None:
 
 
 def open_rule_base(name: str) -> FuzzyRuleBase:
-    """Load a rule base as it was written.
-
-    Args:
-        name: A shipped name such as ``default``, a path ending in ``.yaml``, or a folder with ``rule_base.yaml``.
-    """
+    """Load a rule base by a shipped name, a path ending in ``.yaml``, or a folder with ``rule_base.yaml``."""
     from fuzzyroe.rules.yaml_io import load_rule_base, shipped_rule_bases
 
     # a shipped name wins over a folder of that name in the working directory

@@ -39,14 +39,9 @@ def say(*lines: str, style: str | None = None) -> None:
 def make_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, bold: Sequence[int] = ()
 ) -> Table:
-    """Make a table whose cells are shown as they are.
+    """Make a table whose cells are shown as they are; columns behind the leading ``text_columns`` hold numbers.
 
-    Args:
-        title: Title above the table.
-        columns: Headings.
-        rows: Cells.
-        text_columns: Leading columns of text; the others are numbers, aligned right.
-        bold: Rows to set apart.
+    Numbers are aligned right, and the rows whose indices are in ``bold`` are set apart.
     """
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2, 0, 0)
@@ -61,11 +56,7 @@ def make_table(
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while the block runs, nothing where stderr is no terminal.
-
-    Yields:
-        A function of (done, total).
-    """
+    """Show a bar on stderr, if it is a terminal, while the block runs; yields a function of (done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = open_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -171,7 +171,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise ImageFileError(f"Image '{path}' is too large ({error}); {allowed}") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files, SyntaxError among them
         if kind is None:
-            raise ImageFileError(f"Image '{path}' cannot be read ({error}); it must be. Check its rights.") from error
+            reason = getattr(error, "strerror", error)  # without the path again
+            raise ImageFileError(f"Image '{path}' cannot be read ({reason}); it must be. Check its rights.") from error
         if "Decompressed data too large" in str(error):
             drop = "It carries a text or profile beyond the decoder's limit: save it without, or drop the record."
         raise ImageFileError(

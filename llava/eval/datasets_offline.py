@@ -23,9 +23,8 @@ def find_absent(configs: dict[str, dict[str, Any]], hub_cache: Path, datasets_ca
     """Find the tasks whose data set is absent.
 
     Args:
-        configs: Task -> its configuration, with ``dataset_path`` and perhaps ``dataset_kwargs``.
-        hub_cache: Cache of downloaded repositories, ``HF_HUB_CACHE``.
-        datasets_cache: Cache of prepared data sets, ``HF_DATASETS_CACHE``.
+        configs: Task -> its configuration.
+        hub_cache, datasets_cache: Caches of downloaded repositories and of prepared data sets.
 
     Returns:
         Task -> the data set's hub id, or the local file that is missing.
@@ -58,10 +57,6 @@ def _flatten(data_files: Any) -> list[str]:
 
 def read_task_configs(tasks: list[str], include_path: str | None = None) -> dict[str, dict[str, Any]]:
     """Look tasks up in lmms-eval, groups and tags resolved to their members.
-
-    Args:
-        tasks: Names, as given to ``--tasks``.
-        include_path: Folder of local tasks.
 
     Raises:
         KeyError: If a name is no task.

@@ -95,23 +95,23 @@ class FuzzyRoE(lmms):
         ):
             if not is_allowed:
                 raise ValueError(f"{name} is {value!r}; use {allowed}.")
-        self._batch_size, self._schedule, numbers = int(batch_size), schedule, tuple(map(int, words))
+        self.batch_size, self._schedule, numbers = int(batch_size), schedule, tuple(map(int, words))
         rate, self._task_rates = parse_skip_rate(skip_rate), parse_task_rates(task_skip_rates)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self._world_size > 1:
-            self._device = self.accelerator.device
+            self.device = self.accelerator.device
         self._routing_log = Path(routing_log) if routing_log else None
         if self._routing_log is not None and self._rank == 0:
             self._routing_log.parent.mkdir(parents=True, exist_ok=True)
             remove_routing_log(self._routing_log)
-        is_on_cpu = self._device.type == "cpu"
-        placement: dict[str, Any] = {} if is_on_cpu else {"device_map": {"": str(self._device)}}
+        is_on_cpu = self.device.type == "cpu"
+        placement: dict[str, Any] = {} if is_on_cpu else {"device_map": {"": str(self.device)}}
         kind = DTYPES.get(dtype, torch.float32 if is_on_cpu else torch.float16)
         checkpoint = load_checkpoint(pretrained, kind, attn_implementation, **placement)
         model: Any = checkpoint.model
-        self.model = model.to(self._device).eval()
+        self.model = model.to(self.device).eval()
         if skip_rate is not None:  # "off" switches routing off, nothing leaves the checkpoint's own rate
             set_skip_rate(self.model, rate)
         router = find_router(self.model)
@@ -134,16 +134,6 @@ class FuzzyRoE(lmms):
         """
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**options, **simple_parse_args_string(arg_string)})
-
-    @property
-    def batch_size(self) -> int:
-        """Number of requests per batch."""
-        return self._batch_size
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self._device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer the requests, in their order; then write the routing log."""
@@ -200,7 +190,7 @@ class FuzzyRoE(lmms):
         for index in sorted(range(len(requests)), key=lambda index: (-lengths[index], texts[index])):
             shared = [requests[index].args[1], self._rate_of(requests[index])]
             groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(index)
-        size = WINDOW * self._batch_size
+        size = WINDOW * self.batch_size
         for group in groups.values():
             for start in range(0, len(group), size):
                 yield group[start : start + size]
@@ -217,7 +207,7 @@ class FuzzyRoE(lmms):
         if self._task_rates:
             set_skip_rate(self.model, self._rate_of(requests[0]))
         options = GenerationOptions.from_gen_kwargs(requests[0].args[1])  # a window shares its options
-        for batch, output in answer_queue(self._generator, messages, options, self._batch_size, self._schedule):
+        for batch, output in answer_queue(self._generator, messages, options, self.batch_size, self._schedule):
             answered = [(requests[row], documents[row], len(messages[row].images)) for row in batch]
             self._records += self._describe(answered, output)
             yield batch, output.texts

@@ -43,17 +43,13 @@ def paired_difference(
 
     The difference is ``(gained - lost) / n``. Its interval is the normal one on the paired differences after adding
     half a question to each cell of the 2 x 2 table (right or wrong, by run): with ``b = gained + 1/2``,
-    ``c = lost + 1/2`` and ``m = n + 2`` it is ``(b - c) / m ± 1.96 sqrt(b + c - (b - c)^2 / m) / m``. The added halves
-    keep the interval from collapsing to nothing when two runs answer all questions alike, and need no random numbers.
-    Questions are taken as independent; the choice of a reference among several runs is not corrected for.
+    ``c = lost + 1/2`` and ``m = n + 2`` it is ``(b - c) / m ± 1.96 sqrt(b + c - (b - c)^2 / m) / m``, clipped to
+    [-1, 1]. The added halves keep it from collapsing where two runs answer all questions alike. Questions are taken as
+    independent; the choice of a reference among several runs is not corrected for.
 
     Args:
-        reference: 1 (right) or 0 (wrong) per question.
-        run: The same for the other run, on the same questions.
+        reference, run: 1 (right) or 0 (wrong) per question, on the same questions.
         names: What the messages call the two.
-
-    Returns:
-        Difference and interval, clipped to [-1, 1].
 
     Raises:
         ValueError: If there is no question, the questions differ, or a value is neither 0 nor 1.
@@ -124,10 +120,6 @@ class Report:
 def load_report(evaluation_files: Sequence[str | Path], stage_folders: Sequence[str | Path] = ()) -> Report:
     """Read result files and stage folders, and compare the runs with the best dense one, question by question.
 
-    Args:
-        evaluation_files: At least one of a dense run; all answered the same questions about images.
-        stage_folders: Output folders of the stages to list.
-
     Raises:
         ValueError: If a file breaks its schema, there is no dense run, two runs share a label, or runs answered
             different questions.
@@ -179,7 +171,7 @@ def to_json(report: Report) -> dict[str, Any]:
     """Give the report as plain data, without the single answers."""
     runs = []
     for row in report.rows:
-        facts = {name: value for name, value in row.run.to_dict().items() if name != "correct"}
+        facts = {name: value for name, value in asdict(row.run).items() if name not in ("path", "correct")}
         difference = None if row.difference is None else asdict(row.difference)
         compared = {"is_reference": row.is_reference, "difference": difference, "prefill_ratio": row.prefill_ratio}
         runs.append({**facts, **compared})

@@ -90,10 +90,7 @@ def write_routing_log(path: Path, records: Iterable[RequestRecord], rank: int = 
 
 
 def read_routing_log(path: Path) -> list[RequestRecord]:
-    """Read the records of all processes.
-
-    Args:
-        path: Path as it was given to the run, without a process's number.
+    """Read the records of all processes; ``path`` is the one that was given to the run.
 
     Raises:
         FileNotFoundError: If there is no log, or a process's file is missing.
@@ -162,10 +159,6 @@ class Evaluation:
     def image_skip_rate(self) -> float:
         """Observed skip rate on questions about an image; 0 where none was noted."""
         return self.skip_rate.get("image") or 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give what stands in the file."""
-        return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
@@ -246,12 +239,9 @@ Run = dict[str, Any]
 def read_run(folder: Path) -> Run:
     """Read the results and samples of one run.
 
-    Args:
-        folder: Folder that lmms-eval got as ``--output_path``.
-
     Raises:
-        FileNotFoundError: If the results are absent.
-        ValueError: If there are results of several runs.
+        FileNotFoundError: If the folder, ``--output_path`` of lmms-eval, holds no results.
+        ValueError: If it holds the results of several runs.
     """
     files = sorted(folder.rglob("*_results.json"))
     if not files:
@@ -304,11 +294,7 @@ def read_metrics(run: Run, task: str) -> dict[str, float]:
 
 
 def check_runs(folders: list[Path], tasks: list[str]) -> tuple[str, list[str]]:
-    """Check the files of several runs.
-
-    Args:
-        folders: Folder of each run.
-        tasks: Tasks that every run was asked for; names with a wildcard are not checked.
+    """Check that runs hold the tasks they were asked for; names with a wildcard are not checked.
 
     Returns:
         A table with a column per run ("" if no run could be read), and one sentence for each thing that is missing.
@@ -346,9 +332,7 @@ def format_table(columns: dict[str, dict[str, float]]) -> str:
 def collect(output_folder: Path, routing_log: Path, label: str, expected_items: int) -> dict[str, Any]:
     """Join the samples of a run with its routing log and write ``evaluation.json`` into the run's folder.
 
-    The skip rate of a request is 1 - kept layers / L; all means are over requests. "layers" holds, per layer, the share
-    of requests that skip it. "all" covers questions with and without image, "correct" and "complexity" those
-    with an image only.
+    All means are over requests. "layers" holds, per layer, the share of requests that skip it.
 
     Args:
         output_folder: Folder of one run, ``--output_path`` of lmms-eval.
@@ -386,10 +370,14 @@ def collect(output_folder: Path, routing_log: Path, label: str, expected_items: 
     types = {name: _measure(group) for name, group in by_type.items()}
     accuracy = {"all": everything["accuracy"], "image": image["accuracy"], "text_only": text_only["accuracy"]}
     skip_rate = {"all": everything["skip_rate"], "image": image["skip_rate"]}
+    for name in ("checkpoint", "target_skip_ratio"):
+        values = {getattr(record, name) for record in records}
+        if len(values) != 1:
+            raise ValueError(f"{log} mixes the values {sorted(map(str, values))} of {name}; give the log of one run.")
     evaluation = Evaluation(
         label=label,
-        checkpoint=_only(records, "checkpoint", log),
-        target_skip_ratio=_only(records, "target_skip_ratio", log),
+        checkpoint=records[0].checkpoint,
+        target_skip_ratio=records[0].target_skip_ratio,
         items=len(answers),
         accuracy={**accuracy, "types": {name: group["accuracy"] for name, group in types.items()}},
         skip_rate={
@@ -403,9 +391,10 @@ def collect(output_folder: Path, routing_log: Path, label: str, expected_items: 
         batch_size=max(record.batch_size for record in records),
         correct={str(record.doc_id): is_correct for record, is_correct in about_image},
         complexity={level: _measure(group) for level, group in _group(about_image, "complexity").items()},
-    ).to_dict()
-    write_json(folder / EVALUATION_FILE, evaluation)
-    return evaluation
+    )
+    content = {name: value for name, value in asdict(evaluation).items() if name != "path"}
+    write_json(folder / EVALUATION_FILE, content)
+    return content
 
 
 Answer = tuple[RequestRecord, int]
@@ -431,14 +420,6 @@ def _read_correct(row: dict[str, Any], folder: Path) -> int:
         f"Sample {row['doc_id']} in {folder} has none of the metrics {', '.join(METRICS)}; collect a run of the task "
         "in playground/digits/lmms_eval."
     )
-
-
-def _only(records: list[RequestRecord], name: str, log: Path) -> Any:
-    """Give the value that all records share."""
-    values = {getattr(record, name) for record in records}
-    if len(values) != 1:
-        raise ValueError(f"{log} mixes the values {sorted(map(str, values))} of {name}; give the log of one run.")
-    return values.pop()
 
 
 def _measure(answers: list[Answer]) -> dict[str, Any]:

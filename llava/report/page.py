@@ -15,21 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from fuzzyroe.plots import (
-    DARK,
-    LIGHT,
-    Draw,
-    SkipPoint,
-    Theme,
-    draw_accuracy,
-    draw_bars,
-    draw_control_surface,
-    draw_layer_skips,
-    draw_lines,
-    draw_memberships,
-    render_png,
-    render_svg,
-)
+from fuzzyroe import plots
 from llava.files import atomic_write, write_json
 from llava.report.comparison import Report, percent, points, report_tables, to_json
 
@@ -43,30 +29,19 @@ def render_page(template: str, **content: Any) -> str:
     """Fill a template in this folder; the page loads nothing from anywhere, and every text in it is escaped."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("llava.report", "."), **options)
-    environment.filters |= {"percent": percent, "points": points, "light": _embed(LIGHT), "dark": _embed(DARK)}
+    themes = {"light": partial(_embed, theme=plots.LIGHT), "dark": partial(_embed, theme=plots.DARK)}
+    environment.filters |= {"percent": percent, "points": points, **themes}
     return environment.get_template(template).render(content)
 
 
-def _embed(theme: Theme) -> Any:
-    """Give a function from a figure to an address that holds it, drawn for a theme."""
-
-    def embed(draw: Draw) -> str:
-        svg = render_svg(draw, theme)
-        return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
-
-    return embed
+def _embed(draw: plots.Draw, theme: plots.Theme) -> str:
+    """Give the address that holds a figure."""
+    svg = plots.render_svg(draw, theme)
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
 
 
 def write_report(report: Report, output: str | Path) -> tuple[Path, ...]:
-    """Write ``report.html``, ``report.json`` and a PNG per figure.
-
-    Args:
-        report: The report.
-        output: Folder, made if needed; files of an earlier report are replaced.
-
-    Returns:
-        The files, ``report.html`` first.
-    """
+    """Write ``report.html``, ``report.json`` and a PNG per figure into a folder; give them in this order."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     figures, tables = report_figures(report), report_tables(report)
@@ -78,11 +53,11 @@ def write_report(report: Report, output: str | Path) -> tuple[Path, ...]:
     pictures = {output / f"{name}.png": draw for name, draw in figures.items()}
     for picture, draw in pictures.items():
         with atomic_write(picture) as unfinished:
-            unfinished.write_bytes(render_png(draw))
+            unfinished.write_bytes(plots.render_png(draw))
     return page, data, *pictures
 
 
-def report_figures(report: Report) -> dict[str, Draw]:
+def report_figures(report: Report) -> dict[str, plots.Draw]:
     """Give the figures that the report has data for, by the stem of their file."""
     base, marks = report.reference.image_accuracy, []
     for row in report.rows:
@@ -90,24 +65,20 @@ def report_figures(report: Report) -> dict[str, Draw]:
         whiskers = None
         if difference is not None:
             whiskers = max(0.0, base + difference.lower), min(1.0, base + difference.upper)
-        marks.append(SkipPoint(run.label, run.image_skip_rate, run.image_accuracy, run.is_dense, whiskers))
-    figures: dict[str, Draw] = {"accuracy": partial(draw_accuracy, marks)}
+        marks.append(plots.SkipPoint(run.label, run.image_skip_rate, run.image_accuracy, run.is_dense, whiskers))
+    figures: dict[str, plots.Draw] = {"accuracy": partial(plots.draw_accuracy, marks)}
     layers = [row.run.skip_rate.get("layers_by_type") for row in report.routed]
     for number, rates in enumerate(filter(None, layers), 1):
-        figures[f"layers_{number}"] = partial(draw_layer_skips, rates)
+        figures[f"layers_{number}"] = partial(plots.draw_layer_skips, rates)
     if report.rule_base is not None:
-        figures["memberships"] = partial(draw_memberships, report.rule_base)
+        figures["memberships"] = partial(plots.draw_memberships, report.rule_base)
         if report.rule_base.is_complete:  # a surface needs a conclusion everywhere
-            figures["control_surface"] = partial(draw_control_surface, report.rule_base)
+            figures["control_surface"] = partial(plots.draw_control_surface, report.rule_base)
     return figures
 
 
 def write_stage_page(folder: Path) -> Path:
-    """Write ``report.html`` beside the files it is made of.
-
-    Args:
-        folder: Output of a stage, with ``stage.json`` and, if the stage took steps, ``metrics.jsonl``.
-    """
+    """Write ``report.html`` beside a stage's ``stage.json`` and, if it took steps, ``metrics.jsonl``."""
     summary = json.loads((folder / "stage.json").read_text())
     file = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -117,24 +88,19 @@ def write_stage_page(folder: Path) -> Path:
 
 
 def render_stage(summary: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
-    """Write the page of a stage.
+    """Write the page of a stage from its ``stage.json`` and its logged steps in order, if it took any."""
 
-    Args:
-        summary: Content of ``stage.json``.
-        steps: Logged steps in order; none for a stage of forward passes only.
-    """
-
-    def draw_steps(names: dict[str, str]) -> Draw | None:
+    def draw_steps(names: dict[str, str]) -> plots.Draw | None:
         """Lines over the steps, by the name that was logged and the one to show."""
         lines = {name: [(line["step"], float(line[name])) for line in steps if name in line] for name in names}
         series = {names[name]: thin_out(line) for name, line in lines.items() if line}
-        return partial(draw_lines, series) if series else None
+        return partial(plots.draw_lines, series) if series else None
 
-    def draw_means(prefix: str) -> Draw | None:
+    def draw_means(prefix: str) -> plots.Draw | None:
         """Bars of what was logged under a prefix."""
         logged = sorted({name for line in steps for name in line if name.startswith(prefix)})
         values = {name.removeprefix(prefix): [line[name] for line in steps if name in line] for name in logged}
-        return partial(draw_bars, {name: fmean(row) for name, row in values.items()}) if values else None
+        return partial(plots.draw_bars, {name: fmean(row) for name, row in values.items()}) if values else None
 
     facts = {name: value for name, value in summary.items() if name not in ("stage", "purpose")}
     moved = [part for part, has_moved in (summary.get("moved") or {}).items() if has_moved]

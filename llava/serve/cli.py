@@ -132,12 +132,7 @@ class Chat:
 
 
 def open_image(source: str) -> Image.Image:
-    """Read an image from a file or from the web as RGB.
-
-    Raises:
-        ValueError: If it is no image, or an address is none.
-        OSError: If there is nothing at the address.
-    """
+    """Read an image from a file or from the web as RGB; a ValueError or OSError says why there is none."""
     if not source.startswith(("http://", "https://")):
         return open_rgb(source)
     with tempfile.NamedTemporaryFile() as file:
@@ -155,10 +150,7 @@ def open_image(source: str) -> Image.Image:
 
 
 def start_chat(options: argparse.Namespace) -> tuple[Chat, str]:
-    """Check the flags, cheapest first, then load the model.
-
-    Returns:
-        The chat, and a line that describes checkpoint, target skip rate and template.
+    """Check the flags, cheapest first, then load the model; give the chat and a line that describes it.
 
     Raises:
         ValueError, KeyError, OSError, ImportError: If a flag, the image or the checkpoint cannot be used.
