@@ -21,7 +21,7 @@ from llava.inference.generator import GenerationOptions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.families import choose_template
-from llava.serve.cli import Chat, main
+from llava.serve.cli import Chat, main, open_image
 from routed_checkpoints import write_routing
 
 FLAGS = ["--device", "cpu", "--conv-mode", "digits", "--temperature", "0", "--max-new-tokens", "6"]
@@ -228,6 +228,15 @@ def test_an_image_may_come_from_the_web(chat, model_path: Path, picture: Path) -
         address = f"http://127.0.0.1:{server.server_port}/picture.png"
         printed = chat(["What is it?"], "--model-path", model_path, "--image-file", address, *FLAGS)
     assert "ASSISTANT: " + answer(model_path, picture, ["<image>\nWhat is it?"]) in printed
+
+
+def test_what_the_web_sends_is_checked_as_files_are(monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
+    sent = {"does not decode": b"<html>no such page</html>", "is too large": picture.read_bytes()}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for problem, content in sent.items():
+        monkeypatch.setattr("urllib.request.urlopen", lambda *_, content=content, **__: io.BytesIO(content))
+        with pytest.raises(ValueError, match=f"Image 'http://host/x.png' {problem}"):
+            open_image("http://host/x.png")
 
 
 def test_it_is_a_command_of_fuzzyroe_with_the_same_flags(model_path: Path) -> None:
