@@ -135,32 +135,29 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
             ValueError: If conventions are mixed, images do not fit markers, or a skip rate is asked of a dense model,
                 in training, or together with ``routing``.
         """
-        if has_markers(input_ids) or (images is not None and not has_started(past_key_values)):
-            _refuse_mixture(pixel_values=pixel_values, inputs_embeds=inputs_embeds, position_ids=position_ids)
-            inputs = self._expand(input_ids, attention_mask, images, image_sizes, labels=labels)
-            input_ids, attention_mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-            pixel_values = inputs["pixel_values"]
-        elif images is None and image_sizes is not None:
-            kwargs["image_sizes"] = image_sizes
-        prompt = {
+        prompt: dict[str, Any] = {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
+            "labels": labels,
         }
+        if has_markers(input_ids) or (images is not None and not has_started(past_key_values)):
+            _refuse_mixture(pixel_values=pixel_values, inputs_embeds=inputs_embeds, position_ids=position_ids)
+            prompt |= self._expand(input_ids, attention_mask, images, image_sizes, labels=labels)
+        elif images is None and image_sizes is not None:
+            kwargs["image_sizes"] = image_sizes
         state = self._describe_prompt(prompt, skip_rate, routing, num_drafted)
         if state is not None:
             kwargs["routing"] = state
-        if input_ids is not None and pixel_values is not None and has_token_pruning(self):
+        if prompt["input_ids"] is not None and prompt["pixel_values"] is not None and has_token_pruning(self):
             # the stock forward would ask for as many positions as an image has features
             names = ("vision_feature_layer", "vision_feature_select_strategy")
             options = {name: kwargs.pop(name) for name in names if name in kwargs}
-            embeddings = embed_prompts(self.model, input_ids, pixel_values, state, **options)
-            prompt |= {"input_ids": None, "pixel_values": None, "inputs_embeds": embeddings}
-        return super().forward(
-            **prompt, position_ids=position_ids, labels=labels, logits_to_keep=logits_to_keep, **kwargs
-        )
+            states = embed_prompts(self.model, prompt["input_ids"], prompt["pixel_values"], state, **options)
+            prompt |= {"input_ids": None, "pixel_values": None, "inputs_embeds": states}
+        return super().forward(**prompt, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
 
     def _describe_prompt(
         self,

@@ -12,12 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 
 from llava.files import write_json
 from llava.model.checkpoints.contents import CheckpointContents
 from llava.model.checkpoints.reading import read_checkpoint
-from llava.model.checkpoints.tokenizer import has_same_ids, original_vocab_size, save_tokenizer
-from llava.model.checkpoints.weights import EMBEDDINGS, HEAD, TensorSpec, compare_weights, write_weights
+from llava.model.checkpoints.tokenizer import has_same_ids, save_tokenizer
+from llava.model.checkpoints.weights import EMBEDDINGS, HEAD, INDEX_FILE
 from llava.model.families import family_of, get_image_token_id
 from llava.model.families.base import locate
 
@@ -85,6 +88,30 @@ class ConvertResult:
     router: str | None
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is to be written.
+
+    Attributes:
+        source: Name of the weight it is made of, in Hugging Face's files.
+        shape: Its shape; of a longer weight the first rows are taken.
+        dtype: Its data type.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def cast(self, weight: Tensor) -> Tensor:
+        """Give a weight this shape and data type."""
+        return weight[: self.shape[0]].to(self.dtype).contiguous()
+
+
 def convert(
     source: str | Path,
     output: Path,
@@ -146,8 +173,12 @@ def _plan(contents: CheckpointContents, options: ConvertOptions) -> dict[str, Te
     """Name in the file -> what is written."""
     config, is_original = contents.config, options.layout == "original"
     family, num_ids = family_of(config), config.text_config.vocab_size
-    if is_original:  # there an image is a number outside the vocabulary, so its row is left out
-        num_ids = original_vocab_size(get_image_token_id(config), num_ids, contents.tokenizer)
+    if is_original:
+        # there an image is a number outside the vocabulary: its row is left out with those behind it, if these are of
+        # special tokens, which serve transformers alone
+        image_token, tokenizer = get_image_token_id(config), contents.tokenizer
+        behind = {token for token, number in tokenizer.get_vocab().items() if number >= image_token}
+        num_ids = image_token if behind <= set(tokenizer.get_added_vocab()) else num_ids
     specs = {}
     for name, weight in contents.weights.items():
         shape = (num_ids, *weight.shape[1:]) if name in (EMBEDDINGS, HEAD) else tuple(weight.shape)
@@ -173,6 +204,41 @@ def _write_parts(
         num_files += write_weights(own, contents.tensor, folder / part, options.max_shard_size, tell)
         num_done += len(own)
     return num_files
+
+
+def write_weights(
+    specs: dict[str, TensorSpec],
+    tensor: Callable[[str], Tensor],
+    folder: Path,
+    max_shard_size: str | int,
+    progress: Callable[[int], None],
+) -> int:
+    """Write weights; no more than one file's are in memory at a time.
+
+    Args:
+        specs: Name in the file -> what is written.
+        tensor: Gives a weight by its name in Hugging Face's files.
+        folder: Folder to write to.
+        max_shard_size: Largest size of a file, in bytes or such as "5GB"; a larger tensor has one of its own.
+        progress: Told of the number of tensors written.
+
+    Returns:
+        Number of files.
+    """
+    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    split = split_torch_state_dict_into_shards(
+        meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    done = 0
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: specs[name].cast(tensor(specs[name].source)) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard  # before the next one is made
+        done += len(names)
+        progress(done)
+    if split.is_sharded:
+        write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    return len(split.filename_to_tensors)
 
 
 def _embeddings(specs: dict[str, TensorSpec]) -> TensorSpec:
@@ -211,8 +277,8 @@ def _compare(contents: CheckpointContents, specs: dict[str, TensorSpec], options
     """Read what was written as any checkpoint, and compare it with what it was made of."""
     # the loader itself is the witness: what it reads is what users will get
     again = read_checkpoint(folder)
-    ours, theirs = _describe(contents), _describe(again)
-    wrong = {key: (value, theirs[key]) for key, value in ours.items() if theirs[key] != value}
+    kept = _describe(again)
+    wrong = {key: (value, kept[key]) for key, value in _describe(contents).items() if kept[key] != value}
     if wrong:
         raise ValueError(
             f"The {options.layout} layout does not keep {wrong} of the configuration (first as it is, then as read "
@@ -222,7 +288,18 @@ def _compare(contents: CheckpointContents, specs: dict[str, TensorSpec], options
         raise RuntimeError(
             "Read back, the tokenizer gives other ids than the checkpoint's own; report this checkpoint."
         )
-    compare_weights(specs, contents.tensor, again.weights)
+    wrong_weights = []
+    for name, spec in specs.items():  # one tensor at a time in memory
+        ours, theirs = spec.cast(contents.tensor(spec.source)), again.weights[spec.source][: spec.shape[0]]
+        is_alike = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        # as bytes, because NaN differs from itself
+        if not is_alike or not torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8)):
+            wrong_weights.append(name)
+    if wrong_weights:
+        raise RuntimeError(
+            f"Read back, {len(wrong_weights)} of {len(specs)} weights differ, {wrong_weights[0]} first; is the disk "
+            "whole?"
+        )
 
 
 def _describe(contents: CheckpointContents) -> dict[str, Any]:

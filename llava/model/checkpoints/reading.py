@@ -26,7 +26,7 @@ from llava.model.checkpoints.files import (
     resolve_base_models,
 )
 from llava.model.checkpoints.routing import StoredRouting, import_routing, read_routing
-from llava.model.checkpoints.tokenizer import has_tokenizer, read_tokenizer
+from llava.model.checkpoints.tokenizer import TOKENIZER_FILES, read_tokenizer
 from llava.model.checkpoints.weights import (
     EMBEDDINGS,
     HEAD,
@@ -157,7 +157,8 @@ def _first(chain: Sequence[CheckpointFiles], has: Callable[[CheckpointFiles], An
 
 
 def _read_config_and_tokenizer(chain: Sequence[CheckpointFiles]) -> tuple[Any, Any]:
-    tokenizer = read_tokenizer((_first(chain, lambda files: has_tokenizer(files.path)) or chain[0]).path)
+    holder = _first(chain, lambda files: find_file(files.path, *TOKENIZER_FILES)) or chain[0]
+    tokenizer = read_tokenizer(holder.path)
     described = _first(chain, lambda files: files.family)
     if described is None or described.family is None:
         raise ValueError(

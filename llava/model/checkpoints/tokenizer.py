@@ -28,11 +28,6 @@ PROBES = ("Ask  twice,\nthen\tadd 1234 ", "  Éclair ﬁnds Ａ１ 日本 😀",
 """Texts that a tokenizer is compared with sentencepiece on: spaces, lines, digits, what NFKC would change, bytes."""
 
 
-def has_tokenizer(path: str | Path) -> bool:
-    """Whether a checkpoint brings a tokenizer."""
-    return find_file(path, *TOKENIZER_FILES) is not None
-
-
 def read_tokenizer(path: str | Path) -> Any:
     """Read a tokenizer; ids of plain text are those of the checkpoint's own files.
 
@@ -46,7 +41,7 @@ def read_tokenizer(path: str | Path) -> Any:
         FileNotFoundError: If the checkpoint has no tokenizer.
         ValueError: If its sentencepiece model is not one of Llama's kind.
     """
-    if not has_tokenizer(path):
+    if find_file(path, *TOKENIZER_FILES) is None:
         raise FileNotFoundError(
             f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); one is needed. Copy it from the base model."
         )
@@ -57,16 +52,6 @@ def read_tokenizer(path: str | Path) -> Any:
     if DEFAULT_IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     return tokenizer
-
-
-def original_vocab_size(image_token: int, vocab_size: int, tokenizer: Any) -> int:
-    """Count the token ids that a checkpoint has in the original layout, which has none for images.
-
-    They are those below the image token's id if only special tokens, which serve transformers alone, have ids behind
-    it; else all ``vocab_size`` that have an embedding.
-    """
-    behind = {token for token, number in tokenizer.get_vocab().items() if number >= image_token}
-    return image_token if behind <= set(tokenizer.get_added_vocab()) else vocab_size
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, layout: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint: files of any layout read and written, names brought to those of Hugging Face's files.
+"""Weights of a checkpoint: read from files of any layout, and brought to the names of Hugging Face's files.
 
 Hugging Face's names are those of ``llava-hf``'s files: every version of transformers reads them, whatever its modules
 are called today.
@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from llava.files import write_json
 from llava.model.families import Family
 
 Value = TypeVar("Value")
@@ -178,96 +174,3 @@ def list_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - NUM_LISTED} more" if len(ordered) > NUM_LISTED else ""
     return f"[{', '.join(ordered[:NUM_LISTED])}]{more}"
-
-
-# --- writing ---
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor that is to be written.
-
-    Attributes:
-        source: Name of the weight it is made of, in Hugging Face's files.
-        shape: Its shape; of a longer weight the first rows are taken.
-        dtype: Its data type.
-    """
-
-    source: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on disk."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def cast(self, weight: Tensor) -> Tensor:
-        """Give a weight this shape and data type."""
-        return weight[: self.shape[0]].to(self.dtype).contiguous()
-
-
-def write_weights(
-    specs: Mapping[str, TensorSpec],
-    tensor: Callable[[str], Tensor],
-    folder: Path,
-    max_shard_size: str | int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> int:
-    """Write weights; no more than one file's are in memory at a time.
-
-    Args:
-        specs: Name in the file -> what is written.
-        tensor: Gives a weight by its name in Hugging Face's files.
-        folder: Folder to write to.
-        max_shard_size: Largest size of a file, in bytes or such as "5GB"; a larger tensor has one of its own.
-        progress: Told of the tensors written.
-
-    Returns:
-        Number of files.
-    """
-    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
-    split = split_torch_state_dict_into_shards(
-        meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    done = 0
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: specs[name].cast(tensor(specs[name].source)) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        del shard  # before the next one is made
-        done += len(names)
-        progress(done)
-    if split.is_sharded:
-        write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    return len(split.filename_to_tensors)
-
-
-def compare_weights(
-    specs: Mapping[str, TensorSpec], tensor: Callable[[str], Tensor], written: Mapping[str, Tensor]
-) -> None:
-    """Compare what is read from written files with what should be in them, bit by bit, one tensor at a time.
-
-    Args:
-        specs: Name in the file -> what was written.
-        tensor: Gives a weight by its name in Hugging Face's files.
-        written: The weights that were read back, under these names.
-
-    Raises:
-        RuntimeError: Naming the first that differs.
-    """
-
-    def has_same_bits(expected: Tensor, actual: Tensor) -> bool:
-        if (expected.dtype, expected.shape) != (actual.dtype, actual.shape):
-            return False
-        # as bytes, because NaN differs from itself
-        return torch.equal(expected.view(torch.uint8), actual.contiguous().view(torch.uint8))
-
-    wrong = [
-        name
-        for name, spec in specs.items()
-        if not has_same_bits(spec.cast(tensor(spec.source)), written[spec.source][: spec.shape[0]])
-    ]
-    if wrong:
-        raise RuntimeError(
-            f"Read back, {len(wrong)} of {len(specs)} weights differ, {wrong[0]} first; is the disk whole?"
-        )
