@@ -29,10 +29,8 @@ class Checkpoint:
 
     Attributes:
         model: LLaVA, with routing attached if the checkpoint has any.
-        tokenizer: Its tokenizer.
-        image_processor: Its image processor.
-        path: Folder or hub id it came from.
-        weights_path: Folder or hub id that the backbone's weights came from.
+        tokenizer, image_processor: Its tokenizer and image processor.
+        path, weights_path: Folder or hub id that it came from, and that the backbone's weights came from.
         routing: The ``fuzzyroe`` block of its configuration; None for a dense checkpoint.
     """
 
@@ -128,12 +126,9 @@ def load_pretrained_model(
 def build_checkpoint(
     contents: CheckpointContents, path: str | Path, dtype: torch.dtype | str, attn_implementation: str, **kwargs: Any
 ) -> Checkpoint:
-    """Make a model of what was read; call on all ranks. Weights that are not there are drawn.
+    """Make a model of what was read from a path, with options of ``load_checkpoint``; call on all ranks.
 
-    Args:
-        contents: What was read.
-        path: Folder or hub id that it was read from.
-        dtype, attn_implementation, **kwargs: As for ``load_checkpoint``.
+    Weights that are not there are drawn.
     """
     model = HostModel.from_pretrained(
         None,
@@ -162,11 +157,7 @@ def build_checkpoint(
 
 
 def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Describe to bitsandbytes how a model is quantized while it is loaded.
-
-    Args:
-        load_8bit, load_4bit: Linear layers in 8-bit integers, or in 4-bit normal floats with quantized scales.
-        dtype: Data type that is computed in.
+    """Describe to bitsandbytes how linear layers are quantized while they are loaded, to compute in ``dtype``.
 
     Raises:
         ImportError: If bitsandbytes is not installed.
@@ -180,8 +171,7 @@ def describe_quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) 
     if importlib.util.find_spec("bitsandbytes") is None:
         name = "load_8bit" if load_8bit else "load_4bit"
         raise ImportError(
-            f"{name} was given but bitsandbytes is not installed; pip install bitsandbytes, or load in float16 or "
-            "bfloat16."
+            f"{name} was given but bitsandbytes is not installed; pip install bitsandbytes, or load in half precision."
         )
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit,

@@ -80,11 +80,7 @@ def match_images(num_markers: Sequence[int], views: Tensor | None, num_views: li
 
     Args:
         num_markers: Markers of each row, B.
-        views: Views of all images, (views, 3, H, W); None if there is none.
-        num_views: Views of each image.
-
-    Returns:
-        The views that markers stand for, and the number of views of each of their images.
+        views, num_views: As ``stack_images`` gives them; those that markers stand for are returned.
 
     Raises:
         ValueError: If there are more or fewer images than markers.
@@ -145,8 +141,7 @@ def expand_markers(
         raise ValueError(f"{int(is_marker.sum())} markers meet {len(lengths)} images; give one image per marker.")
     repeats = torch.ones_like(ids)
     repeats[is_marker] = ids.new_tensor(lengths)
-    rows = torch.arange(len(input_ids), device=ids.device).unsqueeze(1).expand_as(input_ids)[is_kept]
-    row_lengths = repeats.new_zeros(len(input_ids)).index_add(0, rows, repeats).unsqueeze(1)  # (B, 1)
+    row_lengths = torch.zeros_like(input_ids).masked_scatter(is_kept, repeats).sum(dim=1, keepdim=True)  # (B, 1)
     longest = int(row_lengths.max())
     positions = torch.arange(longest, device=ids.device).unsqueeze(0)
     is_token = positions >= longest - row_lengths if is_padded_left else positions < row_lengths  # (B, N)
@@ -163,9 +158,7 @@ def expand_markers(
 def infer_attention_mask(input_ids: Tensor, padding_id: int | None) -> Tensor:
     """Infer the mask of prompts that came without one, (B, N) bool: False where a row begins or ends with padding.
 
-    Args:
-        input_ids: Token ids, (B, N).
-        padding_id: Token id of padding; None where it cannot be told from text, then there is no padding.
+    ``padding_id`` is None where padding cannot be told from text; then there is none.
     """
     if padding_id is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
@@ -186,12 +179,7 @@ def images_per_row(input_ids: Tensor, image_token_id: int, num_images: int) -> l
 
 
 class AnswerStreamer(BaseStreamer):
-    """A streamer that passes on the answer alone.
-
-    Args:
-        streamer: Receives token ids, first the prompt's as (1, 0), then the answer's as they come.
-        prompt_length: Positions of the prompt.
-    """
+    """A streamer that passes on the answer alone: token ids, first the prompt's as (1, 0), then those that come."""
 
     def __init__(self, streamer: Any, prompt_length: int) -> None:
         self.streamer, self.num_hidden = streamer, prompt_length
@@ -235,10 +223,6 @@ def drop_prompts(output: Any, prompt_length: int) -> Any:
 
 class VisionTowerFacade:
     """A loaded model's vision tower under the names that LLaVA's users know; all else is the tower module's own.
-
-    Args:
-        model: Loaded model.
-        image_processor: Its image processor.
 
     Attributes:
         is_loaded: Always True; a checkpoint is loaded with its tower.

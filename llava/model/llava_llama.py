@@ -35,7 +35,6 @@ from llava.model.token_pruning import embed_prompts, has_token_pruning
 _NOT_GIVEN: Any = object()
 """Default of ``images``: LLaVA's callers pass None for text, transformers' do not pass it at all."""
 
-
 _AnyHostModel: Any = HostModel  # transformers types the ``self`` of generate as a protocol that no model meets
 
 
@@ -48,12 +47,7 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
 
     @classmethod
     def adopt(cls, model: Any, image_processor: Any = None) -> LlavaLlamaForCausalLM:
-        """Give a loaded model this class, in place; weights and their names stay.
-
-        Args:
-            model: Loaded model.
-            image_processor: Its image processor, for ``get_vision_tower``.
-        """
+        """Give a loaded model this class, in place, and its image processor; weights and their names stay."""
         if "_old_forward" in model.__dict__:  # accelerate's hook calls this bound method instead of the class's
             model._old_forward = MethodType(cls.forward, model)
             model.forward.__wrapped__ = model._old_forward  # its signature is what generate goes by
@@ -72,11 +66,7 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> LlavaLlamaForCausalLM:
-        """Refuse: layout, base model and routing of a checkpoint are the loader's business.
-
-        Raises:
-            TypeError: Always.
-        """
+        """Raise TypeError: layout, base model and routing of a checkpoint are the loader's business."""
         raise TypeError(
             "LlavaLlamaForCausalLM.from_pretrained knows nothing of checkpoint layouts and routing; use "
             "llava.model.builder.load_pretrained_model, which reads them all."
@@ -114,13 +104,12 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
             input_ids: Token ids, (B, N); -200 stands for an image in LLaVA's convention.
             pixel_values: Images for expanded ids, (images, 3, H, W).
             attention_mask: 0 at padding, (B, N). In LLaVA's convention padding may be on either side.
-            position_ids: Positions, (B, N), for expanded ids only.
+            position_ids, inputs_embeds: For expanded ids only: positions, (B, N); embeddings instead of ids, (B, N, D).
             past_key_values: Keys and values of what came before. Images were read then: they are not read again.
-            inputs_embeds: Embeddings instead of ids, (B, N, D).
             labels: Labels, aligned with ``input_ids``, (B, N).
             logits_to_keep: Give logits of that many last positions; 0 for all.
-            images: LLaVA's convention: images in the order of the markers, see ``stack_images``.
-            image_sizes: LLaVA's convention: sizes of the images before they were processed; they are counted only.
+            images, image_sizes: LLaVA's convention: images in the order of the markers, see ``stack_images``; their
+                sizes before they were processed, which are counted only.
             skip_rate: Mean skip rate of a routed model for this call, one number or one per row, (B,).
             routing: State of these prompts, if the caller decides or describes them. In ``generate`` it is that of the
                 expanded rows: each prompt once per beam or returned sequence.
@@ -160,11 +149,7 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
         return super().forward(**prompt, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
 
     def _describe_prompt(
-        self,
-        prompt: dict[str, Any],
-        skip_rate: Tensor | float | None,
-        routing: RoutingState | None,
-        num_drafted: int,
+        self, prompt: dict[str, Any], skip_rate: Tensor | float | None, routing: RoutingState | None, num_drafted: int
     ) -> RoutingState | None:
         """Give the state of this call; None leaves it to the decoder's hook, which knows of no image."""
         refuse_skip_rate_if_dense(self, skip_rate)
@@ -216,8 +201,7 @@ class LlavaLlamaForCausalLM(_AnyHostModel):
 
         Args:
             inputs: Token ids, (B, N), padded on either side; or ``input_ids`` by name.
-            images: Images in the order of the markers, see ``stack_images``; None for text.
-            image_sizes: Sizes of the images before they were processed; LLaVA-1.5 does without, they are counted only.
+            images, image_sizes: As for ``forward``; None for text.
             **kwargs: As for transformers' ``generate``; ``skip_rate`` as for ``forward``.
 
         Returns:
@@ -356,18 +340,8 @@ def attach_routing(
 ) -> LlavaLlamaForCausalLM:
     """Make the decoder layers of a LLaVA model skippable, in place; ``fuzzyroe.detach`` undoes it.
 
-    A model of transformers' own class becomes a ``LlavaLlamaForCausalLM``, whose forward tells the router where images
-    and questions are; only token ids know.
-
-    Args:
-        model: Loaded model.
-        router, adapter_width, adapter_init, skip_unit: As for ``fuzzyroe.attach``.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError, TypeError, KeyError: As ``fuzzyroe.attach``.
+    Arguments and errors are those of ``fuzzyroe.attach``. A model of transformers' own class becomes a
+    ``LlavaLlamaForCausalLM``, whose forward tells the router where images and questions are; only token ids know.
     """
     if not isinstance(model, LlavaLlamaForCausalLM):
         model = LlavaLlamaForCausalLM.adopt(model)

@@ -63,10 +63,7 @@ def generate_planned(model: Any, prompts: Sequence[PlannedPrompt], **options: An
     Args:
         model: The model that planned them, a ``LlavaLlamaForCausalLM``.
         prompts: At least one.
-        **options: As for ``generate``.
-
-    Returns:
-        What ``generate`` gives; its sequences are the new tokens alone.
+        **options: As for ``generate``, which gives the new tokens alone.
     """
     states = pad_sequence([prompt.states for prompt in prompts], batch_first=True, padding_side="left")
     lengths = torch.tensor([len(prompt.states) for prompt in prompts], device=states.device)

@@ -73,11 +73,7 @@ PRUNERS: dict[str, TokenPruner] = {"dominant_merged": DominantMerged(), "even": 
 
 
 def get_pruner(name: str) -> TokenPruner:
-    """Look a pruner up.
-
-    Raises:
-        KeyError: If there is none of this name; the message lists the known ones.
-    """
+    """Look a pruner up; KeyError lists the known ones."""
     if name not in PRUNERS:
         raise KeyError(f"Token pruner '{name}' is unknown; use one of {', '.join(PRUNERS)}.")
     return PRUNERS[name]
@@ -183,8 +179,7 @@ def embed_prompts(
     lengths = image_lengths(input_ids, image_token, len(pixel_values))
     if max(lengths) > num_features:
         raise ValueError(
-            f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to {num_features} or "
-            "fewer."
+            f"An image has {max(lengths)} image tokens, but {num_features} features; expand it to that many or fewer."
         )
     if min(lengths) == num_features:
         output = llava_model.get_image_features(pixel_values, return_dict=True, **options)
@@ -206,7 +201,7 @@ def plan_by_router(model: HostModel, inputs: dict[str, Any]) -> tuple[Tensor, Ro
         inputs: ``input_ids`` and ``attention_mask``, (B, N), and where there are images ``pixel_values``.
 
     Returns:
-        States before the first decoder layer, (B, N, D), and the routing state with the router's result.
+        States before the first decoder layer, (B, N, D); routing state with the router's result.
     """
     routing = RoutingState.from_batch(inputs, get_image_token_id(model.config))
     states = embed_prompts(model.model, inputs["input_ids"], inputs.get("pixel_values"), routing)
@@ -236,11 +231,7 @@ def prune_inputs(model: HostModel, inputs: dict[str, Any], num_kept: int | Tenso
 
     Args:
         model: Model on which ``set_token_pruning`` was called.
-        inputs: As for the model, with all tokens of each image, see ``shorten_images``.
-        num_kept: Tokens that each image keeps, one number or one per image, (images,).
-
-    Returns:
-        Inputs whose images take ``num_kept`` positions.
+        inputs, num_kept: As for ``shorten_images``.
 
     Raises:
         ValueError: If the model has no token pruning, or the inputs or numbers do not fit.
@@ -329,7 +320,7 @@ def shorten_images(
     # a stable sort moves kept positions side by side, at the end or at the beginning of the row
     longest = int(keep.sum(dim=1).max())
     index = keep.long().argsort(dim=1, stable=True, descending=not is_left)
-    index = index[:, keep.shape[1] - longest :] if is_left else index[:, :longest]  # (B, N')
+    index = index[:, -longest:] if is_left else index[:, :longest]  # (B, N')
     is_token = keep.gather(1, index)
     shorter = {"attention_mask": mask, **batch}
     for name, padding in {"input_ids": padding_id, **PADDING}.items():
@@ -343,8 +334,7 @@ def _check_numbers(num_kept: int | Tensor, num_images: int, image_length: int) -
     numbers = torch.as_tensor(num_kept, dtype=torch.long)
     if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != num_images):
         raise ValueError(
-            f"num_kept has shape {tuple(numbers.shape)} for {num_images} images; give one number for all, or one per "
-            "image."
+            f"num_kept has shape {tuple(numbers.shape)} for {num_images} images; give one number for all or for each."
         )
     if numbers.numel() and not 1 <= int(numbers.min()) <= int(numbers.max()) <= image_length:
         raise ValueError(

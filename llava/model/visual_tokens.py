@@ -32,18 +32,10 @@ class VisualTokens:
 
 
 def encode_images(llava_model: HostInnerModel, pixel_values: Tensor, **options: Any) -> VisualTokens:
-    """Run vision tower and projector, and read class attention and keys on the way.
+    """Run ``get_image_features`` on images, (images, 3, H, W), and read class attention and keys on the way.
 
-    Queries and keys are read from the tower's own projections while it runs, so no layer runs twice and any attention
-    kernel will do.
-
-    Args:
-        llava_model: The inner model of LLaVA, ``model.model``.
-        pixel_values: Images, (images, 3, H, W).
-        **options: Passed to ``get_image_features``.
-
-    Returns:
-        Features that are those of ``get_image_features`` bit for bit, with their evidence.
+    Queries and keys are read from the tower's own projections while it runs: no layer runs twice, any attention kernel
+    will do, and features stay the same bit for bit.
 
     Raises:
         ValueError: If the features hold more than the patches.

@@ -67,8 +67,7 @@ class CheckpointContents:
     Attributes:
         config: Configuration in transformers' layout.
         weights: Name in Hugging Face's files -> tensor as stored, mapped from its file and not read before it is used.
-        tokenizer: Tokenizer with an image token.
-        image_processor: Image processor.
+        tokenizer, image_processor: A tokenizer with an image token, and an image processor.
         path: Folder or hub id that holds the weights, or says how they are made of another's.
         lora: LoRA weights by the weight that they change, to be merged in this order.
         routing: Adapters and router; None if dense.
@@ -137,8 +136,7 @@ def read_lora(
     """Read a file of LoRA weights.
 
     Args:
-        file: ``adapter_model.safetensors`` or ``.bin``, as peft writes it.
-        settings: Content of the ``adapter_config.json`` beside it.
+        file, settings: ``adapter_model.safetensors`` or ``.bin``, and the content of ``adapter_config.json``, of peft.
         family: Family of the model they belong to.
 
     Returns:

@@ -27,6 +27,8 @@ from llava.model.families.base import locate
 LAYOUTS = ("transformers", "original")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+Progress = Callable[[int, int], None]
+
 NOT_COMPUTED = ("architectures", "dtype", "pad_token_id", "transformers_version", "use_cache", "vocab_size")
 """Keys of the language model's configuration that may differ between layouts."""
 
@@ -58,10 +60,12 @@ class ConvertOptions:
     vision_tower: str | None = None
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"Layout {self.layout} is unknown; {' and '.join(LAYOUTS)} are known. Use one.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"Data type {self.dtype} is unknown; {', '.join(DTYPES)} are known. Use one.")
+        choices = (("Layout", self.layout, LAYOUTS, " and "), ("Data type", self.dtype, (None, *DTYPES), ", "))
+        for what, value, known, separator in choices:
+            if value not in known:
+                raise ValueError(
+                    f"{what} {value} is unknown; {separator.join(filter(None, known))} are known. Use one."
+                )
         if self.vision_tower is not None and self.layout != "original":
             raise ValueError(
                 f"Vision tower {self.vision_tower} was named, but the transformers layout describes its tower itself; "
@@ -94,8 +98,7 @@ class TensorSpec:
 
     Attributes:
         source: Name of the weight it is made of, in Hugging Face's files.
-        shape: Its shape; of a longer weight the first rows are taken.
-        dtype: Its data type.
+        shape, dtype: Its shape and data type; of a longer weight the first rows are taken.
     """
 
     source: str
@@ -117,7 +120,7 @@ def convert(
     output: Path,
     options: ConvertOptions,
     model_base: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> ConvertResult:
     """Write a checkpoint anew, whole, and compare what is read back with it.
 
@@ -125,10 +128,9 @@ def convert(
     and compared, or not at all.
 
     Args:
-        source: Folder or hub id of a checkpoint of any format.
+        source, model_base: As for ``read_checkpoint``.
         output: Folder to write; must not exist.
         options: What to convert to.
-        model_base: As for ``read_checkpoint``.
         progress: Told of the tensors written and all there are.
 
     Raises:
@@ -142,6 +144,7 @@ def convert(
     # everything that can be refused is refused before a byte is written
     contents = read_checkpoint(source, model_base)
     specs = _plan(contents, options)
+    embeddings = next(spec for spec in specs.values() if spec.source == EMBEDDINGS)
     num_bytes = sum(spec.num_bytes for spec in specs.values())
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ def convert(
     with TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as hidden:
         folder = Path(hidden, output.name)
         folder.mkdir()
-        _write_descriptions(contents, specs, options, folder, str(source))
+        _write_descriptions(contents, embeddings, options, folder, str(source))
         num_files = _write_parts(contents, specs, options, folder, progress)
         _compare(contents, specs, options, folder)
         os.rename(folder, output)  # fails if somebody has filled the place meanwhile
@@ -164,7 +167,7 @@ def convert(
         num_bytes=num_bytes,
         num_files=num_files,
         num_merged=sum(map(len, contents.lora)),
-        vocab_size=_embeddings(specs).shape[0],
+        vocab_size=embeddings.shape[0],
         router=None if contents.routing is None else contents.routing.config.router,
     )
 
@@ -192,7 +195,7 @@ def _write_parts(
     specs: dict[str, TensorSpec],
     options: ConvertOptions,
     folder: Path,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> int:
     """Write the weights of each part to the folder that its family keeps it in; gives the number of files."""
     parts = family_of(contents.config).parts if options.layout == "original" else {"": ""}
@@ -213,7 +216,7 @@ def write_weights(
     max_shard_size: str | int,
     progress: Callable[[int], None],
 ) -> int:
-    """Write weights; no more than one file's are in memory at a time.
+    """Write weights, and give the number of files; no more than one file's are in memory at a time.
 
     Args:
         specs: Name in the file -> what is written.
@@ -221,9 +224,6 @@ def write_weights(
         folder: Folder to write to.
         max_shard_size: Largest size of a file, in bytes or such as "5GB"; a larger tensor has one of its own.
         progress: Told of the number of tensors written.
-
-    Returns:
-        Number of files.
     """
     meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
     split = split_torch_state_dict_into_shards(
@@ -241,15 +241,11 @@ def write_weights(
     return len(split.filename_to_tensors)
 
 
-def _embeddings(specs: dict[str, TensorSpec]) -> TensorSpec:
-    return next(spec for spec in specs.values() if spec.source == EMBEDDINGS)
-
-
 def _write_descriptions(
-    contents: CheckpointContents, specs: dict[str, TensorSpec], options: ConvertOptions, folder: Path, source: str
+    contents: CheckpointContents, embeddings: TensorSpec, options: ConvertOptions, folder: Path, source: str
 ) -> None:
     """Write all but the backbone's weights."""
-    config, embeddings = contents.config, _embeddings(specs)
+    config = contents.config
     config.dtype = embeddings.dtype  # one for all, in either layout
     if contents.routing is not None:
         config.fuzzyroe = contents.routing.save(folder, config.text_config)
@@ -288,17 +284,15 @@ def _compare(contents: CheckpointContents, specs: dict[str, TensorSpec], options
         raise RuntimeError(
             "Read back, the tokenizer gives other ids than the checkpoint's own; report this checkpoint."
         )
-    wrong_weights = []
+    damaged = []
     for name, spec in specs.items():  # one tensor at a time in memory
         ours, theirs = spec.cast(contents.tensor(spec.source)), again.weights[spec.source][: spec.shape[0]]
-        is_alike = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         # as bytes, because NaN differs from itself
-        if not is_alike or not torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8)):
-            wrong_weights.append(name)
-    if wrong_weights:
+        if ours.dtype != theirs.dtype or not torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8)):
+            damaged.append(name)
+    if damaged:
         raise RuntimeError(
-            f"Read back, {len(wrong_weights)} of {len(specs)} weights differ, {wrong_weights[0]} first; is the disk "
-            "whole?"
+            f"Read back, {len(damaged)} of {len(specs)} weights differ, {damaged[0]} first; check the disk."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llava.model.checkpoints.weights import find_file, has_weights
+from llava.model.checkpoints.weights import find_file, find_weights
 from llava.model.families import Family, detect_family
 
 LANGUAGE_MODELS = ("llama", "mistral")
@@ -57,10 +57,7 @@ class CheckpointFiles:
 
 
 def find_files(path: str | Path) -> CheckpointFiles:
-    """Look at a checkpoint; no weights are read.
-
-    Args:
-        path: Folder or hub id.
+    """Look at a checkpoint, a folder or hub id; no weights are read.
 
     Raises:
         FileNotFoundError: If it has no ``config.json``, or LoRA's configuration without its weights.
@@ -76,7 +73,7 @@ def find_files(path: str | Path) -> CheckpointFiles:
             raise
     # every folder of the original layout must have its weights
     folders = family.parts.values() if family is not None and format == "original" else ("",)
-    is_complete = all(has_weights(path, folder) for folder in folders)
+    is_complete = all(find_weights(path, folder) is not None for folder in folders)
     described = find_file(path, LORA_CONFIG)
     if described is None:
         # LLaVA writes mm_projector.bin beside whole weights as well, which hold it already
@@ -85,22 +82,14 @@ def find_files(path: str | Path) -> CheckpointFiles:
     lora, lora_config = find_file(path, *LORA_FILES), json.loads(Path(described).read_text(encoding="utf-8"))
     if lora is None:
         raise FileNotFoundError(
-            f"{path} has {LORA_CONFIG} but none of {', '.join(LORA_FILES)}; the LoRA weights are needed. Complete "
-            "the folder."
+            f"{path} has {LORA_CONFIG} but none of {', '.join(LORA_FILES)}; these are needed. Complete the folder."
         )
     others = find_file(path, *OTHERS_FILES)
     return CheckpointFiles(str(path), config, format, family, is_complete, None, lora, lora_config, others)
 
 
 def detect_format(config: Mapping[str, Any], path: str | Path) -> tuple[Family | None, str]:
-    """Detect family and format of a model.
-
-    Args:
-        config: Content of ``config.json``.
-        path: Where it was found, for messages.
-
-    Returns:
-        The family, and "transformers" or "original"; None and "language_model".
+    """Detect family and format of a model, see ``CheckpointFiles``, from its ``config.json``, found at a path.
 
     Raises:
         ValueError: If it is none of these.
@@ -124,10 +113,7 @@ def is_language_model(config: Mapping[str, Any]) -> bool:
 
 
 def read_config_dict(path: str | Path) -> dict[str, Any]:
-    """Read a configuration as it stands, whatever kind of model it is of.
-
-    Args:
-        path: Folder or hub id.
+    """Read the configuration of a folder or hub id as it stands, whatever kind of model it is of.
 
     Raises:
         FileNotFoundError: If there is none, saying what to name instead.
@@ -141,8 +127,8 @@ def read_config_dict(path: str | Path) -> dict[str, Any]:
         if file.is_file():
             raise FileNotFoundError(f"{file} cannot be read ({error}); write the checkpoint again.") from error
         raise FileNotFoundError(
-            f"{path} is no folder, and its configuration cannot be had from the hub either; "
-            "name a checkpoint folder, as an earlier stage writes it, or a hub id (owner/name)."
+            f"{path} is no folder, and its configuration cannot be had from the hub either; name a checkpoint folder, "
+            "as an earlier stage writes it, or a hub id (owner/name)."
         ) from error
 
 
@@ -150,8 +136,7 @@ def resolve_base_models(path: str | Path, model_base: str | None = None) -> list
     """Follow a checkpoint to the whole weights it builds on.
 
     Args:
-        path: Folder or hub id.
-        model_base: Base to use instead of the one that ``path`` names.
+        path, model_base: As for ``read_checkpoint``.
 
     Returns:
         The checkpoint itself first, whole weights last; these may be a language model's.

@@ -38,7 +38,7 @@ from llava.model.checkpoints.weights import (
     shapes_of,
     to_hf_names,
 )
-from llava.model.families import HostConfig, VisionSettings, default_family, family_of
+from llava.model.families import FAMILIES, HostConfig, VisionSettings, family_of
 from llava.model.families.base import join_configs, locate
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -122,9 +122,8 @@ def read_config_and_tokenizer(
     """Read the configuration and tokenizer of a model, or of the one a language model will become; no weights are read.
 
     Args:
-        path: Folder or hub id of either.
+        path, model_base: As for ``read_checkpoint``; or a language model alone.
         settings: Vision tower to be added to a language model; not for others.
-        model_base: As for ``read_checkpoint``.
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -147,7 +146,8 @@ def _compose_config(language_model: str | Path, settings: VisionSettings) -> tup
             f"{language_model} is a model of type {text.model_type}; {' or '.join(LANGUAGE_MODELS)} can be given a "
             "vision tower. Name another --model_name_or_path."
         )
-    family, tokenizer = default_family(), read_tokenizer(language_model)
+    # the most general family is that of the parts alone
+    family, tokenizer = FAMILIES[-1], read_tokenizer(language_model)
     return join_configs(family, text, family.read_tower_config(settings), settings, tokenizer), tokenizer
 
 
@@ -202,22 +202,12 @@ def _read_weights(
 
 
 def _complete(
-    weights: dict[str, Tensor],
-    config: Any,
-    tower: str | None,
-    source: str,
-    is_grown: bool,
-    new_part: str | None = None,
+    weights: dict[str, Tensor], config: Any, tower: str | None, source: str, is_grown: bool, new_part: str | None = None
 ) -> None:
     """Add rows of new token ids and the vision tower, in place; refuse weights that do not fit the configuration.
 
-    Args:
-        weights: Name in Hugging Face's files -> tensor.
-        config: Configuration of the model.
-        tower: Checkpoint of the vision tower, if one is named.
-        source: Where the weights come from, for messages.
-        is_grown: Whether the vocabulary holds the image token already.
-        new_part: Part whose weights may be missing, as they will be drawn.
+    The vocabulary holds the image token already if it ``is_grown``. Weights of a ``new_part`` may be missing, as they
+    will be drawn.
     """
     family = family_of(config)
     # the original code reads a frozen tower from its own checkpoint, so it may not be in this one

@@ -61,26 +61,14 @@ class StoredRouting:
         )
 
     def save(self, folder: Path, text_config: Any) -> dict[str, Any]:
-        """Write tensors and the router's own files beside the weights of the backbone.
-
-        Args:
-            folder: Folder of a checkpoint.
-            text_config: Configuration of the decoder.
-
-        Returns:
-            The ``fuzzyroe`` block for this folder.
-        """
+        """Write tensors and the router's own files to a checkpoint's folder, and give the ``fuzzyroe`` block for it."""
         save_routing(self.tensors, folder / ROUTING_FILE)
         self.build_router(text_config).save_options(folder)
         return replace(self.config, base_model=None).to_dict()
 
 
 def read_routing(path: str, block: dict[str, Any]) -> StoredRouting:
-    """Read the routing that a configuration describes.
-
-    Args:
-        path: Folder or hub id of the checkpoint.
-        block: The ``fuzzyroe`` block of its configuration.
+    """Read the routing that the ``fuzzyroe`` block of a checkpoint's configuration describes.
 
     Raises:
         OSError: If its file of tensors is missing.
@@ -94,8 +82,7 @@ def import_routing(weights: Mapping[str, Tensor], source: str) -> tuple[StoredRo
     """Take what RoE's code added to a LLaVA apart from the LLaVA, and make it routing of ours.
 
     Args:
-        weights: Stored name -> tensor.
-        source: Folder or hub id that they come from.
+        weights, source: Stored name -> tensor; folder or hub id that they come from.
 
     Returns:
         Adapters and router, None if nothing was added; all other weights.

@@ -29,13 +29,7 @@ PROBES = ("Ask  twice,\nthen\tadd 1234 ", "  Éclair ﬁnds Ａ１ 日本 😀",
 
 
 def read_tokenizer(path: str | Path) -> Any:
-    """Read a tokenizer; ids of plain text are those of the checkpoint's own files.
-
-    Args:
-        path: Folder or hub id.
-
-    Returns:
-        The tokenizer, with ``<image>`` in its vocabulary (a new id where it had none).
+    """Read a tokenizer, with ``<image>`` in its vocabulary; ids of plain text are those of the checkpoint's own files.
 
     Raises:
         FileNotFoundError: If the checkpoint has no tokenizer.
@@ -59,8 +53,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, layout: str) -> None:
 
     Args:
         tokenizer: As ``read_tokenizer`` gave it.
-        folder: Folder of a checkpoint.
-        layout: "transformers" or "original".
+        folder, layout: Folder of a checkpoint; "transformers" or "original".
     """
     path = tokenizer.name_or_path
     files = {name: find_file(path, name) for name in SENTENCEPIECE_FILES} if path else {}

@@ -43,19 +43,14 @@ WEIGHT_FILES = (INDEX_FILE, "model.safetensors", "pytorch_model.bin.index.json",
 
 
 def find_file(path: str | Path, *names: str) -> str | None:
-    """Give the local path of the first file that a checkpoint has, downloaded if need be; None if it has none.
-
-    Args:
-        path: Folder or hub id.
-        names: Names of files, best first; may begin with a sub-folder.
-    """
+    """Give the local path of the first of some files that a checkpoint (folder or hub id) has; None if it has none."""
     files = (cached_file(str(path), name, _raise_exceptions_for_missing_entries=False) for name in names)
     return next((file for file in files if file is not None), None)
 
 
-def has_weights(path: str | Path, folder: str = "") -> bool:
-    """Whether the weights of a whole model lie in a checkpoint, or in a sub-folder of it."""
-    return find_file(path, *(str(Path(folder, name)) for name in WEIGHT_FILES)) is not None
+def find_weights(path: str | Path, folder: str = "") -> str | None:
+    """Give the file that lists or holds the weights of a checkpoint, or of a sub-folder of it; None if it has none."""
+    return find_file(path, *(str(Path(folder, name)) for name in WEIGHT_FILES))
 
 
 def read_weights(path: str | Path, folder: str = "") -> dict[str, Tensor]:
@@ -64,7 +59,7 @@ def read_weights(path: str | Path, folder: str = "") -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If the checkpoint has no weights in a known layout, or lacks a file of them.
     """
-    file = find_file(path, *(str(Path(folder, name)) for name in WEIGHT_FILES))
+    file = find_weights(path, folder)
     if file is None:
         raise FileNotFoundError(
             f"{path} holds none of {', '.join(WEIGHT_FILES)}; weights are needed. Download it again."
@@ -81,10 +76,7 @@ def read_weights(path: str | Path, folder: str = "") -> dict[str, Tensor]:
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """Read one file of tensors; of a pickled file nothing but tensors is ever loaded.
-
-    Args:
-        file: A ``.safetensors`` file, or one that ``torch.save`` wrote.
+    """Read a ``.safetensors`` file, or one that ``torch.save`` wrote, of which nothing but tensors is ever loaded.
 
     Raises:
         ValueError: If the file is neither, or holds anything but named tensors.
@@ -100,8 +92,8 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # safetensors and pickle raise many kinds on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"{file} cannot be read as weights ({reason}); a safetensors file or a pickle of "
-            "plain tensors is needed. Download it again."
+            f"{file} cannot be read as weights ({reason}); a safetensors file or a pickle of plain tensors is needed. "
+            "Download it again."
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise ValueError(f"{file} holds more than named tensors; only these are read. Save the tensors alone.")
@@ -112,12 +104,9 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
 
 
 def to_hf_names(weights: Mapping[str, Value], family: Family, source: str) -> dict[str, Value]:
-    """Give weights their names in Hugging Face's files, leaving out what the family does not use.
+    """Give weights of any layout their names in Hugging Face's files, leaving out what the family does not use.
 
-    Args:
-        weights: Stored name -> tensor, of any layout.
-        family: Family whose names are known.
-        source: Where the weights come from, for messages.
+    ``source`` says where they come from, for messages.
 
     Raises:
         ValueError: If a name is unknown, or two become one.
@@ -142,8 +131,7 @@ def check_fit(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], subject:
     """Compare the shapes of weights with those they should have, both under Hugging Face's names.
 
     Args:
-        shapes: Name -> shape as stored.
-        wanted: Name -> shape as needed.
+        shapes, wanted: Name -> shape as stored, and as needed.
         subject, target, remedy: What does not fit what, and what to do, for the message.
 
     Raises:

@@ -53,10 +53,6 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
 def detect_family(settings: Mapping[str, Any], path: str | Path) -> Family | None:
     """Find the family of a checkpoint by the content of its ``config.json``, in any layout.
 
-    Args:
-        settings: Content of ``config.json``.
-        path: Where it was found, for the message.
-
     Returns:
         The family; None if none recognises it, as with a language model.
 
@@ -71,14 +67,7 @@ def detect_family(settings: Mapping[str, Any], path: str | Path) -> Family | Non
 
 
 def family_of(config: Any) -> Family:
-    """Give the family of a loaded configuration.
-
-    Args:
-        config: Configuration of a model.
-
-    Raises:
-        ValueError: If no family recognises it.
-    """
+    """Give the family of a loaded configuration; ValueError if none recognises it."""
     # not to_dict(), which takes a millisecond: this is asked in every prefill
     settings = {"model_type": config.model_type, **vars(config)}
     for family in FAMILIES:
@@ -117,11 +106,6 @@ def choose_template(asked: str | None, config: Any, flag: str) -> tuple[str, str
     return chosen, reason
 
 
-def default_family() -> Family:
-    """Give the family that a language model and a vision tower are put together to."""
-    return FAMILIES[-1]
-
-
 def get_image_token_id(config: Any) -> int:
     """Give the token id that marks an image position, in the name that all of transformers' models share."""
     return config.image_token_id
@@ -138,9 +122,6 @@ def count_image_features(config: Any) -> int:
 
 def count_image_tokens(config: Any) -> int:
     """Count the positions that a prompt gives to an image: ``num_visual_tokens`` where token pruning has set it.
-
-    Raises:
-        ValueError: If the patch size does not divide the image size.
 
     >>> count_image_tokens(published_config("7b"))
     576

@@ -144,11 +144,7 @@ class Family:
         return original
 
     def part_of(self, name: str) -> str:
-        """Give the part that a weight belongs to: "vision_tower", "projector", "decoder" or one of the family's own.
-
-        Args:
-            name: Name in a loaded model or in Hugging Face's files.
-        """
+        """Give the part that a weight, named as in a model or in files, belongs to; "decoder" if to no other."""
         name = name.removeprefix("model.")  # what modules of transformers 5 have in front
         prefixes = ((start, part) for part, starts in self.trainable_parts.items() for start in starts)
         fitting = [(len(start), part) for start, part in prefixes if name.startswith(start)]
@@ -160,8 +156,7 @@ def join_configs(family: Family, text: Any, vision: Any, settings: VisionSetting
 
     Args:
         family: Family of the model.
-        text: The language model's; its vocabulary grows until it holds the tokenizer's.
-        vision: The vision tower's.
+        text, vision: Those of language model and tower; the text's vocabulary grows until it holds the tokenizer's.
         settings: How features are taken from the tower.
         tokenizer: Has an image token; gets a padding token if it has none.
     """
