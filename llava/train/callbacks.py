@@ -24,13 +24,8 @@ from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.routing_state import RoutingState
 from llava.files import atomic_write
 
-SHOWN = {
-    "loss": "loss",
-    "grad_norm": "gradient",
-    "learning_rate": "rate",
-    "routing/skip_rate": "skipped",
-    "throughput/samples_per_second": "samples/s",
-}
+SHOWN = {"loss": "loss", "grad_norm": "gradient", "learning_rate": "rate", "routing/skip_rate": "skipped"}
+SHOWN |= {"throughput/samples_per_second": "samples/s"}
 """Logged values that are printed, with the words they are printed by."""
 
 GIB = 2**30
@@ -73,12 +68,9 @@ def mean_over_ranks(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 class MetricsFile(TrainerCallback):
-    """Append every logged value to ``metrics.jsonl``, one JSON object per logging step.
+    """Append every logged value to ``metrics.jsonl``, one JSON object per logging step, on rank 0 alone.
 
     A resumed run first removes what was logged after its checkpoint, so that every step stands there once.
-
-    Args:
-        path: File to append to, written by rank 0 alone; its folder exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,9 +109,7 @@ class Console(TrainerCallback):
 
 
 class RoutingMeter(BatchCallback):
-    """Means of keep weights and rule firings since they were last taken.
-
-    Tensors stay where they are until then, so that a step waits for no device.
+    """Means of keep weights and rule firings since they were last taken; until then no step waits for the device.
 
     Args:
         source_of: Source of a sample by its index in the training set.
@@ -211,15 +201,11 @@ class LossGuard(BatchCallback):
     """End a run that learns nothing: its loss has been exactly 0, nan or infinite for some steps in a row.
 
     Such a run goes on for hours without a sign: masked labels give a loss of 0, and a trainer leaves nan out of the
-    losses that it logs.
-
-    Args:
-        name_of: Name of a sample by its index in the training set.
-        max_bad_steps: Steps in a row after which the run stops.
+    losses that it logs. ``name_of`` names a sample by its index in the training set.
     """
 
-    def __init__(self, name_of: Callable[[int], str], max_bad_steps: int = MAX_BAD_STEPS) -> None:
-        self.name_of, self.max_bad_steps = name_of, max_bad_steps
+    def __init__(self, name_of: Callable[[int], str]) -> None:
+        self.name_of = name_of
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._bad_steps, self._samples = 0, deque[int](maxlen=MAX_NAMED)
 
@@ -228,11 +214,7 @@ class LossGuard(BatchCallback):
         self._batches.append((loss.detach(), batch["sample_index"]))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Look at the batches of a step.
-
-        Raises:
-            RuntimeError: Once too many steps in a row were bad on this rank.
-        """
+        """Look at the batches of a step; RuntimeError once too many in a row were bad on this rank."""
         batches, self._batches = self._batches, []
         if not batches:
             return
@@ -242,7 +224,7 @@ class LossGuard(BatchCallback):
             return
         self._bad_steps += 1
         self._samples.extend(index for _, indices in batches for index in indices.tolist())
-        if self._bad_steps >= self.max_bad_steps:
+        if self._bad_steps >= MAX_BAD_STEPS:
             value = "exactly 0" if bool((losses == 0).all()) else f"{float(losses[~losses.isfinite()][0])}"
             raise RuntimeError(
                 f"The loss was {value} for {self._bad_steps} steps in a row, up to step {state.global_step}, on rank "
@@ -259,10 +241,9 @@ class HangDetection(BatchCallback):
     nothing of layers or data. Every rank reports for itself, with the stacks of its threads.
 
     Args:
-        model: LLaVA model whose layers are followed.
+        model, rank: LLaVA model whose layers are followed, and the rank of this process.
         seconds: Time without progress after which the process ends.
         name_of: Name of a sample by its index in the training set.
-        rank: Rank of this process.
     """
 
     def __init__(self, model: Any, seconds: float, name_of: Callable[[int], str], rank: int) -> None:

@@ -73,8 +73,7 @@ def save_stage(trainer: Any, checkpoint: Checkpoint, stage: Stage, output: Path,
 
     Args:
         trainer: Its ``args.output_dir`` is the folder being written.
-        checkpoint: What the stage started from, with the model as it is now.
-        stage: What was trained.
+        checkpoint, stage: What the stage started from, with the model as it is now; what was trained.
         output: Final folder; an earlier one is replaced only when the new one is complete.
         summary: Facts for ``stage.json``.
     """
@@ -98,10 +97,8 @@ def write_model(checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path
     A projector trained alone is written under LLaVA's names as well.
 
     Args:
-        checkpoint: What the stage started from, with the model as it is now.
-        stage: What was trained.
-        folder: Folder to write to.
-        output: Where it will lie in the end; a local base model is named relative to that.
+        checkpoint, stage: What the stage started from, with the model as it is now; what was trained.
+        folder, output: Where it is written, and where it will lie, which a local base model is named relative to.
         is_writer: Whether this rank writes; the others take part in gathering.
     """
     model, parts = checkpoint.model, parameters_by_part(checkpoint.model)
@@ -134,17 +131,10 @@ def write_model(checkpoint: Checkpoint, stage: Stage, folder: Path, output: Path
 
 
 def dry_run_save(trainer: Any, checkpoint: Checkpoint, folder: Path) -> None:
-    """Write and read again one of everything that the stage will write, then remove it; call on all ranks.
-
-    A run should fail before its first step and not at its last.
-
-    Args:
-        trainer: Trainer before its first step.
-        checkpoint: What the stage starts from.
-        folder: Where the stage will write.
+    """Write one of everything that the stage will write and read it again; call on all ranks before the first step.
 
     Raises:
-        StageInputError: If there is not enough room for what the stage will write.
+        StageInputError: If ``folder`` has not enough room for what the stage will write.
         RuntimeError: If a tensor comes back with another shape.
     """
     trained = {name: p for name, p in checkpoint.model.named_parameters() if p.requires_grad}
@@ -258,13 +248,7 @@ class StepCheckpoints(TrainerCallback):
 
 
 def publish(folder: Path, run: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Give a written step checkpoint, ``OUTPUT.partial/checkpoint-N``, its manifest; call on one process.
-
-    Args:
-        folder: The checkpoint; it is returned.
-        run: As ``describe_run`` says.
-        facts: What a resumed run needs besides its state, as JSON knows it.
-    """
+    """Give a written step checkpoint its manifest, with what ``StepCheckpoints`` says; call on one process."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:  # on the disk before the manifest speaks of them, so that a power cut keeps that order
         flush_to_disk(path)
@@ -341,8 +325,7 @@ def find_resume(asked: str, partial: Path, run: dict[str, Any]) -> Path | None:
 
     Args:
         asked: ``auto``: the newest whole one in ``partial``, or None if there is none; ``none``; or a folder.
-        partial: ``OUTPUT.partial``.
-        run: As ``describe_run`` says.
+        partial, run: ``OUTPUT.partial``, and the run as ``describe_run`` says.
 
     Raises:
         StageInputError: If the folder asked for is no whole checkpoint, or the checkpoint belongs to another run.
@@ -365,11 +348,7 @@ def find_resume(asked: str, partial: Path, run: dict[str, Any]) -> Path | None:
 
 
 def begin_folder(partial: Path, asked: str, run: dict[str, Any]) -> Path | None:
-    """Find what to resume; remove what cannot be, everything if nothing is resumed. Call on one process.
-
-    Returns:
-        As ``find_resume`` does.
-    """
+    """Do as ``find_resume``; remove what cannot be resumed, everything if nothing is. Call on one process."""
     resumed = find_resume(asked, partial, run)
     if resumed is None:
         shutil.rmtree(partial, ignore_errors=True)

@@ -55,10 +55,7 @@ def check_inputs(arguments: Arguments) -> None:
     """Check everything that can be checked without a model.
 
     Raises:
-        ValueError: With what was found, what is allowed, what to do.
-        KeyError: If the stage or the conversation template is unknown.
-        OSError: If a model or file is not there.
-        ImportError: If a package is missing that a flag needs.
+        ValueError, KeyError, OSError, ImportError: With what was found, what is allowed, what to do.
     """
     model_args, data_args, stage_args, training_args = arguments
     stage = stage_of(arguments)
@@ -135,14 +132,7 @@ def _check_packages(stage: Stage, training_args: LlavaTrainingArguments) -> None
 
 
 def _check_routing(block: dict[str, Any] | None, stage: Stage, path: str, stage_args: StageArguments) -> None:
-    """The checkpoint's routing must be what the stage goes on with: none, a router of its family, trained adapters.
-
-    Args:
-        block: The ``fuzzyroe`` block of the checkpoint; None for a dense one.
-        stage: The stage.
-        path: The checkpoint.
-        stage_args: Flags of its family.
-    """
+    """The ``fuzzyroe`` block of a checkpoint, None for a dense one, must be what the stage goes on with."""
     if not isinstance(stage_args, RoutedArguments):
         if block:
             raise StageInputError(

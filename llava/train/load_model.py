@@ -23,8 +23,7 @@ def load_model(model_args: ModelArguments, dtype: torch.dtype, seed: int, **opti
 
     Args:
         model_args: Which model; has passed ``check_inputs``.
-        dtype: Data type of the weights.
-        seed: Seed of a new projector.
+        dtype, seed: Data type of the weights, and seed of a new projector.
         **options: Passed to ``from_pretrained``.
 
     Raises:

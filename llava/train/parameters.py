@@ -106,13 +106,9 @@ def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
 
 
 def save_lora(model: Any, weights: dict[str, Tensor], others: dict[str, Tensor], folder: Path, base_model: str) -> None:
-    """Write LoRA weights as peft does, and what else trained beside them.
+    """Write whole LoRA weights as peft does, and others that are not in the base, by their names in the model.
 
-    Args:
-        model: Model with LoRA.
-        weights, others: Whole tensors of LoRA, and of others that are not in the base, by their names in the model.
-        folder: Folder to write to.
-        base_model: What the weights belong to: a hub id, or a folder relative to where they will lie.
+    The base model is named by hub id, or by a folder relative to where the weights will lie.
     """
     config = copy.deepcopy(model.peft_config[_LORA_NAME])
     config.base_model_name_or_path = base_model
@@ -135,11 +131,7 @@ def quantization_options(training_args: LlavaTrainingArguments, dtype: torch.dty
 
 
 def prepare_quantized(model: Any) -> None:
-    """Make a quantized model ready for LoRA: what is not quantized is cast to float32; call before ``add_lora``.
-
-    Reference:
-        QLoRA (arXiv:2305.14314).
-    """
+    """Cast to float32 what is not quantized, as QLoRA (arXiv:2305.14314) does; call before ``add_lora``."""
     import_peft().prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     del model.config.quantization_config  # what is saved names the whole base, which is not quantized
     model._hf_peft_config_loaded = True  # else transformers' trainer refuses the model as one without LoRA
@@ -152,13 +144,9 @@ class TrainableCheck(TrainerCallback):
     layer gives adapters no gradient, and a small step can vanish in half precision or be left out on overflow. So it is
     looked at again after 1, 2, 4, 8, ... steps, and only a part that never moved is an error.
 
-    Args:
-        model: The model that trains.
-        stage: Names the parts that must move; every parameter of every other part must keep its bits.
-        moved: What had moved when a resumed run was saved.
-
     Attributes:
-        moved: Part -> whether it moved; complete once training has ended.
+        model, stage: The model that trains and the parts that must move; all others must keep their bits.
+        moved: Part -> whether it moved, at first what had moved when a resumed run was saved; complete in the end.
     """
 
     def __init__(self, model: nn.Module, stage: Stage, moved: dict[str, bool] | None = None) -> None:
@@ -176,11 +164,7 @@ class TrainableCheck(TrainerCallback):
         self._learning_rate = max(group["lr"] for group in optimizer.param_groups)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare after the first step at a non-zero rate; what has not moved yet again after 2, 4, 8, ... of them.
-
-        Raises:
-            RuntimeError: If a frozen parameter moved.
-        """
+        """Compare after the first step at a non-zero rate; what has not moved yet again after 2, 4, 8, ... of them."""
         if self._learning_rate == 0:
             return
         self._num_steps += 1
@@ -188,11 +172,7 @@ class TrainableCheck(TrainerCallback):
             self._compare(PARTS if self._num_steps == 1 else self.stage.trains)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare for the last time.
-
-        Raises:
-            RuntimeError: If a frozen parameter moved, or a part that trains never did.
-        """
+        """Compare for the last time; RuntimeError if a part that trains never moved."""
         if self._num_steps == 0:
             logger.warning("stage %s took no step at a non-zero learning rate; nothing was trained", self.stage.name)
             return
@@ -220,7 +200,8 @@ class TrainableCheck(TrainerCallback):
 
     def _checksums(self, part: str) -> dict[str, int]:
         """Checksums of the bits of a part's parameters; gathers, so call on all ranks."""
-        return map_parameters(
-            parameters_by_part(self.model)[part],
-            lambda tensor: zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data),
-        )
+
+        def checksum(tensor: Tensor) -> int:
+            return zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+        return map_parameters(parameters_by_part(self.model)[part], checksum)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -91,9 +92,8 @@ def fit_router(
     """Measure on all ranks, fit the attached router, put the fitted one in place.
 
     Args:
-        trainer: Gives the engine, the training samples and the seed.
+        trainer, checkpoint: Give the engine, the training samples and the seed; and the router.
         arguments: Flags of the stage: how much is measured, and the skip ratio to set.
-        checkpoint: Has the router.
         progress: Called with lines of progress, on every rank.
 
     Returns:
@@ -156,11 +156,7 @@ class Measurer:
         self.samples = order[: max(counts)]
 
     def measure(self, single_layers: bool = False) -> Measurements:
-        """Search the order of layers, then measure losses and features.
-
-        Args:
-            single_layers: Measure the loss without each single layer too, L - 1 more passes.
-        """
+        """Search the order of layers, then measure losses (``single_layers``: without each layer too) and features."""
         layer_order = self.find_order()
         batches = list(self.batches(self.size.calibration_samples))
         columns = [self.losses(batches, layer_order[:count]) for count in range(len(layer_order) + 1)]
@@ -269,12 +265,7 @@ class Measurer:
             answered = answered_turns(batch["labels"], state.turn_ids, state.planned_turns())
             parts.append(look(batch, state, answered).float().cpu())
             self.cost.passes += len(state.turn_ids) * self.world_size
-        mine = torch.cat(parts)
-        if self.world_size == 1:
-            return mine
-        everyone: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(everyone, mine.numpy())
-        return torch.from_numpy(np.concatenate(everyone))
+        return torch.from_numpy(np.concatenate(gather_object([torch.cat(parts).numpy()])))
 
     def _decoder(self) -> Any:
         return find_decoder(getattr(self.engine, "module", self.engine))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, set_seed
 
 from llava.data.dataset import SFTCollator, SFTDataset
@@ -164,7 +164,7 @@ def build_trainer(
     if training_args.watchdog_seconds > 0:
         observers.append(HangDetection(model, training_args.watchdog_seconds, name_of, training_args.process_index))
     if getattr(stage_args, "train_hard_skip", False) and not training_args.deepspeed:
-        observers.append(ZeroMissingGradients(model))
+        observers.append(ZeroMissingGradients())
     return LlavaTrainer(
         learning_rates=learning_rates(stage_args, training_args),
         routing_policy=make_policy(stage, model, stage_args, source_of),
@@ -180,10 +180,7 @@ def build_trainer(
 
 def from_rank_0(function: Any, is_main: bool) -> Any:
     """Call a function on rank 0 and give all ranks its result; call on all of them."""
-    results = [function() if is_main else None]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(results)
-    return results[0]
+    return broadcast_object_list([function() if is_main else None])[0]
 
 
 def say(line: str) -> None:

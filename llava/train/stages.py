@@ -92,9 +92,8 @@ def choose_stage(
 
     Args:
         name: Name in ``STAGES``; None stands for ``pretrain`` with ``tune_projector``, for ``dense`` without.
-        tune_projector: LLaVA's ``--tune_mm_mlp_adapter``: the projector alone trains.
-        freeze_decoder: LLaVA's ``--freeze_backbone``.
-        freeze_projector: LLaVA's ``--freeze_mm_mlp_adapter``.
+        tune_projector, freeze_decoder, freeze_projector: LLaVA's ``--tune_mm_mlp_adapter`` (the projector alone
+            trains), ``--freeze_backbone`` and ``--freeze_mm_mlp_adapter``.
         lora: LLaVA's ``--lora_enable``: LoRA weights train in place of the decoder.
         freeze_adapters: ``--freeze_adapters``: they stay as they are; new ones start at zero and leave no trace.
         refit: False for ``--refit_router False``: the router stays as it was fitted before.

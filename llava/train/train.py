@@ -28,9 +28,6 @@ def watch_launcher(poll_seconds: float = 0.5) -> None:
 
     A launcher that is killed cannot end its ranks, and a rank may wait for another in a collective for as long as that
     one's time-out. A process started by hand, not as a rank, outlives its shell as any other does and is not watched.
-
-    Args:
-        poll_seconds: Time between two looks.
     """
     launcher = os.getppid()
 

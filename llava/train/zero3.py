@@ -65,11 +65,6 @@ def prepare_model(model: Any, leaves_out_layers: bool, uses_deepspeed: bool) -> 
     A batch without images still passes the vision tower. Where layers are left out, ZeRO-3 gathers each decoder layer
     as a whole, so ranks may run different parts of it, and a part that a rank left out counts as gradient zero.
 
-    Args:
-        model: LLaVA model, routed if layers are left out.
-        leaves_out_layers: Whether skipped layers are left out and not weighted with zero.
-        uses_deepspeed: Whether an engine will be built; marking leaf modules without ZeRO-3 has no effect.
-
     Reference:
         DeepSpeed's ZeRO leaf modules, made for mixtures of experts.
     """
@@ -88,17 +83,11 @@ class ZeroMissingGradients(TrainerCallback):
     """Fill in gradient zero for what a step left out, as ZeRO-3 does, so that one process trains as several do.
 
     The optimizer leaves a parameter without a gradient alone, but moves one with gradient zero by its momentum.
-
-    Args:
-        model: The model that trains.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Fill in the zeros."""
-        for parameter in self.model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is None and not is_sharded(parameter):
                 parameter.grad = torch.zeros_like(parameter)
 
