@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,22 +210,22 @@ def _verify_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> Non
 # Step checkpoints, and the run that they belong to.
 
 
+@dataclass(eq=False)
 class StepCheckpoints(TrainerCallback):
     """Give what Trainer saves at a step its manifest, once all ranks have written, and remove the oldest.
 
     Trainer's own limit is left out: it would remove the last whole checkpoint before the new one has its manifest.
 
-    Args:
-        partial: ``OUTPUT.partial``.
-        run: As ``describe_run`` says.
+    Attributes:
+        partial, run: ``OUTPUT.partial``, and the run as ``describe_run`` says.
         limit: How many are kept; None keeps all.
         facts: Gives what a resumed run needs besides its state, as JSON knows it.
     """
 
-    def __init__(
-        self, partial: Path, run: dict[str, Any], limit: int | None, facts: Callable[[], dict[str, Any]] = dict
-    ) -> None:
-        self.partial, self.run, self.limit, self.facts = partial, run, limit, facts
+    partial: Path
+    run: dict[str, Any]
+    limit: int | None
+    facts: Callable[[], dict[str, Any]]
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Make room for a step that is saved; the last one is not, as the stage's output follows at once."""

@@ -37,7 +37,6 @@ from llava.train.arguments import (
     DEFAULT_SUMMARY,
     PlanArguments,
     RoEArguments,
-    RoutedArguments,
 )
 from llava.train.trainer import LlavaTrainer
 from llava.train.zero3 import prepare_for_forward
@@ -69,7 +68,7 @@ class Cost:
     passes: int = 0
 
 
-def attach_new_router(model: Any, arguments: RoutedArguments) -> None:
+def attach_new_router(model: Any, arguments: Any) -> None:
     """Attach the router that a stage trains or fits, with new adapters, to a dense model."""
     flags: dict[str, Any] = {}
     if isinstance(arguments, PlanArguments):

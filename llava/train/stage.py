@@ -16,27 +16,9 @@ from transformers import TrainerCallback, set_seed
 from llava.data.dataset import SFTCollator, SFTDataset
 from llava.model.builder import Checkpoint
 from llava.model.families import count_image_tokens, get_image_token_id
-from llava.train.arguments import (
-    FULL_BITS,
-    Arguments,
-    PlanArguments,
-    RoEArguments,
-    RoutedArguments,
-    learning_rates,
-    stage_of,
-)
+from llava.train import checkpointing
+from llava.train.arguments import FULL_BITS, Arguments, learning_rates, stage_of
 from llava.train.callbacks import Console, HangDetection, LossGuard, MetricsFile, RoutingMeter, Throughput
-from llava.train.checkpointing import (
-    StepCheckpoints,
-    begin_folder,
-    describe_run,
-    dry_run_save,
-    partial_folder,
-    read_manifest,
-    save_stage,
-    step_of,
-    write_model,
-)
 from llava.train.load_model import load_model
 from llava.train.objectives import make_objective
 from llava.train.parameters import TrainableCheck, add_lora, freeze_all_but, prepare_quantized, quantization_options
@@ -59,45 +41,50 @@ def run_stage(arguments: Arguments) -> dict[str, Any]:
     started, cpu_started = time.time(), time.process_time()
     _, _, stage_args, training_args = arguments
     stage, output = stage_of(arguments), Path(str(training_args.output_dir))
-    partial, is_main = partial_folder(output), training_args.process_index == 0
+    partial, is_main = checkpointing.partial_folder(output), training_args.process_index == 0
     if training_args.deepspeed:
         init_communication()
-    run = describe_run(arguments)
+    run = checkpointing.describe_run(arguments)
     # one answer for all ranks: a shared disk may show them different folders for a moment
-    resumed = from_rank_0(lambda: begin_folder(partial, training_args.resume_from_checkpoint, run), is_main)
+    resumed = from_rank_0(
+        lambda: checkpointing.begin_folder(partial, training_args.resume_from_checkpoint, run), is_main
+    )
     if is_main:
         (partial / "run_hash").write_text(training_args.run_hash + "\n")
         if resumed is not None:
-            say(f"going on from step {step_of(resumed)}, saved in {resumed}")
+            say(f"going on from step {checkpointing.step_of(resumed)}, saved in {resumed}")
     checkpoint = prepare_checkpoint(stage, arguments)
     # before the engine exists: it takes over the parameters that require a gradient, and no others
     trained = freeze_all_but(checkpoint.model, stage)
-    facts = read_manifest(resumed)["facts"] if resumed else {}
+    facts = checkpointing.read_manifest(resumed)["facts"] if resumed else {}
     check = TrainableCheck(checkpoint.model, stage, facts.get("moved"))
-    callbacks = [StepCheckpoints(partial, run, training_args.save_total_limit, lambda: {"moved": check.moved}), check]
+    callbacks = [
+        checkpointing.StepCheckpoints(partial, run, training_args.save_total_limit, lambda: {"moved": check.moved}),
+        check,
+    ]
     trainer = build_trainer(stage, checkpoint, arguments, callbacks)
     summary: dict[str, Any] = {"stage": stage.name, "purpose": stage.purpose, "samples": len(trainer.train_dataset)}
     if stage.trains:
         if is_main:
             (partial / "trainable_params.json").write_text(json.dumps(trained, indent=2) + "\n")
         # a run should fail before its first step and not at its last
-        dry_run_save(trainer, checkpoint, partial)
+        checkpointing.dry_run_save(trainer, checkpoint, partial)
         result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         summary |= {
             "steps": result.global_step,
-            "resumed_at": step_of(resumed) if resumed else None,
+            "resumed_at": checkpointing.step_of(resumed) if resumed else None,
             "global_batch": trainer.get_total_train_batch_size(trainer.args),
             "training_loss": result.training_loss,
             "training_seconds": time.time() - started,
             "training_cpu_seconds": time.process_time() - cpu_started,
             "moved": check.moved,
         }
-    if stage.calibrates and isinstance(stage_args, PlanArguments | RoEArguments):
+    if stage.calibrates:
         progress = say if is_main else lambda line: None
         summary["calibration"] = fit_router(trainer, stage_args, checkpoint, progress)
     summary |= describe_engine(trainer)
     summary["seconds"] = time.time() - started
-    save_stage(trainer, checkpoint, stage, output, summary)
+    checkpointing.save_stage(trainer, checkpoint, stage, output, summary)
     if is_main:
         say(f"{stage.name}: {summary['engine']}, ZeRO {summary['zero_stage']}, world size {summary['world_size']}")
         say(f"{stage.name}: {summary['seconds']:.0f} s in all, written to {output}")
@@ -110,7 +97,7 @@ def prepare_checkpoint(stage: Stage, arguments: Arguments) -> Checkpoint:
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     checkpoint = load_model(model_args, dtype, training_args.seed, **quantization_options(training_args, dtype))
     set_seed(training_args.seed)  # loading draws random numbers, under ZeRO-3 others than in one process
-    if isinstance(stage_args, RoutedArguments) and checkpoint.routing is None:
+    if stage.routing != "off" and checkpoint.routing is None:
         attach_new_router(checkpoint.model, stage_args)
     if training_args.bits != FULL_BITS:
         prepare_quantized(checkpoint.model)
@@ -148,7 +135,7 @@ def build_trainer(
     )
     # a copy: the flags are described in manifests and checked again, so they stay what the user gave
     args = copy.copy(training_args)
-    args.output_dir = str(partial_folder(Path(str(training_args.output_dir))))
+    args.output_dir = str(checkpointing.partial_folder(Path(str(training_args.output_dir))))
     args.save_total_limit = None  # StepCheckpoints removes the oldest, once the newest is whole
 
     def source_of(index: int) -> str:
@@ -169,7 +156,7 @@ def build_trainer(
         learning_rates=learning_rates(stage_args, training_args),
         routing_policy=make_policy(stage, model, stage_args, source_of),
         objective=make_objective(stage_args.objective or stage.objective, stage_args),
-        write_model=lambda folder: write_model(checkpoint, stage, folder, folder, args.should_save),
+        write_model=lambda folder: checkpointing.write_model(checkpoint, stage, folder, folder, args.should_save),
         model=model,
         args=args,
         train_dataset=dataset,

@@ -30,7 +30,7 @@ from torch import Tensor, distributed, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fuzzyroe.routing_state import RoutingState
-from llava.train import routing_policies, stage
+from llava.train import checkpointing, routing_policies, stage
 from llava.train.arguments import parse_arguments
 from llava.train.routing_policies import BudgetedRouting
 from llava.train.trainer import LlavaTrainer
@@ -88,7 +88,7 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
     seen: dict[str, list] = {"has_images": [], "plans": [], "rows_run": [], "groups": [], "trained": []}
     states = []
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    compute_loss, save_stage = LlavaTrainer.compute_loss, stage.save_stage
+    compute_loss, save_stage = LlavaTrainer.compute_loss, checkpointing.save_stage
 
     def record_loss(trainer: LlavaTrainer, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         seen["has_images"].append("pixel_values" in inputs)
@@ -112,7 +112,7 @@ def run_case(name: str, flags: list[str], in_order: bool = False, forced_plans: 
 
     patches = [
         mock.patch.object(LlavaTrainer, "compute_loss", record_loss),
-        mock.patch.object(stage, "save_stage", record_weights),
+        mock.patch.object(checkpointing, "save_stage", record_weights),
         mock.patch.object(routing_policies, "BudgetedRouting", Recording),
     ]
     for patch in patches:
