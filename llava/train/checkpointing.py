@@ -36,7 +36,6 @@ from llava.files import flush_to_disk, write_json
 from llava.model.builder import Checkpoint
 from llava.model.checkpoints.routing import ROUTING_FILE
 from llava.model.families import family_of
-from llava.report.page import write_stage_page
 from llava.train.arguments import Arguments, stage_of
 from llava.train.parameters import parameters_by_part, save_lora
 from llava.train.stages import Stage, StageInputError
@@ -80,6 +79,8 @@ def save_stage(trainer: Any, checkpoint: Checkpoint, stage: Stage, output: Path,
     partial, is_writer = Path(trainer.args.output_dir), trainer.args.process_index == 0
     write_model(checkpoint, stage, partial, output, is_writer)
     if is_writer:
+        from llava.report.page import write_stage_page  # matplotlib and jinja2, on one rank and at the end
+
         if trainer.args.run_hash:
             (partial / "run_hash").write_text(trainer.args.run_hash + "\n")
         write_json(partial / "stage.json", summary)
