@@ -14,9 +14,6 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 from packaging.requirements import Requirement
 
-BROKEN = 1
-"""Exit code where something must be mended first."""
-
 GIB = 2**30
 
 MIN_FREE_DISK, MIN_SHARED_MEMORY, MIN_OPEN_FILES = 20 * GIB, GIB, 1024
@@ -27,10 +24,7 @@ MARKS = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "
 
 
 class Finding(NamedTuple):
-    """One thing looked at: its name, what was found, its state, and what to do unless that is "ok".
-
-    The state "note" means that something cannot be used and all else works, "fail" that it must be mended.
-    """
+    """One thing looked at, with what to do unless it is "ok"; "note": all else works, "fail": it must be mended."""
 
     name: str
     found: str
@@ -55,15 +49,11 @@ def doctor_command(
         console.print(line)
     if failed:
         console.print(f"{failed} to mend", style="bold")
-        raise typer.Exit(BROKEN)
+        raise typer.Exit(1)
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Look at Python, packages, GPUs and limits, one finding after the other.
-
-    Args:
-        folder: Where outputs would be written.
-    """
+    """Look at Python, packages, GPUs and limits of a machine that would write to a folder, one after the other."""
     from llava.train.zero3 import find_dead_build
 
     yield Finding("python", f"{'.'.join(map(str, sys.version_info[:3]))} at {sys.executable}")

@@ -87,7 +87,7 @@ class DataArguments:
 
 @dataclass
 class StageArguments:
-    """Flags of every stage; subclasses are the families."""
+    """Flags of every stage, and all that those without routing have; subclasses are the other families."""
 
     stage: str | None = _flag(None, f"One of {', '.join(STAGES)}; default dense, pretrain with tune_mm_mlp_adapter.")
     objective: str | None = _flag(
@@ -98,11 +98,6 @@ class StageArguments:
     def __post_init__(self) -> None:
         is_known = self.objective is None or self.objective in OBJECTIVES
         require(is_known, "objective", self.objective, f"is unknown; use one of {', '.join(OBJECTIVES)}.")
-
-
-@dataclass
-class DenseArguments(StageArguments):
-    """Stages without routing: pretrain, dense, scratch. They have no flags of their own."""
 
 
 @dataclass
@@ -217,7 +212,7 @@ class RoEArguments(RoutedArguments):
             raise StageInputError(f"--target_skip_ratio: {error}") from error
 
 
-FAMILIES: dict[str, type[StageArguments]] = {"off": DenseArguments, "plan": PlanArguments, "relaxed": RoEArguments}
+FAMILIES: dict[str, type[StageArguments]] = {"off": StageArguments, "plan": PlanArguments, "relaxed": RoEArguments}
 """Flags of the stages of each ``Stage.routing``."""
 
 

@@ -73,8 +73,7 @@ def save_stage(trainer: Any, checkpoint: Checkpoint, stage: Stage, output: Path,
     Args:
         trainer: Its ``args.output_dir`` is the folder being written.
         checkpoint, stage: What the stage started from, with the model as it is now; what was trained.
-        output: Final folder; an earlier one is replaced only when the new one is complete.
-        summary: Facts for ``stage.json``.
+        output, summary: Final folder, of which an earlier one is kept till the end; facts for ``stage.json``.
     """
     partial, is_writer = Path(trainer.args.output_dir), trainer.args.process_index == 0
     write_model(checkpoint, stage, partial, output, is_writer)

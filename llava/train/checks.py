@@ -45,10 +45,8 @@ logger = logging.getLogger(__name__)
 ATTACH_FLAGS = ("router", "rule_base", "adapter_hidden_dim", "routing_summary", "roe_compat")
 """Flags that act when routing is first attached; a routed checkpoint has its own."""
 
-MIN_FREE_MIB = 64
-
-MIN_CALIBRATION_SAMPLES = 8
-"""One for each bin of scores that ``FuzzyRouter.calibrate`` makes."""
+MIN_FREE_MIB, MIN_CALIBRATION_SAMPLES = 64, 8
+"""Of the output's disk; and one for each bin of scores that ``FuzzyRouter.calibrate`` makes."""
 
 
 def check_inputs(arguments: Arguments) -> None:

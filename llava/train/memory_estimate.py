@@ -24,14 +24,9 @@ GIB = 2**30
 SHARDINGS = ("zero2", "zero3", "zero3_offload")
 """DeepSpeed configurations, those of ``scripts/*.json``."""
 
-RUNTIME_BYTES = 2 * GIB
-"""Assumed for CUDA context, NCCL buffers and fragmentation."""
-
-MAX_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default of ``stage3_max_live_parameters``: gathered at once under ZeRO-3."""
-
-LOGIT_BYTES = 12
-"""Per logit: bfloat16, its float32 copy for the loss, and the gradients of both."""
+RUNTIME_BYTES, MAX_LIVE_PARAMETERS, LOGIT_BYTES = 2 * GIB, 1_000_000_000, 12
+"""Assumed for CUDA context, NCCL buffers and fragmentation; gathered at once under ZeRO-3, DeepSpeed's default of
+``stage3_max_live_parameters``; per logit: bfloat16, its float32 copy for the loss, and the gradients of both."""
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,17 @@ from llava.train.objectives import Objective, language_model
 from llava.train.parameters import build_param_groups
 from llava.train.routing_policies import RoutingPolicy
 
-NOT_FOR_THE_MODEL = ("turn_ids", "sample_index")
-"""What a batch carries for routing and for messages."""
-
 TRAINED_FILE = "trained.safetensors"
 """What has trained so far in one process; under DeepSpeed its own shards hold that."""
 
 
 class LlavaTrainer(Trainer):
-    """Hugging Face's ``Trainer`` for one stage.
+    """Hugging Face's ``Trainer`` for one stage, with further arguments.
 
     Args:
         learning_rates: Learning rate of each part that trains.
-        routing_policy: Gives the routing state of a batch; None trains without routing.
-        objective: Gives the loss of a batch.
+        routing_policy, objective: Give the routing state of a batch, None trains without routing; and its loss.
         write_model: Writes what evaluation reads into a folder, called on all ranks; None if no step is saved.
-        **kwargs: As for ``Trainer``.
     """
 
     # What is narrower, or less optional, here than in Trainer.
@@ -104,7 +99,7 @@ class LlavaTrainer(Trainer):
         routing, outputs = None, None
         if self.routing_policy is not None:
             routing = self.routing_policy(inputs, self.state.global_step, self.state.max_steps)
-        batch = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        batch = {name: value for name, value in inputs.items() if name not in ("turn_ids", "sample_index")}
         batch["use_cache"] = False
         if self.objective is language_model:
             # Trainer itself takes the mean over all tokens of a step: those of all ranks and accumulated batches.

@@ -12,7 +12,7 @@ from llava.data.dataset import SFTCollator
 from llava.mm_utils import process_images
 from llava.model.builder import Checkpoint
 from llava.model.families import choose_template
-from llava.train.arguments import Arguments, DataArguments, DenseArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.arguments import Arguments, DataArguments, LlavaTrainingArguments, ModelArguments, StageArguments
 from llava.train.stage import build_trainer
 from llava.train.stages import STAGES
 
@@ -28,7 +28,7 @@ def test_evaluation_prepares_images_as_training_did(
         Arguments(
             ModelArguments("memory", version="digits"),
             DataArguments(str(record_folder / "records.json"), str(record_folder), image_aspect_ratio=aspect),
-            DenseArguments(),
+            StageArguments(),
             LlavaTrainingArguments(output_dir=str(record_folder / "output"), use_cpu=True),
         ),
     )
