@@ -299,8 +299,9 @@ def takes(stage: Stage, flag: str) -> bool:
     """Whether the parser of a stage knows a flag, and the stage trains or fits what the flag acts on."""
     item = _items(*_kinds(stage)).get(flag)
     acted_on = {*stage.trains, FITTING} if stage.calibrates else set(stage.trains)
-    needed = item and item.metadata.get("acts_on")
-    return item is not None and (needed is None or not acted_on.isdisjoint(needed))
+    if item is None:
+        return False
+    return not acted_on.isdisjoint(item.metadata["acts_on"]) if "acts_on" in item.metadata else True
 
 
 class StageParser(HfArgumentParser):

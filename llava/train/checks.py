@@ -59,14 +59,14 @@ def check_inputs(arguments: Arguments) -> None:
     stage = stage_of(arguments)
     get_template(model_args.version)
     # cheapest first: files that are read in a second, then packages, then every record and image
-    config, sources = _check_model(model_args, stage)
+    config, sources, read = _check_model(model_args, stage)
     _check_packages(stage, training_args)
     _check_routing(config.get("fuzzyroe"), stage, model_args.model_name_or_path, stage_args)
     output = Path(str(training_args.output_dir))
     _check_output(output, sources)
     _check_deepspeed(stage, stage_args, training_args)
     if not training_args.skip_data_check:
-        _check_records(arguments)
+        _check_records(arguments, *read)
     _check_sources(stage_args, data_args.data_path)
     if stage.calibrates:
         _check_number(len(RecordFile(data_args.data_path)), stage, stage_args, training_args.world_size)
@@ -74,11 +74,11 @@ def check_inputs(arguments: Arguments) -> None:
     find_resume(training_args.resume_from_checkpoint, partial_folder(output), describe_run(arguments))
 
 
-def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, Any], list[Path]]:
-    """Read the configuration, with the folders that the model's files lie in, none if it comes from the hub."""
+def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, Any], list[Path], tuple[Any, Any]]:
+    """A model's configuration as written, its folders, none from the hub, and its configuration and tokenizer as read."""
     path = model_args.model_name_or_path
     config, folder = read_config_dict(path), Path(path)
-    settings = None
+    settings = None  # a language model gets its image tokens from the vision settings, a LLaVA checkpoint has them
     if is_language_model(config):
         if stage.routing != "off":
             raise StageInputError(
@@ -86,13 +86,13 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
                 "and dense first, or name a LLaVA checkpoint."
             )
         settings = vision_settings(model_args)
-    text_side = read_config_and_tokenizer(path, settings)[0]  # refuses, by name, what belongs to no family
+    read = read_config_and_tokenizer(path, settings)  # refuses, by name, what belongs to no family
     if settings is None:
         check_agreement(config, model_args)
     if model_args.pretrain_mm_mlp_adapter is not None:
-        read_projector(model_args.pretrain_mm_mlp_adapter, text_side)  # refuses one that does not fit
+        read_projector(model_args.pretrain_mm_mlp_adapter, read[0])  # refuses one that does not fit
     if not folder.exists():
-        return config, []
+        return config, [], read
     if (folder / "adapter_config.json").exists():
         raise StageInputError(
             f"{path} holds LoRA weights of another model; a whole checkpoint is needed. Merge them first: "
@@ -101,13 +101,13 @@ def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, An
     # stages that train no backbone write none; their checkpoint names the one it belongs to
     base = (config.get("fuzzyroe") or {}).get("base_model")
     if base is None or not (base.startswith((".", "/")) or (folder / base).exists()):
-        return config, [folder]
+        return config, [folder], read
     if not (folder / base / "config.json").is_file():
         raise StageInputError(
             f"{path} holds no backbone weights and its base model is not at {folder / base}; put it there, or "
             "correct fuzzyroe.base_model in its config.json."
         )
-    return config, [folder, folder / base]
+    return config, [folder, folder / base], read
 
 
 def _check_packages(stage: Stage, training_args: LlavaTrainingArguments) -> None:
@@ -231,13 +231,9 @@ def _check_deepspeed(stage: Stage, stage_args: StageArguments, training_args: Ll
         )
 
 
-def _check_records(arguments: Arguments) -> None:
+def _check_records(arguments: Arguments, config: Any, tokenizer: Any) -> None:
     """Look at every record, every image and the lengths, as ``fuzzyroe check-data`` does."""
     model_args, data_args, _, training_args = arguments
-    # a language model gets its image tokens from the vision settings, a LLaVA checkpoint has them
-    path = model_args.model_name_or_path
-    settings = vision_settings(model_args) if is_language_model(read_config_dict(path)) else None
-    config, tokenizer = read_config_and_tokenizer(path, settings)
     template, longest = get_template(model_args.version), training_args.model_max_length
     meter = LengthMeter(tokenizer, template, count_image_tokens(config), get_image_token_id(config), longest)
     report = check_data(
