@@ -75,7 +75,7 @@ def check_inputs(arguments: Arguments) -> None:
 
 
 def _check_model(model_args: ModelArguments, stage: Stage) -> tuple[dict[str, Any], list[Path], tuple[Any, Any]]:
-    """A model's configuration as written, its folders, none from the hub, and its configuration and tokenizer as read."""
+    """A model's configuration as written, its folders (none from the hub), and configuration and tokenizer as read."""
     path = model_args.model_name_or_path
     config, folder = read_config_dict(path), Path(path)
     settings = None  # a language model gets its image tokens from the vision settings, a LLaVA checkpoint has them
