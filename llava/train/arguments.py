@@ -254,15 +254,13 @@ class LlavaTrainingArguments(TrainingArguments):
         require(self.bits == 4 or is_default, "double_quant", given, remedy)
         super().__post_init__()  # reads JSON values, such as those of gradient_checkpointing_kwargs
         is_evaluated = self.eval_strategy != "no" or self.per_device_eval_batch_size != DEFAULT_EVAL_BATCH
-        remedy = (
-            "was given, but nothing is evaluated while training; leave them out and run scripts/v1_5/eval.sh after."
-        )
+        remedy = "was given, but nothing is evaluated while training; leave both out and run scripts/v1_5/eval.sh."
         require(not is_evaluated, "eval_strategy", "or --per_device_eval_batch_size", remedy)
         # the reentrant form sees no gradient through the routing keyword
         options: Any = self.gradient_checkpointing_kwargs or {}
         is_reentrant = self.gradient_checkpointing and options.get("use_reentrant")
-        remedy = "use_reentrant=True cuts the gradient of routing silently; remove it (non-reentrant is the default)."
-        require(not is_reentrant, "gradient_checkpointing_kwargs", "", remedy)
+        remedy = "cuts the gradient of routing silently; remove it (non-reentrant is the default)."
+        require(not is_reentrant, "gradient_checkpointing_kwargs", "use_reentrant=True", remedy)
         # the server is forked before CUDA and the model exist
         if self.dataloader_multiprocessing_context == "forkserver":
             multiprocessing.set_forkserver_preload(FORK_SERVER_MODULES)

@@ -58,11 +58,9 @@ def run_stage(arguments: Arguments) -> dict[str, Any]:
     trained = freeze_all_but(checkpoint.model, stage)
     facts = checkpointing.read_manifest(resumed)["facts"] if resumed else {}
     check = TrainableCheck(checkpoint.model, stage, facts.get("moved"))
-    callbacks = [
-        checkpointing.StepCheckpoints(partial, run, training_args.save_total_limit, lambda: {"moved": check.moved}),
-        check,
-    ]
-    trainer = build_trainer(stage, checkpoint, arguments, callbacks)
+    limit = training_args.save_total_limit
+    steps = checkpointing.StepCheckpoints(partial, run, limit, lambda: {"moved": check.moved})
+    trainer = build_trainer(stage, checkpoint, arguments, [steps, check])
     summary: dict[str, Any] = {"stage": stage.name, "purpose": stage.purpose, "samples": len(trainer.train_dataset)}
     if stage.trains:
         if is_main:
@@ -146,8 +144,7 @@ def build_trainer(
 
     observers: list[TrainerCallback] = [LossGuard(name_of), Throughput()]
     if stage.routing != "off":
-        rules = getattr(model.get_decoder().router, "rules", None)
-        observers.append(RoutingMeter(source_of, rules))
+        observers.append(RoutingMeter(source_of, getattr(model.get_decoder().router, "rules", None)))
     if training_args.watchdog_seconds > 0:
         observers.append(HangDetection(model, training_args.watchdog_seconds, name_of, training_args.process_index))
     if getattr(stage_args, "train_hard_skip", False) and not training_args.deepspeed:
