@@ -11,7 +11,7 @@ import difflib
 import math
 import multiprocessing
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -33,13 +33,9 @@ DEFAULT_EVAL_BATCH = 8
 """transformers' default of a flag that has nothing to act on here."""
 
 
-FITTING, _DENSE_PARTS = "fitting", ("vision_tower", "projector", "decoder", "lora")
-
-
-def _flag(default: Any, text: str, *acts_on: str, **more: Any) -> Any:
-    """A field with its line in ``--help``, and what it acts on, if not on all: ``PARTS`` that train, or ``FITTING``."""
-    metadata = {"help": text.replace("%", "%%"), **more}  # argparse reads a single % as a placeholder
-    return field(default=default, metadata=metadata | ({"acts_on": acts_on} if acts_on else {}))
+def _flag(default: Any, text: str, **more: Any) -> Any:
+    """A field with its line in ``--help``; argparse reads a single ``%`` as a placeholder."""
+    return field(default=default, metadata={"help": text.replace("%", "%%"), **more})
 
 
 def require(holds: object, flag: str, value: object, remedy: str) -> None:
@@ -91,9 +87,9 @@ class StageArguments:
 
     stage: str | None = _flag(None, f"One of {', '.join(STAGES)}; default dense, pretrain with tune_mm_mlp_adapter.")
     objective: str | None = _flag(
-        None, f"What is minimised: {', '.join(OBJECTIVES)}; default language_model, in RoE's stages roe.", *PARTS
+        None, f"What is minimised: {', '.join(OBJECTIVES)}; default language_model, in RoE's stages roe."
     )
-    backbone_lr: float | None = _flag(None, "Rate of all but adapters and routers.", *_DENSE_PARTS)
+    backbone_lr: float | None = _flag(None, "Rate of all but adapters and routers; default --learning_rate.")
 
     def __post_init__(self) -> None:
         is_known = self.objective is None or self.objective in OBJECTIVES
@@ -108,8 +104,8 @@ class RoutedArguments(StageArguments):
     max_skip_ratio: float = _flag(0.5, "Largest target that is trained and fitted for.")
     adapter_hidden_dim: int | None = _flag(None, f"Width of the adapters; default {DEFAULT_ADAPTER_WIDTH}.")
     freeze_adapters: bool = _flag(False, "Keep the adapters as they are.")
-    roe_lr: float = _flag(4e-4, "Learning rate of the adapters, and of linear routers.", "adapter", "router")
-    calibration_batch_size: int = _flag(32, "Samples per device in the passes that fit a router.", FITTING)
+    roe_lr: float = _flag(4e-4, "Learning rate of the adapters, and of linear routers.")
+    calibration_batch_size: int = _flag(32, "Samples per device in the passes that fit a router.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,16 +122,16 @@ class PlanArguments(RoutedArguments):
 
     router: str | None = _flag(None, f"What plans: {', '.join(plan_router_names())}; default the first.")
     rule_base: str | None = _flag(None, f"Shipped rule base by name, or a YAML file; default {DEFAULT_RULE_BASE}.")
-    skip_pattern: Literal["plan", "random"] = _flag("plan", "Skip as the router plans, or at random.", *PARTS)
-    dense_ratio: float = _flag(0.0, "Share of samples that skip nothing, in [0, 1].", *PARTS)
-    source_skip_ratios: str | None = _flag(None, "Mean targets of single sources, such as ocr_vqa=0.2,gqa=0.4.", *PARTS)
-    anneal_softness: float = _flag(0.0, "Softness that plans start with, 0 after 80 % of the steps.", *PARTS)
-    train_hard_skip: bool = _flag(False, "Leave skipped layers out in training, whole rows by their last turn.", *PARTS)
+    skip_pattern: Literal["plan", "random"] = _flag("plan", "Skip as the router plans, or at random.")
+    dense_ratio: float = _flag(0.0, "Share of samples that skip nothing, in [0, 1].")
+    source_skip_ratios: str | None = _flag(None, "Mean targets of single sources, such as ocr_vqa=0.2,gqa=0.4.")
+    anneal_softness: float = _flag(0.0, "Softness that plans start with, 0 after 80 % of the steps; 0.1 is soft.")
+    train_hard_skip: bool = _flag(False, "Leave skipped layers out in training, whole rows by their last turn.")
     refit_router: bool = _flag(True, "Fit the router again once the stage has trained.")
-    calibration_samples: int = _flag(1024, "Samples measured at each skip count.", FITTING)
-    order_samples: int = _flag(256, "Samples that the order of layers is searched on.", FITTING)
-    score_samples: int = _flag(4096, "Samples that score quantiles are taken from.", FITTING)
-    per_layer_tables: bool = _flag(False, "Fit a table of consequents per layer, one more pass each.", FITTING)
+    calibration_samples: int = _flag(1024, "Samples measured at each skip count.")
+    order_samples: int = _flag(256, "Samples that the order of layers is searched on.")
+    score_samples: int = _flag(4096, "Samples that score quantiles are taken from.")
+    per_layer_tables: bool = _flag(False, "Fit a table of consequents per layer; needs a pass more for each layer.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,9 +188,11 @@ class PlanArguments(RoutedArguments):
 class RoEArguments(RoutedArguments):
     """RoE's stages: roe_adapter, roe_router, roe_finetune."""
 
-    routing_summary: str | None = _flag(None, f"Read by the routers; default {DEFAULT_SUMMARY}.", choices=list(SOURCES))
+    routing_summary: str | None = _flag(
+        None, f"What the routers look at; default {DEFAULT_SUMMARY}.", choices=list(SOURCES)
+    )
     roe_compat: str | None = _flag(None, f"Layout and schedule; default {DEFAULT_COMPAT}.", choices=list(PRESETS))
-    router_lr: float | None = _flag(None, "Rate of the routers; default --roe_lr.", "router")
+    router_lr: float | None = _flag(None, "Rate of the routers; default --roe_lr.")
     skip_loss_weight: float = _flag(1.0, "Weight of RoE's hinge on the skip rate.")
     budget_samples: int = _flag(0, "Samples that a table of targets is measured on at the end; 0 for none.")
 
@@ -225,12 +223,12 @@ class LlavaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _flag(False, "Kept False: batches carry turn ids.")
     warmup_ratio: float = _flag(0.0, "Share of the steps that warm up, in [0, 1).")
     freeze_mm_mlp_adapter: bool = _flag(False, "Keep the projector as it is.")
-    mm_projector_lr: float | None = _flag(None, "Rate of the projector.", "projector")
+    mm_projector_lr: float | None = _flag(None, "Rate of the projector.")
     lora_enable: bool = _flag(False, "Train LoRA weights of the decoder, not itself.")
-    lora_r: int = _flag(64, "Rank of LoRA.", "lora")
-    lora_alpha: int = _flag(16, "LoRA is scaled by lora_alpha / lora_r.", "lora")
-    lora_dropout: float = _flag(0.05, "Dropout before LoRA, in [0, 1).", "lora")
-    bits: Literal[4, 8, 16] = _flag(FULL_BITS, "4 or 8 quantize the decoder below LoRA; 16 does not.", "lora")
+    lora_r: int = _flag(64, "Rank of LoRA.")
+    lora_alpha: int = _flag(16, "LoRA is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = _flag(0.05, "Dropout before LoRA, in [0, 1).")
+    bits: Literal[4, 8, 16] = _flag(FULL_BITS, "4 or 8 quantize the decoder below its LoRA weights; 16 does not.")
     double_quant: bool = _flag(True, "Quantize the scales of 4-bit weights as well.")
     quant_type: Literal["nf4", "fp4"] = _flag("nf4", "Form of 4-bit weights.")
     report_to: str = _flag("none", "none, tensorboard or wandb.")
@@ -293,13 +291,26 @@ class FixedFlags:
             require(value == item.default, item.name, value, f"is not available, {item.metadata['help']}")
 
 
+FITTING = "fitting"
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("skip_pattern", "dense_ratio", "source_skip_ratios", "objective"), PARTS),
+    **dict.fromkeys(("anneal_softness", "train_hard_skip"), PARTS),
+    "roe_lr": ("adapter", "router"),
+    "router_lr": ("router",),
+    "backbone_lr": ("vision_tower", "projector", "decoder", "lora"),
+    "mm_projector_lr": ("projector",),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "bits"), ("lora",)),
+    **dict.fromkeys(("calibration_samples", "order_samples", "score_samples", "per_layer_tables"), (FITTING,)),
+    "calibration_batch_size": (FITTING,),
+}
+"""Flag -> what it acts on: parts of which the stage must train one, or the fitting of a router at its end."""
+
+
 def takes(stage: Stage, flag: str) -> bool:
     """Whether the parser of a stage knows a flag, and the stage trains or fits what the flag acts on."""
-    item = _items(*_kinds(stage)).get(flag)
     acted_on = {*stage.trains, FITTING} if stage.calibrates else set(stage.trains)
-    if item is None:
-        return False
-    return not acted_on.isdisjoint(item.metadata["acts_on"]) if "acts_on" in item.metadata else True
+    return flag in _names(*_kinds(stage)) and (flag not in NEEDS or not acted_on.isdisjoint(NEEDS[flag]))
 
 
 class StageParser(HfArgumentParser):
@@ -321,10 +332,10 @@ class StageParser(HfArgumentParser):
         """Say of flags that the parser does not know which stages take the first one, or which it may have meant."""
         word, _, value = unknown[0].partition("=")
         value, flag = value or " ".join(unknown[1:2]), word.lstrip("-").replace("-", "_")
-        known = _items(*FAMILIES.values())
+        known = _names(*FAMILIES.values())
         if flag in known:
             raise StageInputError(_refusal(known[flag], value, self.stage))
-        close = difflib.get_close_matches(flag, [*known, *_items(*_kinds(self.stage))], 1)
+        close = difflib.get_close_matches(flag, [*known, *_names(*_kinds(self.stage))], 1)
         self.error(f"{word} {value} is no flag of training{f', did you mean --{close[0]}' if close else ''}")
 
 
@@ -364,7 +375,7 @@ def parse_arguments(words: list[str] | None = None) -> Arguments:
         for item in fields(group):
             value = getattr(group, item.name)
             if value != item.default and not takes(stage, item.name):
-                raise StageInputError(_refusal(item, value, stage))
+                raise StageInputError(_refusal(item.name, value, stage))
     make_objective(stage_args.objective or stage.objective, stage_args)  # which refuses flags that the family lacks
     # the regression is on the states of the dense model, so nothing else may move
     is_alone = stage_args.objective != "layer_regression" or stage.trains == ("adapter",)
@@ -406,17 +417,17 @@ def _kinds(stage: Stage) -> tuple[Any, ...]:
     return ModelArguments, DataArguments, FAMILIES[stage.routing], LlavaTrainingArguments, FixedFlags
 
 
-def _items(*kinds: Any) -> dict[str, Field]:
-    """Fields of dataclasses by their flags, aliases among them."""
+def _names(*kinds: Any) -> dict[str, str]:
+    """Flags of dataclasses with the names of their fields, which differ for aliases."""
     items = [item for kind in kinds for item in fields(kind)]
-    aliases = {alias.strip("-"): item for item in items for alias in item.metadata.get("aliases", ())}
-    return {item.name: item for item in items} | aliases
+    aliases = {alias.strip("-"): item.name for item in items for alias in item.metadata.get("aliases", ())}
+    return {item.name: item.name for item in items} | aliases
 
 
-def _refusal(item: Field, value: object, stage: Stage) -> str:
-    others = [name for name, other in STAGES.items() if takes(other, item.name) and name != stage.name]
+def _refusal(flag: str, value: object, stage: Stage) -> str:
+    others = [name for name, other in STAGES.items() if takes(other, flag) and name != stage.name]
     remedy = f", or use one of the stages {', '.join(others)}" if others else ""
     # no stage trains LoRA by itself; a flag makes one do so
-    if item.metadata.get("acts_on") == ("lora",) and "decoder" in STAGES[stage.name].trains:
+    if NEEDS.get(flag) == ("lora",) and "decoder" in STAGES[stage.name].trains:
         remedy = ", or add --lora_enable True"
-    return f"--{item.name} {value} was given, but finds nothing to act on in stage {stage}; leave it out{remedy}."
+    return f"--{flag} {value} was given, but finds nothing to act on in stage {stage}; leave it out{remedy}."
