@@ -22,7 +22,7 @@ from fuzzyroe.routers.oracle import LabelledBatch, search_plans
 from fuzzyroe.routing_state import RoutingState
 from llava.conversation import get_template
 from llava.data.dataset import SFTCollator, SFTDataset
-from llava.inference.generator import GenerationOptions, Generator, make_message
+from llava.inference.generator import GenerationOptions, Generator, Message, make_message
 from llava.model.builder import Checkpoint
 from llava.model.families import count_image_tokens, get_image_token_id
 from playground.compare.arms import MAX_LENGTH, TRAINED, Point
@@ -47,6 +47,11 @@ def load_questions(data: Path, limit: int | None = None) -> list[dict[str, Any]]
     records = [record for record in json.loads((data / "digits_test.json").read_text()) if record.get("image")]
     step = 1 if limit is None else max(1, len(records) // limit)
     return sorted(records[::step][:limit], key=lambda record: (len(doc_to_text(record, {})), record["id"]))
+
+
+def read_message(record: dict[str, Any], data: Path) -> Message:
+    """The question of a record of the digits dataset, with its image."""
+    return make_message(doc_to_text(record, {}), doc_to_visual(record, {"data_folder": data}))
 
 
 def choose_point(model: Any, point: Point) -> None:
@@ -81,7 +86,7 @@ def answer_questions(
     timed = set(starts[:: max(1, len(starts) // TIMED_BATCHES)])
     for start in starts:
         batch = questions[start : start + BATCH_SIZE]
-        messages = [make_message(doc_to_text(q, {}), doc_to_visual(q, {"data_folder": data})) for q in batch]
+        messages = [read_message(question, data) for question in batch]
         for point in (REFERENCE, *points) if start in timed else points:
             choose_point(checkpoint.model, None if point == REFERENCE else point)
             started = time.process_time()

@@ -47,51 +47,29 @@ MAIN_SHARE = 33
 
 @dataclass(frozen=True)
 class Training:
-    """One stage of an arm.
+    """One stage of an arm."""
 
-    Attributes:
-        stage: Name in ``STAGES``.
-        flags: Flags besides those that all stages share.
-        steps: Optimizer steps; 0 for a stage of forward passes.
-        data: Which part of the data it reads: router, adapter or finetune.
-    """
-
-    stage: str
-    flags: tuple[str, ...] = ()
-    steps: int = 0
-    data: str = ""
+    stage: str  # name in ``STAGES``
+    flags: tuple[str, ...] = ()  # besides those that all stages share
+    steps: int = 0  # optimizer steps; 0 for a stage of forward passes
+    data: str = ""  # part of the data that it reads: router, adapter or finetune
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared; it is trained once for each seed and target.
+    """What is compared; it is trained once for each seed and target."""
 
-    Attributes:
-        method: Its name in the files of its cells.
-        label: Its row in the tables.
-        stages: What is trained, in this order.
-        points: What it is asked for; of one trained for another target than the main one, only that target.
-        targets: Rates that it is trained for; (None,) if one training serves all.
-        table: Where the results page shows it: methods, cost or ablation.
-        start: Folder below the output that the first stage, or the evaluation, starts from; ``{}`` is the seed. Empty
-            for the base model.
-        policy: "own", or what takes the place of the trained router in the evaluation: "oracle".
-        file: Its cells' files, if they are not named after the method.
-        part_of: Method that an ablation is compared with.
-        style: Colour and mark in the figures.
-    """
-
-    method: str
-    label: str
-    stages: tuple[Training, ...]
-    points: tuple[Point, ...] = PLANNED
-    targets: tuple[float | None, ...] = (None,)
-    table: str = "methods"
-    start: str = ""
-    policy: str = "own"
-    file: str = ""
-    part_of: str = ""
-    style: tuple[str, str] = ("#1f2933", ".")
+    method: str  # its name in the files of its cells
+    label: str  # its row in the tables
+    stages: tuple[Training, ...]  # what is trained, in this order
+    points: tuple[Point, ...] = PLANNED  # what it is asked for; other targets than the main one: only that
+    targets: tuple[float | None, ...] = (None,)  # rates that it is trained for; (None,) if one training serves all
+    table: str = "methods"  # where the results page shows it: methods, cost or ablation
+    start: str = ""  # folder below the output that it starts from, ``{}`` is the seed; empty for the base model
+    policy: str = "own"  # or what takes the place of the trained router in the evaluation: "oracle"
+    file: str = ""  # its cells' files, if they are not named after the method
+    part_of: str = ""  # method that an ablation is compared with
+    style: tuple[str, str] = ("#1f2933", ".")  # colour and mark in the figures
 
     @property
     def has_trained_point(self) -> bool:

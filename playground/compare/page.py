@@ -52,13 +52,8 @@ def write_page(cells: Cells, reading: str = "") -> str:
     """
     runs = make_runs(cells)
     about, _, text = reading.partition("\n")
-    environment = Environment(
-        loader=PackageLoader("playground.compare", "."),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+    style = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "autoescape": False}
+    environment = Environment(loader=PackageLoader("playground.compare", "."), **style)
     environment.filters |= {"accuracy": accuracy, "percent": percent, "at": at, "mean": lambda v: f"{v.mean():,.0f}"}
     environment.filters["points"] = lambda found: str(found).replace(" ", " points ", 1)
     page = environment.get_template("results.md.jinja").render(
@@ -135,12 +130,5 @@ def tables(runs: pd.DataFrame) -> dict[str, Any]:
         if len(own.index.intersection(whole.index)):
             against = difference(own.correct, whole.correct) if arm.part_of else ""
             ablations.append((arm.label, pick(runs, arm.method, TRAINED), own, against))
-    reached = [roe.rate for roe in trained]
-    return {
-        "methods": methods,
-        "reached": reached,
-        "equal": equal,
-        "costs": costs,
-        "shares": shares,
-        "ablations": ablations,
-    }
+    found = {"methods": methods, "equal": equal, "costs": costs, "shares": shares, "ablations": ablations}
+    return {**found, "reached": [roe.rate for roe in trained]}

@@ -133,14 +133,8 @@ def pick(runs: pd.DataFrame, method: str, point: Point, target: float | None = M
 def at_rates(runs: pd.DataFrame, method: str, rates: pd.Series, target: float | None = MAIN_TARGET) -> pd.DataFrame:
     """A method at observed skip rates: each seed interpolated, question by question, between its two nearest points.
 
-    Args:
-        runs: See ``make_runs``.
-        method: The method; beyond its lowest and highest rate these are taken.
-        rates: Skip rate for each seed.
-        target: See ``of``.
-
-    Returns:
-        Columns ``rate``, ``correct``, ``agreement``, ``time`` and ``dense``, one row for each seed that was run.
+    Beyond its lowest and highest rate these are taken. Gives ``rate``, ``correct`` and ``dense`` for each seed that has
+    a rate and was run.
     """
     rows = {}
     for seed, own in of(runs, method, target).groupby("seed"):
@@ -151,11 +145,8 @@ def at_rates(runs: pd.DataFrame, method: str, rates: pd.Series, target: float | 
         low, high = own.iloc[max(above - 1, 0)], own.iloc[above]
         gap = high.rate - low.rate
         share = 1.0 if gap <= 0 else float(np.clip((rates[seed] - low.rate) / gap, 0, 1))
-        mixed = {
-            name: (1 - share) * low[name] + share * high[name] for name in ("rate", "correct", "agreement", "time")
-        }
-        rows[seed] = {**mixed, "dense": low.dense}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["rate", "correct", "agreement", "time", "dense"])
+        rows[seed] = [(1 - share) * low[name] + share * high[name] for name in ("rate", "correct")] + [low.dense]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["rate", "correct", "dense"])
 
 
 def difference(first: pd.Series, second: pd.Series) -> Interval | None:

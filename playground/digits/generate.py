@@ -30,14 +30,10 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the content of a dataset.
+    """All that decides the content of a dataset: the seed of everything, and the canvases of each split.
 
-    Attributes:
-        seed: Seed of everything.
-        train: Number of training canvases; a ninth as many records without image come on top (one record in ten).
-        validation: Number of validation canvases; a ninth as many records without image come on top.
-        test: Number of test canvases, a multiple of the number of image question types; one type's worth of records
-            without image comes on top.
+    A ninth as many records without image come on top (one record in ten). Test canvases are a multiple of the image
+    question types; one type's worth of records without image comes on top.
     """
 
     seed: int = 0

@@ -24,11 +24,7 @@ _ALPHABET = [chr(code) for code in range(0x21, 0x7F)] + ["\n", _SPACE]
 
 
 def conversation_texts(records: list[dict]) -> Iterator[str]:
-    """Give the text of each turn between special tokens, as the conversation template writes it.
-
-    Args:
-        records: Records of the LLaVA format.
-    """
+    """Give the text of each turn between special tokens, as the conversation template writes it."""
     for record in records:
         messages = [message["value"] for message in record["conversations"]]
         for question, answer in zip(messages[::2], messages[1::2], strict=True):
@@ -36,14 +32,11 @@ def conversation_texts(records: list[dict]) -> Iterator[str]:
 
 
 def train_tokenizer(records: list[dict], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """Train the tokenizer.
+    """Train a tokenizer on LLaVA records; it puts ``<s>`` before a text, and its ``image_token`` is ``<image>``.
 
     Args:
-        records: Records of the LLaVA format.
+        records: The records.
         vocabulary_size: Number of tokens, special ones and alphabet included.
-
-    Returns:
-        A tokenizer that puts ``<s>`` before a text, with ``image_token`` set to ``<image>``.
 
     Raises:
         ValueError: If the vocabulary has no room for the alphabet.
@@ -55,14 +48,9 @@ def train_tokenizer(records: list[dict], vocabulary_size: int = VOCABULARY_SIZE)
             f"give {VOCABULARY_SIZE}, or at least {smallest}."
         )
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[0], fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(prepend_scheme="first"),
-            # Line feeds and punctuation stand alone: a word is the same token before a comma as before a space.
-            pre_tokenizers.Split("\n", behavior="isolated"),
-            pre_tokenizers.Punctuation(behavior="isolated"),
-        ]
-    )
+    # Line feeds and punctuation stand alone: a word is the same token before a comma as before a space.
+    alone = pre_tokenizers.Split("\n", behavior="isolated"), pre_tokenizers.Punctuation(behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), *alone])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,

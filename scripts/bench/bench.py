@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -104,20 +105,21 @@ class Clock:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.is_cuda = torch.device(device).type == "cuda"
 
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """Run and time."""
-        return self.run(call)[1]
+    def read(self) -> float:
+        """Seconds since some moment."""
+        if not self.is_cuda:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        """Result and seconds."""
-        read = time.perf_counter if self.is_cuda else time.process_time
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        started = read()
-        result = call()
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        return result, read() - started
+        """Result and seconds of a call."""
+        started = self.read()
+        return call(), self.read() - started
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Seconds of a call."""
+        return self.run(call)[1]
 
 
 def take_turns(
@@ -125,11 +127,7 @@ def take_turns(
 ) -> dict[Any, list[float]]:
     """Seconds of each call, ``repeats`` of them, one after the other in every round; even rounds go backwards.
 
-    Args:
-        clock: What times them.
-        repeats: Rounds.
-        calls: Calls by name.
-        warm_up: Whether a round that is not timed comes first.
+    With ``warm_up`` a round that is not timed comes first.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values() if warm_up else ():
@@ -175,9 +173,8 @@ def conditions(device: str = "cpu", what: str = "CPU time of one thread") -> str
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name()}; {versions}; wall time between synchronisations"
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    processor = models[0] if models else platform.processor() or "unknown CPU"
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    processor = named[1] if named else platform.processor() or "unknown CPU"
     return f"{processor}, one of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {versions}; {what}"
 
 

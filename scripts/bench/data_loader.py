@@ -105,12 +105,10 @@ def make_tokenizer(size: int = 32_000) -> PreTrainedTokenizerFast:
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = ["<unk>", "<s>", "</s>", "<pad>", *map(chr, range(0x20, 0x7F)), "\n", "▁"]
     merges: list[tuple[str, str]] = []
-    for length in (2, 3, 4):
-        for parts in itertools.product(*[letters] * length):
-            word = "".join(parts)
-            if len(vocabulary) < size:
-                merges.append((word[:-1], word[-1]))
-                vocabulary.append(word)
+    words = map("".join, itertools.chain(*(itertools.product(*[letters] * length) for length in (2, 3, 4))))
+    for word in itertools.islice(words, size - len(vocabulary)):
+        merges.append((word[:-1], word[-1]))
+        vocabulary.append(word)
     backend = Tokenizer(models.BPE({token: n for n, token in enumerate(vocabulary)}, merges, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -127,14 +125,8 @@ def total_pss() -> float:
 def run_loader(dataset: Dataset, method: str, num_workers: int, num_samples: int) -> tuple[float, float]:
     """Read samples in random order; most memory seen in MB, and samples per second once the first batch is there."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:num_samples].tolist()
-    loader = DataLoader(
-        dataset,
-        batch_size=8,
-        sampler=order,
-        num_workers=num_workers,
-        multiprocessing_context=method,
-        collate_fn=SFTCollator(3),
-    )
+    workers = {"num_workers": num_workers, "multiprocessing_context": method}
+    loader = DataLoader(dataset, batch_size=8, sampler=order, collate_fn=SFTCollator(3), **workers)
     most, batches = 0.0, iter(loader)
     next(batches)
     started = time.perf_counter()

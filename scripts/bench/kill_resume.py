@@ -20,9 +20,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -42,15 +41,8 @@ KINDS = ("half", "save", "time")
 """When a run is killed: half of its steps are saved, a step is being saved, some time has gone by."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A run that is killed.
-
-    Attributes:
-        stage: Name in ``STAGES``.
-        start: Case whose undisturbed output it starts from; None for the dense checkpoint.
-        leaves_out: Whether it leaves skipped layers out in training.
-    """
+class Case(NamedTuple):
+    """A run that is killed: a stage, the case whose output it starts from, and whether it leaves skipped layers out."""
 
     stage: str
     start: str | None = None
@@ -111,11 +103,9 @@ def build_plan(tiny: Tiny, folder: Path, names: tuple[str, ...], kills: int, see
             "calibration_samples": 16,
             "score_samples": 16,
         }
-        if case.start is not None:
-            more["adapter_hidden_dim"] = None  # it has adapters
+        more |= {"adapter_hidden_dim": None} if case.start else {}  # it has adapters
         more = {flag: value for flag, value in more.items() if takes(stage, flag)}
-        if case.leaves_out:
-            more["train_hard_skip"] = True
+        more |= {"train_hard_skip": True} if case.leaves_out else {}
         start = folder / f"{case.start}.whole" if case.start else tiny.base
         # one kill: another kind for each case; several: first at half of the steps, then into saves and between them
         kinds = [KINDS[number % 3]] if kills == 1 else ["half", *(KINDS[1 + kill % 2] for kill in range(kills - 1))]

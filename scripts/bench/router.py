@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fuzzyroe.calibrate import Measurements
 from fuzzyroe.features import FEATURES
@@ -90,11 +92,10 @@ def interpolate_nearest_two(point: Sequence[float], rules: PublishedRules) -> fl
 
 def published_loop(points: Sequence[Sequence[float]], rules: PublishedRules) -> list[float]:
     """Score elements as published: one by one, box by box, else by the two nearest centres."""
-    scores = []
-    for point in points:
-        matched = match_box(point, rules)
-        scores.append(interpolate_nearest_two(point, rules) if matched is None else matched)
-    return scores
+    matched = [match_box(point, rules) for point in points]
+    return [
+        interpolate_nearest_two(p, rules) if score is None else score for p, score in zip(points, matched, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -133,9 +134,6 @@ def time_decisions(repeats: int) -> list[Line]:
 @torch.no_grad()
 def time_planning(repeats: int) -> list[Line]:
     """Features and decisions of one prompt beside the decoder layers that they decide about."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
     router = calibrated_router()
     states = torch.randn(1, TOKENS, WIDTH)
     image = (torch.arange(TOKENS) < 576).unsqueeze(0)
@@ -221,10 +219,7 @@ def draw_structured(rng: np.random.Generator) -> np.ndarray:
 
 def draw_unstructured(rng: np.random.Generator) -> np.ndarray:
     """A monotone table, (3, 3, 3): uniform numbers, sorted along every axis."""
-    table = rng.random((3, 3, 3))
-    for axis in range(3):
-        table = np.sort(table, axis=axis)
-    return table
+    return np.sort(np.sort(np.sort(rng.random((3, 3, 3)), axis=0), axis=1), axis=2)
 
 
 def complete(draw: Callable[[np.random.Generator], np.ndarray], draws: int) -> tuple[float, int]:
@@ -267,9 +262,8 @@ def main() -> None:
     arguments = make_parser(__doc__, "fewer repeats").parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    report(
-        arguments, measure(arguments.quick), conditions(what=f"numpy {np.__version__}, float32, CPU time of one thread")
-    )
+    stated = conditions(what=f"numpy {np.__version__}, float32, CPU time of one thread")
+    report(arguments, measure(arguments.quick), stated)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,37 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, distributed
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from fuzzyroe.routers import FuzzyRouter
+from fuzzyroe.routing_state import RoutingState
+from fuzzyroe.rules import load_rule_base
+from launching import ROOT, launch_environment
+from llava.model.builder import load_checkpoint
+from llava.model.families import get_image_token_id
+from llava.model.llava_llama import attach_routing
+from llava.train.arguments import LlavaTrainingArguments
+from llava.train.parameters import freeze_all_but
+from llava.train.stages import PARTS, STAGES
+from llava.train.trainer import LlavaTrainer
+from llava.train.zero3 import init_communication, prepare_model
+from playground.digits.base_model import build_config
 from scripts.bench.bench import Line, conditions, make_parser, report
 
-ROOT = Path(__file__).resolve().parents[2]
 MODES = ("dense", "soft", "hard")
 BARS = {"soft": 1.15, "hard": 0.85}
 SKIP_RATE = 0.3
@@ -37,15 +54,14 @@ ADAPTER_SHARE = 8
 """Hidden size over adapter width: less than the 4 of LLaVA-1.5-7B with RoE's adapters, which cost 3 % of a layer."""
 
 ALLOCATION = {
-    "MALLOC_MMAP_THRESHOLD_": 2**30,
-    "MALLOC_TRIM_THRESHOLD_": 2**34,
-    "MALLOC_TOP_PAD_": 2**26,
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
 }
-"""As scripts/v1_5/stage.sh has it: glibc otherwise gives large activations back and has their pages cleared again."""
+"""As scripts/v1_5/launch.sh has it: glibc otherwise gives large activations back and has their pages cleared again."""
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What is timed: layers of a width, samples per rank, positions per sample, steps per mode."""
 
     layers: int
@@ -60,36 +76,27 @@ QUICK = Shape(layers=6, width=512, samples=4, positions=256, steps=3)
 
 
 def main() -> None:
-    """Launch the ranks, print, check."""
-    arguments = make_parser(__doc__, "6 layers and fewer steps").parse_args()
+    """Launch the ranks, print, check; or be a rank."""
+    parser = make_parser(__doc__, "6 layers and fewer steps")
+    parser.add_argument("--rank-of", help="folder of the checkpoint; given to the ranks, which time its training")
+    arguments = parser.parse_args()
     shape = QUICK if arguments.quick else FULL
+    if arguments.rank_of:
+        return run_rank(shape, arguments.rank_of)
     stated = (
         f"{shape.layers} layers of width {shape.width}, {shape.samples} x {shape.positions} tokens per rank, float32, "
         f"ZeRO-3 on two CPU ranks, one thread each, {shape.steps} steps per mode in turns"
     )
-    report(arguments, compare(launch(shape)), conditions(what=stated), lambda lines: {"shape": asdict(shape)})
+    report(arguments, compare(launch(shape)), conditions(what=stated), lambda lines: {"shape": shape._asdict()})
 
 
 def launch(shape: Shape) -> dict[str, Any]:
     """Write a random checkpoint, run this file on two ranks and give what rank 0 measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(shape, folder)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command += ["--master_port", str(port), __file__]
-        environment = {
-            **os.environ,
-            **{name: str(value) for name, value in ALLOCATION.items()},
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "BENCH_SHAPE": json.dumps(asdict(shape)),
-            "BENCH_FOLDER": folder,
-        }
-        # DeepSpeed builds an operator on first use and calls ninja, which lies beside Python
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+        command += ["--rank-of", folder, *(["--quick"] if shape == QUICK else [])]
+        environment = {**os.environ, **launch_environment(), **ALLOCATION}
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     lines = [line for line in finished.stdout.splitlines() if line.startswith('{"skip_rate"')]
     if finished.returncode or not lines:
@@ -99,11 +106,6 @@ def launch(shape: Shape) -> dict[str, Any]:
 
 def write_checkpoint(shape: Shape, folder: str) -> None:
     """A LLaVA checkpoint with random weights, around the tokenizer of the playground's base model."""
-    import torch
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
-
-    from playground.digits.base_model import build_config
-
     base = ROOT / "playground" / "digits" / "base"
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = build_config(tokenizer, shape.width, shape.layers)
@@ -117,12 +119,6 @@ def write_checkpoint(shape: Shape, folder: str) -> None:
 
 def run_rank(shape: Shape, folder: str) -> None:
     """Time all modes; what every rank runs."""
-    import torch
-    from torch import distributed
-
-    from llava.train.arguments import LlavaTrainingArguments
-    from llava.train.zero3 import init_communication
-
     args = LlavaTrainingArguments(
         output_dir=f"{folder}/output",
         deepspeed=str(ROOT / "scripts" / "zero3.json"),
@@ -133,9 +129,8 @@ def run_rank(shape: Shape, folder: str) -> None:
     init_communication()
     rank = distributed.get_rank()
     batch, keep = random_batch(shape, rank), nested_plans(shape, rank)
-    trainers = {mode: build_trainer(args, folder, shape, mode, batch, keep) for mode in MODES}
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    busy: dict[str, list[float]] = {mode: [] for mode in MODES}
+    trainers = {mode: build_trainer(args, folder, shape, mode, keep) for mode in MODES}
+    times: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in MODES} for name in ("seconds", "busy")}
     for step in range(shape.steps + 1):
         for mode, (trainer, engine) in trainers.items():
             distributed.barrier()
@@ -146,38 +141,27 @@ def run_rank(shape: Shape, folder: str) -> None:
             elapsed = torch.tensor([time.perf_counter() - started, time.process_time() - started_busy])
             distributed.all_reduce(elapsed, distributed.ReduceOp.MAX)
             if step:  # the first step allocates
-                seconds[mode].append(float(elapsed[0]))
-                busy[mode].append(float(elapsed[1]))
+                for name, taken in zip(times, elapsed.tolist(), strict=True):
+                    times[name][mode].append(taken)
     skip = 1 - keep.mean()
     distributed.all_reduce(skip)
     if rank == 0:
-        print(json.dumps({"skip_rate": float(skip) / 2, "seconds": seconds, "busy": busy}), flush=True)
+        print(json.dumps({"skip_rate": float(skip) / 2, **times}), flush=True)
 
 
-def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep):
+def build_trainer(args: Any, folder: str, shape: Shape, mode: str, keep: Tensor) -> tuple[LlavaTrainer, Any]:
     """The trainer of a stage with its engine, made as ``llava.train.stage`` makes them; routed modes carry adapters."""
-    from accelerate.state import AcceleratorState
-
-    from fuzzyroe.routers import FuzzyRouter
-    from fuzzyroe.rules import load_rule_base
-    from llava.model.builder import load_checkpoint
-    from llava.model.families import get_image_token_id
-    from llava.model.llava_llama import attach_routing
-    from llava.train.parameters import freeze_all_but
-    from llava.train.stages import PARTS, STAGES
-    from llava.train.trainer import LlavaTrainer
-    from llava.train.zero3 import prepare_model
-
-    stage = STAGES["dense" if mode == "dense" else "finetune"]
+    stage, policy = STAGES["dense" if mode == "dense" else "finetune"], None
     model = load_checkpoint(folder).model
     if mode != "dense":
         attach_routing(model, FuzzyRouter(load_rule_base("default"), shape.layers), shape.width // ADAPTER_SHARE)
+        policy = force_plans(mode, get_image_token_id(model.config), keep)
     prepare_model(model, mode == "hard", uses_deepspeed=True)
     freeze_all_but(model, stage)
     AcceleratorState._reset_state()  # it otherwise refuses a second trainer with DeepSpeed in one process
     trainer = LlavaTrainer(
         learning_rates=dict.fromkeys(PARTS, 1e-4),
-        routing_policy=None if mode == "dense" else ForcedPlans(mode, get_image_token_id(model.config), keep),
+        routing_policy=policy,
         model=model,
         args=args,
         train_dataset=[{}] * 1024,  # steps are taken by hand, on one batch
@@ -186,24 +170,13 @@ def build_trainer(args, folder: str, shape: Shape, mode: str, batch: dict, keep)
     return trainer, trainer._prepare_for_training(args.max_steps, trainer.get_train_dataloader(), None)[0]
 
 
-@dataclass(frozen=True)
-class ForcedPlans:
-    """Routing states whose plans are given: ``keep``, (B, L)."""
-
-    mode: str
-    image_token_id: int
-    keep: object
-
-    def __call__(self, inputs: dict, step: int = 0, num_steps: int = 1):
-        from fuzzyroe.routing_state import RoutingState
-
-        return RoutingState.from_batch(inputs, self.image_token_id, self.mode).forced(self.keep)
+def force_plans(mode: str, image_token_id: int, keep: Tensor) -> Callable[..., RoutingState]:
+    """A policy whose plans are given, (B, L)."""
+    return lambda inputs, step=0, num_steps=1: RoutingState.from_batch(inputs, image_token_id, mode).forced(keep)
 
 
-def random_batch(shape: Shape, rank: int) -> dict:
+def random_batch(shape: Shape, rank: int) -> dict[str, Tensor]:
     """Text-only samples of one turn each, the second half of it learned."""
-    import torch
-
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(8, 40, (shape.samples, shape.positions), generator=generator)
     labels = ids.clone()
@@ -212,13 +185,11 @@ def random_batch(shape: Shape, rank: int) -> dict:
     return {"input_ids": ids, "labels": labels, "turn_ids": ones, "attention_mask": ones}
 
 
-def nested_plans(shape: Shape, rank: int):
+def nested_plans(shape: Shape, rank: int) -> Tensor:
     """Keep weights (B, L) of 0 and 1: samples skip 0.1, 0.2, 0.4 and 0.5 of the layers, on rank 1 other layers.
 
     Their mean is ``SKIP_RATE`` where the layers can be divided so.
     """
-    import torch
-
     rates = [SKIP_RATE + offset for offset in (-0.2, -0.1, 0.1, 0.2)]
     keep = torch.ones(shape.samples, shape.layers)
     skippable = list(range(1, shape.layers))
@@ -243,7 +214,4 @@ def compare(measured: dict[str, Any]) -> list[Line]:
 
 
 if __name__ == "__main__":
-    if "BENCH_SHAPE" in os.environ:
-        run_rank(Shape(**json.loads(os.environ["BENCH_SHAPE"])), os.environ["BENCH_FOLDER"])
-    else:
-        main()
+    main()

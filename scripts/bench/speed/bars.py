@@ -7,6 +7,7 @@ is that of one turn. On a GPU decoding has no bar: without CUDA graphs it is bou
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -60,21 +61,18 @@ QUICK = Effort(length=160, prefills=5, alone=1, blocks=5, steps=4, queue=16, sla
 
 
 class Pass(NamedTuple):
-    """One kind of pass: what it is called, its batch, whether all rows have the mean plan, and its bar."""
+    """One kind of pass: what it is called, its batch, and bars by the plans of its rows: their own, or all the mean."""
 
     name: str
-    is_prefill: bool
     batch: int
-    has_equal_plans: bool
-    bar: float | None
+    bars: dict[str, float | None]
 
 
 PASSES = (
-    Pass("prefill, batch 1", True, 1, False, 0.93),
-    Pass("decode, batch 1", False, 1, False, 0.93),
-    Pass(f"prefill, batch {BATCH}", True, BATCH, False, 0.93),
-    Pass(f"decode, batch {BATCH}, equal plans", False, BATCH, True, 0.90),
-    Pass(f"decode, batch {BATCH}, mixed plans", False, BATCH, False, None),
+    Pass("prefill", 1, {"": 0.93}),
+    Pass("decode", 1, {"": 0.93}),
+    Pass("prefill", BATCH, {"": 0.93}),
+    Pass("decode", BATCH, {", equal plans": 0.90, ", mixed plans": None}),
 )
 
 
@@ -90,26 +88,29 @@ def measure_bars(bench: Bench, effort: Effort, skip_rates: Sequence[float]) -> I
 def measure_pass(bench: Bench, effort: Effort, skip_rates: Sequence[float], kind: Pass) -> Iterator[Line]:
     """A routed pass against its ideal and the dense model; at batch 1 every plan in its turn."""
     skips = {rate: spread_skips(bench.shape.layers, rate) for rate in skip_rates}
-    adapter = bench.adapter_seconds(kind.batch, effort.length if kind.is_prefill else 1)
-    turns = effort.alone if kind.is_prefill else 2 * effort.alone
-    if kind.batch > 1:
-        turns = effort.prefills if kind.is_prefill else effort.blocks
+    is_prefill, is_alone = kind.name == "prefill", kind.batch == 1
+    adapter = bench.adapter_seconds(kind.batch, effort.length if is_prefill else 1)
+    turns = effort.prefills if is_prefill else effort.blocks
+    if is_alone:
+        turns = effort.alone if is_prefill else 2 * effort.alone
     seconds: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
-    for level in range(NUM_LEVELS if kind.batch == 1 else 1):
+    for level in range(NUM_LEVELS if is_alone else 1):
         forms: dict[tuple[str, float], Form] = {("dense", 0): bench.whole()}
         removed: Counter[tuple[str, float]] = Counter()
         for rate, levels in skips.items():
-            rows = levels[level : level + 1] if kind.batch == 1 else levels
-            forms["routed", rate] = bench.skipping(*([_mean(rows)] * len(rows) if kind.has_equal_plans else rows))
-            removed["ideal", rate] = _mean(rows)
-            forms["ideal", rate] = bench.ideal(_mean(rows))
-        timed = _prefills if kind.is_prefill else _decodes
+            rows = levels[level : level + 1] if is_alone else levels
+            mean = removed["ideal", rate] = _mean(rows)
+            forms["ideal", rate] = bench.ideal(mean)
+            for plans in kind.bars:
+                forms[plans, rate] = bench.skipping(*([mean] * len(rows) if plans == ", equal plans" else rows))
+        timed = _prefills if is_prefill else _decodes
         for form, values in timed(bench, forms, kind.batch, effort, turns).items():
             seconds[form] += [value + removed[form] * adapter for value in values]
     dense = seconds["dense", 0]
-    for rate in skip_rates:
-        what, routed, ideal = f"skip {rate:.0%}, {kind.name}", seconds["routed", rate], seconds["ideal", rate]
-        bar = _bar(bench, effort, kind.bar, kind.is_prefill)
+    for rate, plans in itertools.product(skip_rates, kind.bars):
+        what = f"skip {rate:.0%}, {kind.name}, batch {kind.batch}{plans}"
+        routed, ideal = seconds[plans, rate], seconds["ideal", rate]
+        bar = _bar(bench, effort, kind.bars[plans], is_prefill)
         yield Line.ratio(f"{what}: ideal over routed", ideal, routed, at_least=bar)
         yield Line.ratio(f"{what}: routed of dense", routed, dense)
         yield Line.ratio(f"{what}: ideal of dense", ideal, dense)

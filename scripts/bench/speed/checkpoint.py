@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from pathlib import Path
@@ -13,10 +14,9 @@ from fuzzyroe import set_skip_rate
 from fuzzyroe.attach import find_decoder_layers
 from fuzzyroe.cache import kept_layers
 from llava.conversation import get_template
-from llava.data.images import open_rgb, resolve_image
-from llava.data.records import RecordFile
-from llava.inference.generator import Generator, make_message
+from llava.inference.generator import Generator
 from llava.model.builder import load_checkpoint
+from playground.compare.answers import read_message
 from scripts.bench.bench import Clock, Line, take_turns
 from scripts.bench.speed.decoders import shorten
 
@@ -32,12 +32,9 @@ def load_prompts(generator: Generator, data: Path, number: int, with_image: bool
         number: Prompts to draw.
         with_image: Draw from questions about images only.
     """
-    records = [record for record in RecordFile(data / "digits_test.json") if record.images or not with_image]
-    prompts = []
-    for record in random.Random(0).sample(records, number):
-        images = [open_rgb(resolve_image(data / "images", name)) for name in record.images]
-        prompts.append(generator.encode([make_message(record.turns[0].question, images)]))
-    return prompts
+    records = json.loads((data / "digits_test.json").read_text())
+    drawn = random.Random(0).sample([record for record in records if record.get("image") or not with_image], number)
+    return [generator.encode([read_message(record, data)]) for record in drawn]
 
 
 def measure_checkpoint(model: str, data: Path, template: str, skip_rate: float, quick: bool) -> list[Line]:

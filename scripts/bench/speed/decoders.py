@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def spread_skips(num_layers: int, skip_rate: float, count: int = NUM_LEVELS) -> 
     return [round(level) for level in np.linspace(low, 2 * mean - low, count)]
 
 
-def nested_plans(num_layers: int, skips: list[int]) -> Tensor:
+def nested_plans(num_layers: int, skips: Sequence[int]) -> Tensor:
     """Plans that skip the first layers of one order, which leaves the first layer to the end, (n, L) bool."""
     order = [*range(1, num_layers, 2), *range(2, num_layers, 2), 0]
     positions = torch.empty(num_layers, dtype=torch.long)
@@ -101,19 +101,14 @@ def nested_plans(num_layers: int, skips: list[int]) -> Tensor:
 class Replayed(Router):
     """Asks another router as ever, then plans what it is told: the policy's cost with plans that are the bench's.
 
-    Attributes:
-        plans: Keep weights to plan, (B, L); the caller sets them for each batch.
-        calls: How often it was asked.
+    The caller sets ``plans``, keep weights (B, L), for each batch; ``calls`` counts how often it was asked.
     """
 
     def __init__(self, router: Router, num_layers: int) -> None:
         super().__init__()
-        self.router = router
-        self.layers = getattr(router, "layers", nn.ModuleList())
-        self.decides_layer_wise = router.decides_layer_wise
-        self.num_layers = num_layers
-        self.plans = torch.ones(1, num_layers)
-        self.calls = 0
+        self.router, self.layers = router, getattr(router, "layers", nn.ModuleList())
+        self.decides_layer_wise, self.num_layers = router.decides_layer_wise, num_layers
+        self.plans, self.calls = torch.ones(1, num_layers), 0
 
     @property
     def skip_rate(self) -> float:
@@ -147,14 +142,7 @@ class Form:
 
 
 class Bench:
-    """A routed decoder of random weights, adapters included, and its dense copies.
-
-    Args:
-        shape: Shape of the decoder.
-        policy: The router whose cost routed prefills bear.
-        dtype: Of the weights.
-        device: "cpu" or a CUDA device.
-    """
+    """A routed decoder of random weights, and its dense copies; routed prefills bear the cost of a policy."""
 
     def __init__(self, shape: Shape, policy: Router, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.shape, self.device, self.dtype, self.clock = shape, device, dtype, Clock(device)
@@ -182,8 +170,8 @@ class Bench:
         return Form(self.routed, plans)
 
     def skipping(self, *skips: int) -> Form:
-        """The routed model with nested plans that skip some layers, a row each."""
-        return self.planned(nested_plans(self.shape.layers, list(skips)))
+        """The routed model with nested plans that skip so many layers, a row each."""
+        return self.planned(nested_plans(self.shape.layers, skips))
 
     @torch.inference_mode()
     def prefill(self, form: Form, batch: int, length: int) -> DynamicCache:

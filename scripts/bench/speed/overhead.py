@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fuzzyroe.routers import (
-    FuzzyRouter,
-    KeepAllRouter,
-    LinearRouter,
-    OracleRouter,
-    RandomRouter,
-    Router,
-    StaticRouter,
-)
+from fuzzyroe.routers import FuzzyRouter, KeepAllRouter, LinearRouter, OracleRouter, RandomRouter, Router, StaticRouter
 from fuzzyroe.routers.roe.training import PUBLISHED
 from fuzzyroe.rules import load_rule_base
 from llava.model.llava_llama import LlavaLlamaForCausalLM, attach_routing
@@ -34,11 +26,11 @@ IMAGE_TOKEN, NUM_TEXT, KEPT = 3, 64, 192
 
 def policies(num_layers: int, width: int) -> dict[str, Router]:
     """A router of each policy, untrained: what it costs does not depend on what it has learnt."""
-    oracle = OracleRouter(1000, num_layers // 2, num_layers)
+    oracle, base = OracleRouter(1000, num_layers // 2, num_layers), load_rule_base("default")
     oracle.known.copy_(torch.arange(1000))
     oracle.losses.copy_(torch.arange(num_layers // 2 + 1).float().expand(1000, -1))
     return {
-        "fuzzy": FuzzyRouter(load_rule_base("default"), num_layers),
+        "fuzzy": FuzzyRouter(base, num_layers),
         "linear, routing tokens": LinearRouter(num_layers, width, "tokens"),
         "linear, routing tokens as published": LinearRouter(num_layers, width, "tokens", PUBLISHED),
         "linear, pooled": LinearRouter(num_layers, width, "pooled"),
@@ -134,14 +126,8 @@ def forward_overhead(bench: Bench, length: int) -> list[Line]:
 def skip_times_prune(shape: Shape, num_text: int = NUM_TEXT, repeats: int = 5, device: str = "cpu") -> list[Line]:
     """Prefill at batch 1 with all 576 or 192 image tokens, dense or with half the layers skipped, of the first."""
     # a small tower of LLaVA-1.5's resolution, so that the decoder is what matters
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, image_size=336, patch_size=14)
     config = LlavaConfig(
         vision_config=vision, text_config=shape.config(), image_token_id=IMAGE_TOKEN, image_seq_length=576
     )
