@@ -14,20 +14,15 @@ NEAR_ROE, NEAR_DENSE = -0.01, -0.02
 
 
 class Hypothesis(NamedTuple):
-    """One line of the verdicts.
+    """One line of the verdicts: two arms that are compared."""
 
-    Attributes:
-        title: What is claimed.
-        method, other: Arms that are compared.
-        point: At which skip rate, see ``summary.compare``.
-        at_least: Bar of the difference; None for a question, answered by whether the interval holds 0.
-    """
-
-    title: str
+    title: str  # what is claimed
     method: str
     other: str
-    point: Point
-    at_least: float | None = None
+    point: Point  # at which skip rate, see ``summary.compare``
+    at_least: float | None = (
+        None  # bar of the difference; None for a question, answered by whether the interval holds 0
+    )
 
 
 AT_30 = "30 % of the layers skipped"

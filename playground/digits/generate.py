@@ -1,4 +1,4 @@
-"""Generate the digits dataset: images, LLaVA records, and a manifest of hashes.
+"""Generate the digits dataset: images, LLaVA records for supervised finetuning, and a manifest of hashes.
 
     python -m playground.digits.generate --output playground/data/digits --train 12000
 
@@ -8,24 +8,26 @@ The same arguments give the same JSON bytes and the same pixels, whatever the nu
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from playground.digits.questions import IMAGE_QUESTIONS
-from playground.digits.records import draw_evaluation_records, draw_training_records
-from playground.digits.scans import FOLDERS, SPLITS, Canvas, hash_split, render_canvas, split_scans
+from playground.digits.questions import IMAGE_QUESTIONS, TEXT_QUESTIONS, QuestionAndAnswer, QuestionType
+from playground.digits.scans import FOLDERS, SPLITS, Canvas, draw_canvas, hash_split, render_canvas, split_scans
 
 FORMAT_VERSION = 1
-_CHUNK = 1000
+
+Record = dict[str, object]
+"""A record of the LLaVA format; type, complexity, digits and scans are for analysis, a model never sees them."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,11 @@ def _write_dataset(folder: Path, settings: Settings, workers: int) -> None:
             canvases, records = draw_evaluation_records(split, scans, num_canvases, num_text, random)
         content = ("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n").encode()
         (folder / f"digits_{split}.json").write_bytes(content)
-        pixels = hashlib.sha256()
-        for chunk in _render_all(folder / "images", split, canvases, settings.seed, workers):
-            pixels.update(chunk)
+        pixels, render = hashlib.sha256(), functools.partial(_render, folder / "images", split, settings.seed)
+        with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+            numbered = enumerate(canvases)
+            for rendered in pool.map(render, numbered, chunksize=1000) if pool else map(render, numbered):
+                pixels.update(rendered)
         turns = Counter(name for record in records for name in record["type"].split("+"))
         summaries[split] = {
             "records": len(records),
@@ -139,26 +143,106 @@ def _write_dataset(folder: Path, settings: Settings, workers: int) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _render_chunk(images: Path, split: str, first: int, canvases: list[Canvas], seed: int) -> bytes:
-    """Render consecutive canvases into PNG files and give their pixels, each (32, 32, 3), one after the other."""
-    pixels = []
-    for number, canvas in enumerate(canvases, start=first):
-        # Seeded by its number, a canvas does not depend on the canvases rendered before it, nor by whom.
-        random = Random(f"{seed}/{split}/{number}") if split == "train" else None
-        image = render_canvas(canvas, random)
-        image.save(images / canvas.folder / f"{split}-{number:06d}.png", compress_level=1)
-        pixels.append(image.tobytes())
-    return b"".join(pixels)
+def _render(images: Path, split: str, seed: int, numbered: tuple[int, Canvas]) -> bytes:
+    """Render a canvas into a PNG file and give its pixels, (32, 32, 3)."""
+    number, canvas = numbered
+    # Seeded by its number, a canvas does not depend on the canvases rendered before it, nor by whom.
+    image = render_canvas(canvas, Random(f"{seed}/{split}/{number}") if split == "train" else None)
+    image.save(images / canvas.folder / f"{split}-{number:06d}.png", compress_level=1)
+    return image.tobytes()
 
 
-def _render_all(images: Path, split: str, canvases: list[Canvas], seed: int, workers: int) -> Iterator[bytes]:
-    firsts = range(0, len(canvases), _CHUNK)
-    arguments = [(images, split, first, canvases[first : first + _CHUNK], seed) for first in firsts]
-    if workers <= 1:
-        yield from (_render_chunk(*each) for each in arguments)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_render_chunk, *zip(*arguments, strict=True))
+def make_record(
+    name: str, types: list[QuestionType], turns: list[QuestionAndAnswer], canvas: Canvas | None = None
+) -> Record:
+    """Put turns into one record.
+
+    Args:
+        name: The record's id; its image is ``<folder of the canvas>/<name>.png``.
+        types: The type of each turn.
+        turns: Question and answer of each turn, at least one.
+        canvas: What the image shows; None for a record without image.
+    """
+    conversations = [
+        {"from": sender, "value": value} for turn in turns for sender, value in zip(("human", "gpt"), turn, strict=True)
+    ]
+    kind = "+".join(question_type.name for question_type in types)
+    known = {"type": kind, "complexity": max(question_type.complexity for question_type in types)}
+    if canvas is None:
+        return {"id": name, "conversations": conversations, **known}
+    conversations[0]["value"] = f"<image>\n{conversations[0]['value']}"
+    image, shown = f"{canvas.folder}/{name}.png", {"digits": list(canvas.digits), "scans": list(canvas.scans)}
+    return {"id": name, "image": image, "conversations": conversations, **known, **shown}
+
+
+def _draw_conversation(canvas: Canvas, random: Random) -> tuple[list[QuestionType], list[QuestionAndAnswer]]:
+    """Draw one to four turns of different types, heavier types more often."""
+    (num_turns,) = random.choices((1, 2, 3, 4), (0.3, 0.3, 0.2, 0.2))
+    remaining, types, turns = list(IMAGE_QUESTIONS), [], []
+    while len(turns) < num_turns:
+        (question_type,) = random.choices(remaining, [candidate.weight for candidate in remaining])
+        remaining.remove(question_type)
+        turn = question_type.ask(canvas.digits, random)
+        if turn is not None:
+            types.append(question_type)
+            turns.append(turn)
+    return types, turns
+
+
+def _draw_single_turn(
+    question_type: QuestionType, wanted: str | None, scans_by_digit: dict[int, list[int]], random: Random
+) -> tuple[Canvas, QuestionAndAnswer]:
+    """Draw canvases until one can be asked this question and, if an answer is wanted, has it."""
+    while True:
+        canvas = draw_canvas(scans_by_digit, random)
+        turn = question_type.ask(canvas.digits, random)
+        if turn is not None and wanted in (None, turn[1]):
+            return canvas, turn
+
+
+def _with_text_records(split: str, records: list[Record], count: int, random: Random) -> list[Record]:
+    """The records and some without image, in random order."""
+    for number in range(count):
+        question_type = TEXT_QUESTIONS[number % len(TEXT_QUESTIONS)]
+        records.append(make_record(f"{split}-text-{number:06d}", [question_type], [question_type.ask((), random)]))
+    random.shuffle(records)
+    return records
+
+
+def draw_training_records(
+    scans_by_digit: dict[int, list[int]], num_canvases: int, num_text: int, random: Random
+) -> tuple[list[Canvas], list[Record]]:
+    """Draw the training split: conversations of one to four turns, in random order with the records without image.
+
+    Returns:
+        The canvases by number, and the records.
+    """
+    canvases, records = [], []
+    for number in range(num_canvases):
+        canvas = draw_canvas(scans_by_digit, random)
+        canvases.append(canvas)
+        records.append(make_record(f"train-{number:06d}", *_draw_conversation(canvas, random), canvas))
+    return canvases, _with_text_records("train", records, num_text, random)
+
+
+def draw_evaluation_records(
+    split: str, scans_by_digit: dict[int, list[int]], num_canvases: int, num_text: int, random: Random
+) -> tuple[list[Canvas], list[Record]]:
+    """Draw a split for evaluation: single turns, the same number of each type, answers balanced where a type says so.
+
+    Returns:
+        The canvases by number, and the records in random order.
+    """
+    canvases, records = [], []
+    for number in range(num_canvases):
+        of_type, type_number = divmod(number, len(IMAGE_QUESTIONS))
+        question_type = IMAGE_QUESTIONS[type_number]
+        answers = question_type.balanced_answers
+        wanted = answers[of_type % len(answers)] if answers else None
+        canvas, turn = _draw_single_turn(question_type, wanted, scans_by_digit, random)
+        canvases.append(canvas)
+        records.append(make_record(f"{split}-{number:06d}", [question_type], [turn], canvas))
+    return canvases, _with_text_records(split, records, num_text, random)
 
 
 def main(arguments: list[str] | None = None) -> None:

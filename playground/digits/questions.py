@@ -51,23 +51,14 @@ PHRASINGS = {
 
 @dataclass(frozen=True)
 class QuestionType:
-    """A kind of question.
+    """A kind of question."""
 
-    Attributes:
-        name: Its name in records and reports.
-        complexity: 1, 2 or 3.
-        draw: Function of the digits and a source of randomness that chooses cells or digits, and answers.
-        weight: How often training asks it, relative to the other types.
-        needs_all_cells: Whether the answer may depend on every cell.
-        balanced_answers: Answers that the validation and test splits hold equally often; empty for no such promise.
-    """
-
-    name: str
-    complexity: int
-    draw: Callable[[Digits, Random], Drawn]
-    weight: float = 1.0
-    needs_all_cells: bool = False
-    balanced_answers: tuple[str, ...] = ()
+    name: str  # in records and reports
+    complexity: int  # 1, 2 or 3
+    draw: Callable[[Digits, Random], Drawn]  # chooses cells or digits, and answers
+    weight: float = 1.0  # how often training asks it, relative to the other types
+    needs_all_cells: bool = False  # whether the answer may depend on every cell
+    balanced_answers: tuple[str, ...] = ()  # those that validation and test hold equally often
 
     def ask(self, digits: Digits, random: Random) -> QuestionAndAnswer | None:
         """Draw a question with its answer; None if such a canvas cannot be asked this."""

@@ -31,18 +31,12 @@ _TEST_PER_DIGIT = 40  # What is left of each digit, 14 to 23 scans, is for valid
 
 @dataclass(frozen=True)
 class Jitter:
-    """A small change of how a scan lies in its cell; the default changes nothing.
+    """A small change of how a scan lies in its cell; the default changes nothing."""
 
-    Attributes:
-        shift_x, shift_y: Shift to the right and downwards, in cell pixels.
-        degrees: Clockwise rotation about the middle of the scan, in degrees.
-        scale: Size relative to the cell, positive.
-    """
-
-    shift_x: float = 0.0
-    shift_y: float = 0.0
-    degrees: float = 0.0
-    scale: float = 1.0
+    shift_x: float = 0.0  # to the right, in cell pixels
+    shift_y: float = 0.0  # downwards
+    degrees: float = 0.0  # clockwise rotation about the middle of the scan
+    scale: float = 1.0  # relative to the cell, positive
 
     @classmethod
     def draw(cls, random: Random) -> Jitter:
@@ -52,15 +46,10 @@ class Jitter:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What the four cells hold, in the order of ``CELL_NAMES``.
+    """What the four cells hold, in the order of ``CELL_NAMES``; None where a cell is empty."""
 
-    Attributes:
-        digits: The digit in each cell, in [0, 9]; None where the cell is empty.
-        scans: The index of the scan in each cell; None where the cell is empty.
-    """
-
-    digits: tuple[int | None, ...]
-    scans: tuple[int | None, ...]
+    digits: tuple[int | None, ...]  # in [0, 9]
+    scans: tuple[int | None, ...]  # indices of scans
 
     @property
     def folder(self) -> str:

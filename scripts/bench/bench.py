@@ -41,24 +41,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Line:
-    """One measured number with its bar.
-
-    Attributes:
-        name: What was measured.
-        value: The number; None if it could not be measured, which meets no bar.
-        at_least, at_most: The bar; neither for a number that only stands beside others.
-        unit: Unit of all.
-        spread: Quartiles of the repetitions, where there were any.
-        note: Why there is no number, or what it stands for.
-    """
+    """One measured number with its bar; without one it only stands beside others."""
 
     name: str
-    value: float | None
+    value: float | None  # None if it could not be measured, which meets no bar
     at_least: float | None = None
     at_most: float | None = None
     unit: str = ""
-    spread: Spread | None = None
-    note: str = ""
+    spread: Spread | None = None  # quartiles of the repetitions, where there were any
+    note: str = ""  # why there is no number, or what it stands for
 
     @classmethod
     def of(cls, name: str, values: Sequence[float], scale: float = 1.0, **options: Any) -> Line:

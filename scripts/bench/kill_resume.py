@@ -15,6 +15,7 @@ Bars: largest difference of a loss and of a weight <= 1e-6; no faulty checkpoint
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -131,7 +132,12 @@ def run_plan(plan: list[dict[str, Any]], folder: Path, say: Any = lambda line: N
     (folder / "plan.json").write_text(json.dumps(plan))
     program = [sys.executable, str(ROOT / "tests" / "support" / "forked_ranks.py"), str(folder / "plan.json")]
     with subprocess.Popen(
-        program, env=launch_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        program,
+        env={**os.environ, **launch_environment()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     ) as process:
         lines = []
         for line in process.stdout or ():

@@ -26,8 +26,8 @@ for course in place match; do
   "$PYTHON" -m playground.digits.curriculum --course "$course" --input "$WORK/data/digits_train.json" \
     --output "$WORK/$course.json"
 done
-"$PYTHON" -m playground.digits.base_model --tokenizer "$WORK/tokenizer" --output "$WORK/untrained" --seed 0
-"$PYTHON" -m playground.digits.pretrain_tower --model "$WORK/untrained" --data "$WORK/data" --seed 0
+"$PYTHON" -m playground.digits.base_model --tokenizer "$WORK/tokenizer" --output "$WORK/untrained" --data "$WORK/data" \
+  --seed 0
 
 train() { # name, model to start from, data, steps, batch, warm-up steps, decay steps
   local flags=(

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 from transformers import AutoTokenizer
 
+from playground.digits.generate import draw_evaluation_records, draw_training_records
 from playground.digits.questions import NUMBER_NAMES
-from playground.digits.records import draw_evaluation_records, draw_training_records
 from playground.digits.scans import split_scans
 from playground.digits.tokenizer import SPECIAL_TOKENS, train_tokenizer
 

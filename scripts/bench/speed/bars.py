@@ -35,25 +35,15 @@ BATCH = 8
 
 
 class Effort(NamedTuple):
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        length: Positions of the prompt.
-        prefills: Turns of prefills at batch 8; at batch 1 each of the 8 plans has ``alone`` turns, of decoding twice as
-            many.
-        alone: See there.
-        blocks, steps: Turns of decoding, and tokens of each.
-        queue: Requests of the queue.
-        slack: By how much the bars are lowered.
-    """
-
-    length: int
-    prefills: int
-    alone: int
-    blocks: int
-    steps: int
-    queue: int
-    slack: float
+    length: int  # positions of the prompt
+    prefills: int  # turns of prefills at batch 8
+    alone: int  # turns of each of the eight plans at batch 1; of decoding twice as many
+    blocks: int  # turns of decoding
+    steps: int  # tokens of each
+    queue: int  # requests of the queue
+    slack: float  # by how much the bars are lowered
 
 
 FULL = Effort(length=640, prefills=5, alone=1, blocks=5, steps=4, queue=64, slack=0.0)
