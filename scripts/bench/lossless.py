@@ -37,12 +37,7 @@ MIN_PROMPTS, MIN_TOKENS = 200, 32
 
 
 def compare(model: nn.Module, prompts: list[Inputs], skip_rate: float, generate: dict, drafting: dict) -> dict:
-    """Answer every prompt twice and put the two beside each other.
-
-    Returns:
-        ``identical``: how many answers are the dense ones, token for token; ``reports`` of all drafts; and ``ratios``,
-        dense time over lossless time of each prompt.
-    """
+    """Answer every prompt twice: how many answers are ``identical``, ``reports`` of drafts, ``ratios`` of times."""
     identical, ratios, reports, clock = 0, [], [], Clock(model.device)
     set_skip_rate(model, None)
     for prompt in prompts:

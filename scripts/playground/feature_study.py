@@ -48,7 +48,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_measurer(
-    model: str, records: Path, images: Path, samples: int, order_samples: int, score_samples: int, **options: Any
+    model: str, records: Path, images: Path, sizes: tuple[int, int, int], max_skip_ratio: float = 0.5, seed: int = 0
 ) -> Measurer:
     """Load a checkpoint and a set of digits questions for the forward passes of the router stage.
 
@@ -56,8 +56,8 @@ def make_measurer(
         model: Checkpoint, routed or dense; a dense one is attached with adapters that change nothing.
         records: JSON of the questions.
         images: Folder of their images.
-        samples, order_samples, score_samples: How much to measure, see ``CalibrationSize``.
-        **options: ``max_skip_ratio`` of ``CalibrationSize``; ``seed``.
+        sizes: Samples for the order of layers, for losses and for scores.
+        max_skip_ratio, seed: See ``CalibrationSize`` and ``Measurer``.
     """
     from llava.data.dataset import SFTCollator
     from llava.model.builder import load_checkpoint
@@ -78,9 +78,9 @@ def make_measurer(
         SFTCollator(checkpoint.tokenizer.pad_token_id),
         get_image_token_id(config),
         num_layers,
-        CalibrationSize(order_samples, samples, score_samples, 32, options.get("max_skip_ratio", 0.5)),
+        CalibrationSize(*sizes, 32, max_skip_ratio),
         torch.device("cpu"),
-        options.get("seed", 0),
+        seed,
         functools.partial(print, flush=True),
     )
 
@@ -252,16 +252,8 @@ def main() -> None:
         measured, num_layers, model = load_measured(arguments.measured)
     else:
         model, data, samples = arguments.model, arguments.data, arguments.samples
-        measurer = make_measurer(
-            model,
-            data / "digits_train.json",
-            data / "images",
-            samples,
-            arguments.order_samples,
-            2 * samples,
-            max_skip_ratio=arguments.max_skip,
-            seed=arguments.seed,
-        )
+        records, sizes = data / "digits_train.json", (arguments.order_samples, samples, 2 * samples)
+        measurer = make_measurer(model, records, data / "images", sizes, arguments.max_skip, arguments.seed)
         measured, num_layers = measurer.measure(), measurer.num_layers
         if arguments.measured:
             save_measured(measured, num_layers, model, arguments.measured)

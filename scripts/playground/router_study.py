@@ -49,8 +49,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Line]:
     questions, rates, samples = arguments.questions, arguments.rates, arguments.samples
     if arguments.quick:
         samples, questions, rates = 32, 32, [0.25]
-    images, sizes = arguments.data / "images", (samples, samples // 4, samples * (1 if arguments.quick else 4))
-    measurer = make_measurer(arguments.model, arguments.data / "digits_train.json", images, *sizes)
+    images, sizes = arguments.data / "images", (samples // 4, samples, samples * (1 if arguments.quick else 4))
+    measurer = make_measurer(arguments.model, arguments.data / "digits_train.json", images, sizes)
     measured, num_layers = measurer.measure(single_layers=True), measurer.num_layers
     base = load_rule_base("default")
     routers: dict[str, Router] = {
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Line]:
         "fuzzy score, nested plans": FuzzyRouter(base, num_layers).calibrate(measured, rates[0])[0],
         "fuzzy table per layer": PerLayerFuzzyRouter(base, num_layers).calibrate(measured, rates[0])[0],
     }
-    test = make_measurer(arguments.model, arguments.data / "digits_test.json", images, 1, 1, questions)
+    test = make_measurer(arguments.model, arguments.data / "digits_test.json", images, (1, 1, questions))
     test.samples = test.samples[:questions]
     batches, decoder, totals = list(test.batches(questions)), find_decoder(test.engine), []
     for name, router in routers.items():

@@ -45,7 +45,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Line]:
     """Every rate, the largest miss and what the quantiles come from."""
     num_samples = 500 if arguments.quick else arguments.samples
     questions = arguments.questions or arguments.data / "stages.router.json"
-    measurer = make_measurer(arguments.model, questions, arguments.data / "images", 1, 1, num_samples)
+    measurer = make_measurer(arguments.model, questions, arguments.data / "images", (1, 1, num_samples))
     router = find_decoder(measurer.engine).router
     columns = [list(FEATURES).index(name) for name in router.antecedents]
     raw = measurer.raw_features(measurer.batches(num_samples))[:, columns]
