@@ -67,13 +67,7 @@ def choose_point(model: Any, point: Point) -> None:
 def answer_questions(
     checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path, points: Sequence[Point]
 ) -> tuple[dict[Point, pd.DataFrame], Counter]:
-    """Ask a checkpoint every question at every point; batch by batch the points take turns.
-
-    Args:
-        checkpoint: Loaded checkpoint in eval mode.
-        questions: Records of the digits dataset.
-        data: Folder of the dataset.
-        points: As for ``choose_point``.
+    """Ask a checkpoint in eval mode every question at every point; batch by batch the points take turns.
 
     Returns:
         Point -> a row for each question, in their order: ``id``, normalised ``text``, ``correct``, and the share of
@@ -112,13 +106,7 @@ def open_dataset(checkpoint: Checkpoint, records: Path, images: Path) -> SFTData
 
 
 def give_oracle(checkpoint: Checkpoint, questions: Sequence[dict[str, Any]], data: Path, max_skips: int) -> int:
-    """Put an oracle in the place of a checkpoint's router.
-
-    Args:
-        checkpoint: Routed checkpoint in eval mode.
-        questions: Held-out records of the digits dataset, those that it will be asked.
-        data: Folder of the dataset.
-        max_skips: Layers that a plan skips at most.
+    """Put an oracle in the place of a checkpoint's router: plans of at most ``max_skips`` layers for these questions.
 
     Returns:
         Passes through the decoder that the search took, in samples.

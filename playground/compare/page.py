@@ -13,19 +13,8 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from fuzzyroe.plots import LIGHT, Theme, new_figure, render_svg, style_axes
-from playground.compare.arms import (
-    ARMS,
-    MAIN_SHARE,
-    MAIN_TARGET,
-    PLANNED,
-    SHARES,
-    TARGETS,
-    TRAINED,
-    Arm,
-    Point,
-    arms_of,
-    at_share,
-)
+from playground.compare import arms
+from playground.compare.arms import MAIN_TARGET, SHARES, TARGETS, TRAINED, Arm, Point, arms_of, at_share
 from playground.compare.summary import Cells, at_rates, difference, make_runs, of, pick, read_cells, reading_mark
 from playground.compare.verdicts import judge, judge_savings
 
@@ -72,7 +61,7 @@ def write_page(cells: Cells, reading: str = "") -> str:
     environment.filters |= {"accuracy": accuracy, "percent": percent, "at": at, "mean": lambda v: f"{v.mean():,.0f}"}
     environment.filters["points"] = lambda found: str(found).replace(" ", " points ", 1)
     page = environment.get_template("results.md.jinja").render(
-        budget=MAIN_SHARE,
+        budget=arms.MAIN_SHARE,
         verdicts=judge(runs),
         savings=judge_savings(runs),
         dense=pick(runs, "dense", "dense"),
@@ -168,7 +157,7 @@ def draw_accuracy(runs: pd.DataFrame, theme: Theme = LIGHT) -> Figure:
 
     for arm in arms_of("methods")[1:]:
         style, label = dict(zip(("color", "marker"), arm.style, strict=True)), arm.label
-        rates = [rate for rate in PLANNED if rate in (*arm.points, *arm.targets)]
+        rates = [rate for rate in arms.PLANNED if rate in (*arm.points, *arm.targets)]
         if arm.has_trained_point:
             open_marks = {"linestyle": "", "fillstyle": "none", **style}
             draw(arm.method, [(TRAINED, rate) for rate in rates], f"{label}, as trained", **open_marks)
@@ -185,7 +174,7 @@ def draw_router_cost(runs: pd.DataFrame, theme: Theme = LIGHT) -> Figure:
     """Accuracy with 30 % of the layers skipped against the passes that the router stage took, both methods."""
     figure = new_figure(6.4, 3.6, theme)
     axes = figure.subplots()
-    styles = {arm.method: arm.style for arm in ARMS}
+    styles = {arm.method: arm.style for arm in arms.ARMS}
     for method, label in (("roe", "RoE, bias calibrated for 30 %"), ("fuzzy", "FuzzyRoE, at 30 %")):
         colour, mark = styles[method]
         passes, asked = [], []

@@ -29,14 +29,10 @@ NUM_ORACLE_QUESTIONS = 480
 
 
 def run_cell(cell: Cell, data: Path, work: Path, results: Path, num_questions: int | None = None) -> None:
-    """Train what the cell says, ask what it says, write ``results/NAME.json``.
+    """Train what the cell says, ask some or all of the held-out questions about images, write ``results/NAME.json``.
 
-    Args:
-        cell: The cell.
-        data: Folder of the digits dataset, with its parts ``stages.PART.json``.
-        work: Folder for checkpoints, one folder per cell.
-        results: Folder of the cells' files.
-        num_questions: Held-out questions about images; None for all.
+    ``data`` is the folder of the digits dataset with its parts ``stages.PART.json``; ``work`` gets a folder of
+    checkpoints for each cell.
     """
     torch.set_num_threads(1)
     started = time.time()
@@ -93,16 +89,9 @@ def flags_of(training: Training, cell: Cell, data: Path, model: str, output: Pat
     if cell.target is None and training.stage != "dense" or training.stage == "roe_finetune":
         flags["max_skip_ratio"] = str(MAX_SKIP_RATIO)
     if training.steps:
-        flags |= {
-            "max_steps": str(training.steps),
-            "per_device_train_batch_size": str(BATCH),
-            "warmup_steps": "0.05",
-            "lr_scheduler_type": "cosine",
-            "weight_decay": "0.",
-            "group_by_modality_length": "True",
-            "logging_steps": "10",
-            "save_strategy": "no",
-        }
+        flags |= {"max_steps": str(training.steps), "per_device_train_batch_size": str(BATCH)}
+        flags |= {"warmup_steps": "0.05", "lr_scheduler_type": "cosine", "weight_decay": "0."}
+        flags |= {"group_by_modality_length": "True", "logging_steps": "10", "save_strategy": "no"}
     return [*(word for name, value in flags.items() for word in (f"--{name}", value)), *training.flags]
 
 

@@ -169,11 +169,8 @@ def compare(runs: pd.DataFrame, method: str, other: str, point: Point) -> Interv
     """How much more often one method is right than another at equal skip rates, those with one training per target
     at the main one.
 
-    Args:
-        runs: See ``make_runs``.
-        method, other: The methods; ``other`` may be "dense".
-        point: The rate of both. If the rates of one jump, what that one is asked for: the other is taken at the rate
-            that came of it.
+    ``other`` may be "dense"; ``point`` is the rate of both. If the rates of one jump, it is what that one is asked for:
+    the other is taken at the rate that came of it.
     """
     jump = [TRAINED in set(of(runs, name).point) for name in (method, other)]
     if jump == [True, False] and other != "dense":

@@ -155,13 +155,9 @@ def _render(images: Path, split: str, seed: int, numbered: tuple[int, Canvas]) -
 def make_record(
     name: str, types: list[QuestionType], turns: list[QuestionAndAnswer], canvas: Canvas | None = None
 ) -> Record:
-    """Put turns into one record.
+    """Put turns, at least one, and their types into one record.
 
-    Args:
-        name: The record's id; its image is ``<folder of the canvas>/<name>.png``.
-        types: The type of each turn.
-        turns: Question and answer of each turn, at least one.
-        canvas: What the image shows; None for a record without image.
+    ``name`` is its id; its image is ``<folder of the canvas>/<name>.png``. Without a canvas it has none.
     """
     conversations = [
         {"from": sender, "value": value} for turn in turns for sender, value in zip(("human", "gpt"), turn, strict=True)

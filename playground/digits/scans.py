@@ -59,11 +59,7 @@ class Canvas:
 
 @cache
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Load all scans and the digits they show.
-
-    Returns:
-        Scans, (1797, 8, 8), uint8 in [0, 255], and digits, (1797,), int64 in [0, 9].
-    """
+    """Load all scans, (1797, 8, 8), uint8 in [0, 255], and the digits they show, (1797,), int64 in [0, 9]."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()  # intensities up to 16
@@ -97,15 +93,7 @@ def _padded_scan(index: int) -> Image.Image:
 
 
 def draw_scan(index: int, jitter: Jitter) -> Image.Image:
-    """Draw one scan at the size of a cell, with bicubic interpolation.
-
-    Args:
-        index: Which scan, in [0, 1796].
-        jitter: How it lies in the cell.
-
-    Returns:
-        A grey image of 16 x 16 pixels.
-    """
+    """Draw a scan, in [0, 1796], at the size of a cell with bicubic interpolation: a grey image of 16 x 16 pixels."""
     # PIL asks for the way back: source = A (target - shifted middle of the cell) + middle of the scan.
     shrink = _SCAN_SIZE / (CELL_SIZE * jitter.scale)
     cosine = math.cos(math.radians(jitter.degrees)) * shrink
@@ -129,12 +117,7 @@ def draw_canvas(scans_by_digit: dict[int, list[int]], random: Random) -> Canvas:
 
 
 def render_canvas(canvas: Canvas, random: Random | None = None) -> Image.Image:
-    """Render a canvas, white strokes on black, as an RGB image of 32 x 32 pixels.
-
-    Args:
-        canvas: What to render.
-        random: Source of the jitter of each scan; None for no jitter.
-    """
+    """Render a canvas, white strokes on black, an RGB image of 32 x 32 pixels; without ``random`` no scan is jittered."""
     image = Image.new("L", (2 * CELL_SIZE, 2 * CELL_SIZE))
     for cell, scan in enumerate(canvas.scans):
         if scan is not None:

@@ -16,11 +16,7 @@ DEFAULT_DATA = "playground/data/digits"
 
 
 def write_task(data: Path, output: Path) -> None:
-    """Write a copy of the task that reads another dataset.
-
-    Args:
-        data: Folder of a digits dataset.
-        output: Folder of the copy; an earlier copy in it is replaced.
+    """Write a copy of the task that reads another dataset, in the place of an earlier copy.
 
     Raises:
         FileNotFoundError: If the dataset has no test split.

@@ -124,11 +124,7 @@ def without_output(flags: list[str]) -> list[str]:
 
 
 def run_plan(plan: list[dict[str, Any]], folder: Path, say: Any = lambda line: None) -> None:
-    """Run the cases of a plan; ``say`` is given a line of progress for each.
-
-    Raises:
-        RuntimeError: If a run failed otherwise than by its kill.
-    """
+    """Run the cases of a plan, with a line of progress for each; one that fails otherwise than by its kill raises."""
     (folder / "plan.json").write_text(json.dumps(plan))
     program = [sys.executable, str(ROOT / "tests" / "support" / "forked_ranks.py"), str(folder / "plan.json")]
     with subprocess.Popen(

@@ -52,12 +52,8 @@ def make_measurer(
 ) -> Measurer:
     """Load a checkpoint and a set of digits questions for the forward passes of the router stage.
 
-    Args:
-        model: Checkpoint, routed or dense; a dense one is attached with adapters that change nothing.
-        records: JSON of the questions.
-        images: Folder of their images.
-        sizes: Samples for the order of layers, for losses and for scores.
-        max_skip_ratio, seed: See ``CalibrationSize`` and ``Measurer``.
+    A dense checkpoint is attached with adapters that change nothing. ``records`` is the JSON of the questions,
+    ``images`` the folder of their images, ``sizes`` samples for the order of layers, for losses and for scores.
     """
     from llava.data.dataset import SFTCollator
     from llava.model.builder import load_checkpoint
