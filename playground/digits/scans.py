@@ -117,7 +117,7 @@ def draw_canvas(scans_by_digit: dict[int, list[int]], random: Random) -> Canvas:
 
 
 def render_canvas(canvas: Canvas, random: Random | None = None) -> Image.Image:
-    """Render a canvas, white strokes on black, an RGB image of 32 x 32 pixels; without ``random`` no scan is jittered."""
+    """Render a canvas, white on black, as an RGB image of 32 x 32 pixels; without ``random`` no scan is jittered."""
     image = Image.new("L", (2 * CELL_SIZE, 2 * CELL_SIZE))
     for cell, scan in enumerate(canvas.scans):
         if scan is not None:
