@@ -28,15 +28,12 @@ class BudgetTable:
 
 
 def greedy_layer_order(loss_of: Callable[[list[int]], float], candidates: Sequence[int], length: int) -> list[int]:
-    """Order layers by how little loss skipping them adds, one greedy step after the other.
+    """Order ``length`` layers by how little loss skipping them adds, one greedy step after the other.
 
     Args:
         loss_of: Mean loss when a list of layers is skipped.
         candidates: Layers that may be skipped.
         length: How many to order.
-
-    Returns:
-        Layers, first to be skipped first, ``length`` of them.
 
     Reference:
         SLEB (arXiv:2402.09025) removes blocks in this manner.

@@ -50,13 +50,10 @@ class Measurements:
 
 
 def skip_loss_increase(losses: np.ndarray) -> np.ndarray:
-    """How much an example loses when about a third of the calibrated layers and more are skipped.
+    """How much an example loses when about a third of the calibrated layers and more are skipped, (n,).
 
-    Args:
-        losses: Losses by number of skipped layers, (n, K_max + 1).
-
-    Returns:
-        Mean loss increase over the upper half of the skip counts, cut to ``TARGET_RANGE``, (n,).
+    It is the mean loss increase over the upper half of the skip counts, cut to ``TARGET_RANGE``, of losses by number of
+    skipped layers, (n, K_max + 1).
     """
     increase = losses[:, 1:] - losses[:, :1]
     # a shallow plan hurts nobody, so the few first skips would add noise alone
@@ -116,9 +113,7 @@ class Prepared:
 def prepare(rule_base: FuzzyRuleBase, measured: Measurements) -> Prepared:
     """Scale features, flip rules that the data contradict, place the knots.
 
-    Args:
-        rule_base: Expert rules; of a fitted one they are taken again, so that fitting twice is fitting once.
-        measured: Results of the forward passes.
+    Of a fitted rule base the expert's rules are taken again, so that fitting twice is fitting once.
     """
     names = tuple(variable.name for variable in rule_base.antecedents)
     labelled, unlabelled = measured.columns(names)
@@ -132,9 +127,8 @@ def prepare(rule_base: FuzzyRuleBase, measured: Measurements) -> Prepared:
     signs = [-1 if correlation * sign < 0 else 1 for correlation, sign in zip(correlations, prior.signs, strict=True)]
     prior = prior.flip_direction(signs).with_quantile_knots(scale(unlabelled, low, high))
     flipped = [name for name, sign in zip(names, signs, strict=True) if sign < 0]
-    return Prepared(
-        prior, increase, low, high, labelled, unlabelled, dict(zip(names, correlations, strict=True)), flipped
-    )
+    named = dict(zip(names, correlations, strict=True))
+    return Prepared(prior, increase, low, high, labelled, unlabelled, named, flipped)
 
 
 def fit_layer_tables(
@@ -144,11 +138,6 @@ def fit_layer_tables(
 
     Each table is a ridge fit of one layer's loss increases to their mean, monotone as the rules declare: the expert
     says nothing about single layers, so without evidence every example ranks the layers alike, as a static plan does.
-
-    Args:
-        prepared: Gives the rules, their directions and the examples.
-        measured: Results of the forward passes, with ``layer_losses``.
-        num_layers: Layers of the decoder, L.
 
     Returns:
         Tables, (R, L), loss increases, (n, L), and the effective examples of each rule, (R,).

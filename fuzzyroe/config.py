@@ -51,7 +51,7 @@ class FuzzyRoEConfig:
         Raises:
             ValueError: If it is of another version, lacks ``adapter_width``, or has a key that is not known.
         """
-        version = block.get("format_version", FORMAT_VERSION)
+        version, known = block.get("format_version", FORMAT_VERSION), {item.name for item in fields(cls)}
         # before the keys: a later version may have keys of its own, which are no mistake
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -59,7 +59,6 @@ class FuzzyRoEConfig:
                 "install the fuzzyroe that wrote it."
             )
         # a misspelt key would be dropped in silence and its default taken
-        known = {item.name for item in fields(cls)}
         unknown = sorted(set(block) - known)
         if unknown:
             raise ValueError(

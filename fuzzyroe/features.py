@@ -60,15 +60,12 @@ class Summary:
 
 
 def summarise(hidden_states: Tensor, routing: RoutingState, num_turns: int | None = None) -> Summary:
-    """Pool the states of images and questions.
+    """Pool the states of images and questions, in float32.
 
     Args:
         hidden_states: States before the first decoder layer, (B, N, D).
         routing: Says where images and questions are.
         num_turns: Turns T to summarise; None reads it from the turn ids (one device transfer).
-
-    Returns:
-        The pooled states, float32.
     """
     states = hidden_states.float()
     if num_turns is None:
@@ -164,10 +161,7 @@ FEATURES: dict[str, Callable[[Summary], Tensor]] = {
 
 
 def compute_features(summary: Summary, names: Sequence[str]) -> Tensor:
-    """Compute several features.
-
-    Returns:
-        Raw values in [0, 1], (B, T, K), in the order of ``names``.
+    """Compute raw features in [0, 1], (B, T, K), in the order of their names.
 
     Raises:
         KeyError: If a name is unknown; the message lists the known ones.
@@ -234,11 +228,7 @@ def when_known(name: str) -> str:
 def edge_share(pixel_values: Tensor) -> Tensor:
     """Mean over pixels of ``min(1, |gradient| / EDGE_STEP)``: the share of pixels on an edge, soft at weak edges.
 
-    Args:
-        pixel_values: Normalised images, (images, channels, H, W).
-
-    Returns:
-        Values in [0, 1], (images,); nan for an image with a non-finite pixel.
+    Of normalised images, (images, channels, H, W); in [0, 1], (images,), nan for an image with a non-finite pixel.
     """
     across, down = _pixel_differences(pixel_values)
     gradient = (across[:, :-1].square() + down[:, :, :-1].square()).sqrt()  # (images, H - 1, W - 1)
@@ -249,13 +239,7 @@ def code_length(pixel_values: Tensor) -> Tensor:
     """Mean length of a code for each pixel's difference to its left neighbour: how badly the image compresses.
 
     A difference d costs ``log(1 + |d| / CODING_STEP)``, as lengths of universal codes do; the mean is divided by the
-    cost of ``FULL_CONTRAST``. PNG predicts pixels in the same manner before it compresses.
-
-    Args:
-        pixel_values: Normalised images, (images, channels, H, W).
-
-    Returns:
-        Values in [0, 1], (images,); nan for an image with a non-finite pixel.
+    cost of ``FULL_CONTRAST``. PNG predicts pixels in the same manner before it compresses. Shapes as in ``edge_share``.
     """
     across, _ = _pixel_differences(pixel_values)
     cost = torch.log1p(across.abs() / CODING_STEP).mean(dim=(1, 2))
@@ -263,16 +247,10 @@ def code_length(pixel_values: Tensor) -> Tensor:
 
 
 def mean_over_images(values: Tensor, image_tokens: Tensor) -> Tensor:
-    """Average a statistic over the images of each row.
+    """Average a statistic, (images,), over the images of each row, (B,); 0 for a row without an image.
 
-    Images stand in the order of the rows and take equally many positions each, so the positions say whose they are.
-
-    Args:
-        values: One number per image, (images,).
-        image_tokens: Image positions of each row, (B,).
-
-    Returns:
-        Means, (B,); 0 for a row without an image.
+    Images stand in the order of the rows and take equally many positions each, so the image positions of each row,
+    (B,), say whose they are.
     """
     ends = image_tokens.cumsum(0)  # (B,)
     tokens_per_image = ends[-1] / len(values)

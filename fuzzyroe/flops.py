@@ -53,22 +53,14 @@ class DecoderSizes:
             adapter_width,
         )
 
-    def attention(self, context: int) -> int:
-        """Of one position that attends to ``context`` positions."""
-        return 2 * self.hidden * (2 * self.hidden + 2 * self.key_value) + 4 * self.hidden * context
-
-    def feed_forward(self) -> int:
-        """Of one position."""
-        return 6 * self.hidden * self.mlp
-
 
 def prefill_flops(sizes: DecoderSizes, plans: Tensor, length: int, unit: str = "layer") -> int:
-    """Count the prefill of a batch, with logits at the last position of each row.
+    """Count the prefill of a batch of N positions each, with logits at the last position of each row.
 
     Args:
         sizes: Of the decoder.
         plans: True where the row runs the layer, (B, L) bool.
-        length: Positions N of each row.
+        length: N.
         unit: What a skip leaves out, a name in ``SKIP_UNITS``.
     """
     return _flops(sizes, plans, length, length, unit)
@@ -82,10 +74,12 @@ def decode_flops(sizes: DecoderSizes, plans: Tensor, context: int, unit: str = "
 def _flops(sizes: DecoderSizes, plans: Tensor, length: int, context: int, unit: str) -> int:
     if unit not in SKIP_UNITS:
         raise KeyError(f"Skip unit '{unit}' is unknown; use one of {', '.join(SKIP_UNITS)}.")
-    parts = {"attention": sizes.attention(context), "ffn": sizes.feed_forward()}
+    hidden = sizes.hidden
+    attention = 2 * hidden * (2 * hidden + 2 * sizes.key_value) + 4 * hidden * context
+    parts = {"attention": attention, "ffn": 6 * hidden * sizes.mlp}
     # a skipped part is replaced by the adapter, whatever the part is
     layer = sum(parts.values())
-    skipped = layer - parts.get(unit, layer) + 4 * sizes.hidden * sizes.adapter
+    skipped = layer - parts.get(unit, layer) + 4 * hidden * sizes.adapter
     num_kept = int(plans.sum())
     positions = num_kept * layer + (plans.numel() - num_kept) * skipped
-    return length * positions + plans.shape[0] * 2 * sizes.hidden * sizes.vocabulary
+    return length * positions + plans.shape[0] * 2 * hidden * sizes.vocabulary

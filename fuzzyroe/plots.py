@@ -1,4 +1,4 @@
-"""Figures of rules and routing in one theme, drawn without a display, for light and for dark pages."""
+"""Figures of rules and routing, drawn without a display; the theme of each makes it one for light or for dark pages."""
 
 from __future__ import annotations
 
@@ -99,12 +99,7 @@ def style_axes(axes: Any, theme: Theme) -> None:
 
 
 def draw_memberships(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
-    """Draw the terms of every antecedent, one below the other.
-
-    Args:
-        rule_base: Any rule base.
-        theme: Colours.
-    """
+    """Draw the terms of every antecedent of any rule base, one below the other."""
     figure = new_figure(6.0, 1.75 * len(rule_base.antecedents), theme)
     panels = figure.subplots(len(rule_base.antecedents), 1, squeeze=False)[:, 0]
     for axes, variable in zip(panels, rule_base.antecedents, strict=True):
@@ -113,44 +108,39 @@ def draw_memberships(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
 
 
 def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
-    """Draw the output over the first two antecedents.
+    """Draw the output of a complete rule base over its first two antecedents.
 
     The third one, if there is one, stands at the peak of each of its terms, a panel per term: between the peaks the
     output is linear in it, so the panels say everything. Further ones stand at their middle peaks. Colours span the
     consequents in use, and dotted lines mark the peaks.
-
-    Args:
-        rule_base: A complete rule base.
-        theme: Colours.
-
-    Raises:
-        ValueError: If a combination of terms has no rule.
     """
     if len(rule_base.antecedents) == 1:
         return _draw_curve(rule_base, theme)
     first, second, *others = rule_base.antecedents
-    third = others[0] if others else None
-    levels = [None] if third is None else list(zip(third.terms, third.peaks, strict=True))
+    # a panel is its title with the values of the antecedents behind the first two
     rest = [variable.peaks[len(variable.peaks) // 2] for variable in others[1:]]
+    levels: list[tuple[str, list[float]]] = [("", [])]
+    for third in others[:1]:
+        pairs = zip(third.terms, third.peaks, strict=True)
+        levels = [(f"{_title(third.name)}: {term}", [peak, *rest]) for term, peak in pairs]
     figure = new_figure(2.6 * len(levels) + 1.2, 3.1, theme)
     panels = figure.subplots(1, len(levels), squeeze=False, sharey=True)[0]
     rows, columns = (np.linspace(*variable.universe, GRID_POINTS) for variable in (second, first))
     grid = np.stack([axis.ravel() for axis in np.meshgrid(columns, rows)], axis=1)  # (P, 2)
-    lower, upper = _span(rule_base.output_table)
-    for axes, level in zip(panels, levels, strict=True):
-        fixed = ([] if level is None else [level[1]]) + rest
+    lower, upper = float(rule_base.output_table.min()), float(rule_base.output_table.max())
+    margin = 1e-6 if upper - lower > 1e-4 else 0.05  # values that rounding puts beyond the last level would be holes
+    bands = np.linspace(lower - margin, upper + margin, 21)
+    for axes, (title, fixed) in zip(panels, levels, strict=True):
         points = np.hstack([grid, np.tile(fixed, (len(grid), 1))])
         outputs = rule_base.evaluate(points).reshape(GRID_POINTS, GRID_POINTS)
-        surface = axes.contourf(columns, rows, outputs, np.linspace(lower, upper, 21), cmap="cividis")
+        surface = axes.contourf(columns, rows, outputs, bands, cmap="cividis")
         surface.set_edgecolor("face")  # no hairlines between the bands
         for draw_line, variable in ((axes.axvline, first), (axes.axhline, second)):
             for peak in variable.peaks:
                 draw_line(peak, color="#ffffff", linewidth=0.6, linestyle=":", alpha=0.6)
         style_axes(axes, theme)
         axes.set_xlabel(_title(first.name))
-        axes.set_title(
-            "" if level is None or third is None else f"{_title(third.name)}: {level[0]}", fontsize=9, color=theme.ink
-        )
+        axes.set_title(title, fontsize=9, color=theme.ink)
     panels[0].set_ylabel(_title(second.name))
     _colorbar(figure, surface, list(panels), _title(rule_base.consequent.name), theme)
     return figure
@@ -158,10 +148,6 @@ def draw_control_surface(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figu
 
 def draw_firing(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
     """Draw how many examples of the fit informed each rule: a column per term of the first antecedent.
-
-    Args:
-        rule_base: A fitted rule base.
-        theme: Colours.
 
     Raises:
         ValueError: If the rule base does not know what it was fitted to.
@@ -172,21 +158,12 @@ def draw_firing(rule_base: FuzzyRuleBase, theme: Theme = LIGHT) -> Figure:
     first, *others = rule_base.antecedents
     rows = [", ".join(terms) for terms in itertools.product(*(variable.terms for variable in others))]
     table = evidence.reshape(len(first.terms), -1).T  # (rows, terms of the first)
-    figure = new_figure(5.0, 1.1 + 0.28 * len(rows), theme)
-    axes = figure.subplots()
-    image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, edgecolors=theme.grid, linewidth=0.4)
+    size = 5.0, 1.1 + 0.28 * len(rows)
+    numbers = np.vectorize("{:.1f}".format)(table)
+    figure, axes = _draw_heat_map(size, table, table.max(), rows, first.terms, numbers, "effective examples", theme)
     axes.set_title("How many examples of the fit informed each rule", fontsize=9, color=theme.ink)
-    axes.invert_yaxis()
-    axes.set_xticks(np.arange(len(first.terms)) + 0.5, first.terms)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xlabel(_title(first.name))
     axes.set_ylabel(", ".join(_title(variable.name) for variable in others))
-    style_axes(axes, theme)
-    axes.tick_params(length=0)
-    for (row, column), count in np.ndenumerate(table):
-        color = theme.surface if count > 0.65 * table.max() else theme.ink
-        axes.text(column + 0.5, row + 0.5, f"{count:.1f}", ha="center", va="center", color=color, size=7)
-    _colorbar(figure, image, [axes], "effective examples", theme)
     return figure
 
 
@@ -194,11 +171,8 @@ def draw_layer_skips(rates: Mapping[str, Sequence[float]], theme: Theme = LIGHT)
     """Draw how often each layer is skipped, by question type.
 
     Args:
-        rates: Skip rate in [0, 1] per layer, (L,), of each question type.
+        rates: Skip rate in [0, 1] per layer, (L,), of each question type; equally many layers, at least one type.
         theme: Colours.
-
-    Raises:
-        ValueError: If there is no type, or types differ in their number of layers.
     """
     lengths = {len(row) for row in rates.values()}
     if len(lengths) != 1:
@@ -207,32 +181,20 @@ def draw_layer_skips(rates: Mapping[str, Sequence[float]], theme: Theme = LIGHT)
             "types with one model."
         )
     table = np.array(list(rates.values()))  # (types, L)
-    figure = new_figure(7.0, 0.9 + 0.3 * len(table), theme)
-    axes = figure.subplots()
-    image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, vmax=1, edgecolors=theme.grid, linewidth=0.4)
-    axes.invert_yaxis()
     num_layers = table.shape[1]
-    step = 1 if num_layers <= MAX_ANNOTATED_LAYERS else 4
-    axes.set_xticks(np.arange(0, num_layers, step) + 0.5, [str(layer) for layer in range(0, num_layers, step)])
-    axes.set_yticks(np.arange(len(table)) + 0.5, [_title(name) for name in rates])
+    has_numbers = num_layers <= MAX_ANNOTATED_LAYERS
+    columns = [str(layer) if has_numbers or layer % 4 == 0 else "" for layer in range(num_layers)]
+    numbers = np.vectorize(lambda rate: f"{100 * rate:.0f}" if has_numbers and rate >= 0.005 else "")(table)
+    size, label = (7.0, 0.9 + 0.3 * len(table)), "share of questions that skip it"
+    figure, axes = _draw_heat_map(size, table, 1.0, list(map(_title, rates)), columns, numbers, label, theme)
     axes.set_xlabel("decoder layer")
-    style_axes(axes, theme)
-    axes.tick_params(length=0)
-    if num_layers <= MAX_ANNOTATED_LAYERS:
-        for (row, column), rate in np.ndenumerate(table):
-            if rate >= 0.005:
-                color = theme.surface if rate > 0.65 else theme.ink
-                axes.text(column + 0.5, row + 0.5, f"{100 * rate:.0f}", ha="center", va="center", color=color, size=7)
-    _colorbar(figure, image, [axes], "share of questions that skip it", theme)
     return figure
 
 
 def draw_accuracy(points: Sequence[SkipPoint], theme: Theme = LIGHT) -> Figure:
     """Draw accuracy against skip rate, a numbered point per run; the best dense run is the dashed line.
 
-    Args:
-        points: Runs, at least one of them dense; their names stand below, in this order.
-        theme: Colours.
+    At least one run is dense; their names stand below, in the order of the points.
     """
     figure = new_figure(6.0, 3.6 + 0.2 * len(points), theme)
     axes = figure.subplots()
@@ -261,11 +223,8 @@ def draw_lines(series: Mapping[str, Sequence[tuple[float, float]]], theme: Theme
     """Draw numbers over the steps of a run, a line per name.
 
     Args:
-        series: Points (step, value) by name; values that are not finite are left out.
+        series: Points (step, value) by name, each with a finite one; values that are not finite are left out.
         theme: Colours.
-
-    Raises:
-        ValueError: If there is nothing to draw.
     """
     finite = {name: [point for point in points if np.isfinite(point[1])] for name, points in series.items()}
     if not finite or not all(finite.values()):
@@ -285,11 +244,7 @@ def draw_lines(series: Mapping[str, Sequence[tuple[float, float]]], theme: Theme
 
 
 def draw_bars(ratios: Mapping[str, float], theme: Theme = LIGHT) -> Figure:
-    """Draw ratios as horizontal bars in percent, in the order given.
-
-    Args:
-        ratios: Values by name, at least 0.
-        theme: Colours.
+    """Draw ratios of at least 0, by name, as horizontal bars in percent, in the order given.
 
     Raises:
         ValueError: If there is no value to draw.
@@ -298,10 +253,9 @@ def draw_bars(ratios: Mapping[str, float], theme: Theme = LIGHT) -> Figure:
         raise ValueError("No bars to draw; give at least one value.")
     figure = new_figure(6.4, 0.5 + 0.22 * len(ratios), theme)
     axes = figure.subplots()
-    bars = axes.barh([_title(name) for name in ratios], [100 * value for value in ratios.values()], color=theme.main)
-    axes.bar_label(
-        bars, labels=[f"{100 * value:.3g} %" for value in ratios.values()], padding=3, color=theme.ink, size=8
-    )
+    percents = [100 * value for value in ratios.values()]
+    bars = axes.barh([_title(name) for name in ratios], percents, color=theme.main)
+    axes.bar_label(bars, labels=[f"{value:.3g} %" for value in percents], padding=3, color=theme.ink, size=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("%")
@@ -356,23 +310,43 @@ def _label_heights(variable: LinguisticVariable) -> list[float]:
     return heights
 
 
-def _span(outputs: np.ndarray) -> tuple[float, float]:
-    """Just below the smallest and just above the largest output."""
-    lower, upper = float(outputs.min()), float(outputs.max())
-    margin = 1e-6 if upper - lower > 1e-4 else 0.05  # values that rounding puts beyond the last level would be holes
-    return lower - margin, upper + margin
-
-
 def _draw_curve(rule_base: FuzzyRuleBase, theme: Theme) -> Figure:
     variable = rule_base.antecedents[0]
     values = np.linspace(*variable.universe, GRID_POINTS)
     figure = new_figure(6.0, 3.1, theme)
     axes = figure.subplots()
     axes.plot(values, rule_base.evaluate(values[:, None]), color=theme.main, linewidth=2)
-    axes.set(xlabel=_title(variable.name), ylabel=_title(rule_base.consequent.name))
-    axes.set_ylim(*rule_base.consequent.output_range)
+    labels = {"xlabel": _title(variable.name), "ylabel": _title(rule_base.consequent.name)}
+    axes.set(**labels, ylim=rule_base.consequent.output_range)
     style_axes(axes, theme)
     return figure
+
+
+def _draw_heat_map(
+    size: tuple[float, float],
+    table: np.ndarray,
+    top: float,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    numbers: np.ndarray,
+    label: str,
+    theme: Theme,
+) -> tuple[Figure, Any]:
+    """Draw a table of values from 0 to ``top``, with texts in its cells."""
+    figure = new_figure(*size, theme)
+    axes = figure.subplots()
+    image = axes.pcolormesh(table, cmap=theme.heat(), vmin=0, vmax=top, edgecolors=theme.grid, linewidth=0.4)
+    axes.invert_yaxis()
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    style_axes(axes, theme)
+    axes.tick_params(length=0)
+    for (row, column), text in np.ndenumerate(numbers):
+        color = theme.surface if table[row, column] > 0.65 * top else theme.ink
+        if text:
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color, size=7)
+    _colorbar(figure, image, [axes], label, theme)
+    return figure, axes
 
 
 def _sides(points: Sequence[SkipPoint]) -> list[int]:

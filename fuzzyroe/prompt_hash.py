@@ -1,7 +1,7 @@
 """Prompt hashes: numbers that distinguish prompts, the same in every batch and under any padding.
 
-It is made of integers only: of the bits of the embeddings of the question, which are exact look-ups, and of the pixels.
-Image states are left out: their last bits depend on the batch they were computed in. Everything stays on the device.
+They are made of integers only: of the bits of the embeddings of the question, which are exact look-ups, and of the
+pixels. Image states are left out: their last bits depend on the batch they were computed in.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from fuzzyroe.features import mean_over_images
 from fuzzyroe.routing_state import RoutingState
 
 NUM_COORDINATES = 8
-"""Coordinates of an embedding that are looked at; two tokens that agree in all of them are one token."""
+"""Coordinates of an embedding that are hashed; two tokens that agree in all of them are one token."""
 
 GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed number
-MIX_FIRST, MIX_SECOND = -4658895280553007687, -7723592293110705685
+MIX = (30, -4658895280553007687), (27, -7723592293110685705), (31, 1)
 
 
 def prompt_hashes(hidden_states: Tensor, routing: RoutingState) -> Tensor:
-    """Give a number for each turn, from its question and the images of its row.
+    """Give a number for each turn, from its question and the images of its row; everything stays on the device.
 
     Args:
         hidden_states: States before the first decoder layer, (B, N, D).
@@ -29,18 +29,23 @@ def prompt_hashes(hidden_states: Tensor, routing: RoutingState) -> Tensor:
     Returns:
         Prompt hashes, (B, T) int64; for a turn that an example does not have, of an empty question.
     """
-    bits = _bits(hidden_states[..., :NUM_COORDINATES])  # (B, N, coordinates)
-    tokens = _scramble(_weighted_sum(bits))  # (B, N)
+    tokens = _hash_rows(hidden_states[..., :NUM_COORDINATES])  # (B, N)
     num_turns = routing.planned_turns()
     turns = torch.arange(1, num_turns + 1, device=hidden_states.device).view(1, -1, 1)
     is_own = routing.question_mask.unsqueeze(1) & ((routing.turn_ids.unsqueeze(1) == turns) | (num_turns == 1))
     positions = is_own.cumsum(dim=-1)  # (B, T, N), counted from the question's first token, wherever padding has put it
     text = torch.where(is_own, _scramble(tokens.unsqueeze(1) + GOLDEN * positions), 0).sum(dim=-1)  # (B, T)
-    return _scramble(text + _image_numbers(routing).to(text.device).unsqueeze(-1))
+    if routing.pixel_values is None:
+        return _scramble(text)
+    numbers = _hash_rows(routing.pixel_values.flatten(0, -4).flatten(1))  # (images,)
+    # 40 bits each: sums of them are exact in float64, in any order
+    exact = ((numbers >> 24) & (2**40 - 1)).double().to(routing.image_mask.device)
+    images = mean_over_images(exact, routing.image_mask.sum(dim=1)).view(torch.int64)  # (B,), 0 without an image
+    return _scramble(text + images.to(text.device).unsqueeze(-1))
 
 
 def uniforms(numbers: Tensor, count: int, seed: int) -> Tensor:
-    """Give numbers that look drawn from [0, 1), but follow from the prompt hash and the seed.
+    """Give numbers that look drawn from [0, 1), but follow from prompt hashes and the seed.
 
     Args:
         numbers: Prompt hashes, (B, T) int64.
@@ -55,35 +60,16 @@ def uniforms(numbers: Tensor, count: int, seed: int) -> Tensor:
     return ((mixed >> 40) & 0xFFFFFF).float() / 2**24  # 24 bits: all that float32 tells apart below 1
 
 
-def _image_numbers(routing: RoutingState) -> Tensor:
-    """A number for the images of each row, (B,) int64; 0 for a row without one."""
-    if routing.pixel_values is None:
-        return torch.zeros(routing.turn_ids.shape[0], dtype=torch.int64, device=routing.turn_ids.device)
-    pixels = routing.pixel_values.flatten(0, -4).flatten(1)  # (images, pixels)
-    numbers = _scramble(_weighted_sum(_bits(pixels)))
-    # 40 bits each: sums of them are exact in float64, in any order
-    exact = ((numbers >> 24) & (2**40 - 1)).double().to(routing.image_mask.device)
-    return mean_over_images(exact, routing.image_mask.sum(dim=1)).view(torch.int64)
-
-
-def _bits(values: Tensor) -> Tensor:
-    """The bits of floating-point numbers as int64, same shape; halves are widened first, which is exact."""
-    return values.float().contiguous().view(torch.int32).long()
-
-
-def _weighted_sum(numbers: Tensor) -> Tensor:
-    """Sum over the last dimension, by a weight for each position, modulo 2^64."""
-    positions = torch.arange(1, numbers.shape[-1] + 1, device=numbers.device)
-    return (numbers * (_scramble(GOLDEN * positions) | 1)).sum(dim=-1)
+def _hash_rows(values: Tensor) -> Tensor:
+    """Hash the bits of floating-point numbers over the last dimension, by a weight for each position, modulo 2^64."""
+    bits = values.float().contiguous().view(torch.int32).long()  # halves are widened first, which is exact
+    positions = torch.arange(1, bits.shape[-1] + 1, device=bits.device)
+    return _scramble((bits * (_scramble(GOLDEN * positions) | 1)).sum(dim=-1))
 
 
 def _scramble(numbers: Tensor) -> Tensor:
     """Spread small differences over all 64 bits (the finaliser of SplitMix64)."""
-    numbers = (numbers ^ _shift_right(numbers, 30)) * MIX_FIRST
-    numbers = (numbers ^ _shift_right(numbers, 27)) * MIX_SECOND
-    return numbers ^ _shift_right(numbers, 31)
-
-
-def _shift_right(numbers: Tensor, count: int) -> Tensor:
-    """Shift as unsigned numbers: torch's own shift would copy the sign into the freed bits."""
-    return (numbers >> count) & (2 ** (64 - count) - 1)
+    for shift, factor in MIX:
+        # shifted as unsigned numbers: torch's own shift would copy the sign into the freed bits
+        numbers = (numbers ^ ((numbers >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return numbers

@@ -16,9 +16,6 @@ from fuzzyroe.files import atomic_write
 def routing_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Give the live routing tensors: parameters of adapters, parameters and persistent buffers of the router.
 
-    Args:
-        model: An attached model.
-
     Returns:
         ``layers.{index}.adapter.*`` and ``router.*`` -> the tensor itself, sharing memory (and, for parameters,
         being the parameter), so that gathering and optimizer groups can be built from it.
@@ -40,9 +37,6 @@ def routing_tensors(model: nn.Module) -> dict[str, Tensor]:
 def routing_names(model: nn.Module) -> dict[str, str]:
     """Map the name of each routing tensor in ``model.state_dict()`` to its name in a routing file.
 
-    Args:
-        model: An attached model, possibly with more modules around its decoder.
-
     Raises:
         ValueError: If the decoder is not a submodule of ``model``.
     """
@@ -59,15 +53,12 @@ def routing_names(model: nn.Module) -> dict[str, str]:
 
 
 def routing_state_dict(model: nn.Module, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Give copies of the routing tensors on the CPU, ready to be saved.
+    """Give contiguous copies of the routing tensors on the CPU, ready to be saved.
 
     Args:
         model: An attached model.
         gathered: Full tensors under the names of ``model.state_dict()``, e.g. gathered from shards; more names may be
             in it. None reads the model itself.
-
-    Returns:
-        Routing name -> tensor, detached, contiguous, sharing no memory with the model.
 
     Raises:
         KeyError: If ``gathered`` lacks a routing tensor.
@@ -84,9 +75,7 @@ def routing_state_dict(model: nn.Module, gathered: Mapping[str, Tensor] | None =
 def load_routing_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy routing tensors into an attached model; all of them or, on any disagreement, none.
 
-    Args:
-        model: An attached model; dtype and device of its tensors stay.
-        tensors: Routing name -> tensor.
+    Dtype and device of the model's tensors stay.
 
     Raises:
         ValueError: If names or shapes disagree; lists every missing, unexpected and misshapen tensor.
@@ -111,12 +100,7 @@ def load_routing_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> 
 
 
 def save_routing(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write routing tensors to a safetensors file, which appears whole or not at all.
-
-    Args:
-        tensors: Routing name -> CPU tensor, as ``routing_state_dict`` gives them.
-        path: File to write or replace; its folder exists.
-    """
+    """Write what ``routing_state_dict`` gave to a safetensors file, which appears whole or not at all."""
     with atomic_write(path) as unfinished:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
 

@@ -20,11 +20,7 @@ RIDGE = 1.0
 
 
 class KeepAllRouter(Router):
-    """Plans to skip nothing, bit for bit the dense model.
-
-    Args:
-        num_layers: Layers of the decoder, L.
-    """
+    """Plans to skip nothing in L layers, bit for bit the dense model."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
@@ -146,12 +142,7 @@ class LinearScoreRouter(FuzzyRouter):
 
     @staticmethod
     def fit_score(prior: FuzzyRuleBase, features: np.ndarray, targets: np.ndarray) -> FuzzyRuleBase:
-        """Fit a linear function by ridge regression; nothing of the rules but the names of the antecedents is used.
-
-        Args:
-            prior: Names the antecedents.
-            features: Features in [0, 1], (n, K).
-            targets: What the score should follow, (n,).
+        """Fit a linear function by ridge regression; nothing of the prior but the names of its antecedents is used.
 
         Returns:
             A rule base of 2^K cells that increases with the fitted function, from 0 at its lowest corner to 1 at its

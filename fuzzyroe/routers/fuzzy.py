@@ -84,14 +84,7 @@ class FuzzyRouter(Router):
     # From an example to its plan, in the order of the forward pass.
 
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
-        """Fill ``routing.result`` with summary, features, scores and keep weights.
-
-        A non-finite feature keeps every layer of its turn.
-
-        Args:
-            hidden_states: States before the first decoder layer, (B, N, D).
-            routing: ``target_skip_ratio`` may hold a target for all or one per example (B,); else the default is used.
-        """
+        """Fill the result with summary, features, scores and keep weights; a non-finite feature keeps every layer."""
         result = routing.result
         result.summary = summarise(hidden_states, routing, routing.num_turns)
         raw = compute_features(result.summary, self.antecedents)  # (B, T, K)
@@ -160,11 +153,7 @@ class FuzzyRouter(Router):
         return self._known_max[2]
 
     def set_skip_rate(self, target: float) -> None:
-        """Plan for another mean skip rate from now on; nothing is retrained.
-
-        Raises:
-            ValueError: If the router was not calibrated for it.
-        """
+        """Plan for another mean skip rate from now on; one that was not calibrated is a ``ValueError``."""
         self.check_target(target)
         self.target_skip_ratio.fill_(target)
         self.planned_thresholds.copy_(self.thresholds(target))
@@ -192,7 +181,7 @@ class FuzzyRouter(Router):
         Args:
             measured: Results of the forward passes.
             target_skip_ratio: Mean skip rate to set, within K_max / L.
-            num_bins: Score bins of the allocation.
+            num_bins: Score bins of the allocation; there is none with a table per layer.
 
         Returns:
             The router, with a report: rank correlation of each feature and of the score with the loss increase,
@@ -219,22 +208,13 @@ class FuzzyRouter(Router):
 
     @staticmethod
     def fit_score(prior: FuzzyRuleBase, features: np.ndarray, targets: np.ndarray) -> FuzzyRuleBase:
-        """Fit the consequents of the rules to examples.
-
-        Args:
-            prior: Complete rule base to start from.
-            features: Features in [0, 1], (n, K).
-            targets: What the score should follow, (n,).
-        """
+        """Fit the consequents of a complete rule base to features in [0, 1], (n, K), and targets of the score, (n,)."""
         return prior.fit(features, targets)
 
     def set_scales(self, prepared: Prepared) -> np.ndarray:
-        """Set feature ranges and score quantiles.
+        """Set feature ranges and score quantiles; give the scores of the labelled examples, (n,) or (n, L).
 
         Scores come from the router's own torch tables, so that percentiles refer to exactly what inference computes.
-
-        Returns:
-            Scores of the labelled examples, (n,) or (n, L).
         """
         self.feature_low.copy_(torch.as_tensor(prepared.low))
         self.feature_high.copy_(torch.as_tensor(prepared.high))
@@ -273,19 +253,10 @@ class PerLayerFuzzyRouter(FuzzyRouter):
     def calibrate(
         self, measured: Measurements, target_skip_ratio: float, num_bins: int = 8
     ) -> tuple[FuzzyRouter, dict[str, Any]]:
-        """Fit one table per layer to what skipping each layer alone costs an example.
+        """Fit one table per layer to what skipping each layer alone costs an example; see ``FuzzyRouter.calibrate``.
 
-        Args:
-            measured: Results of the forward passes, with ``layer_losses``.
-            target_skip_ratio: Mean skip rate to set; layers but the first may be skipped.
-            num_bins: Not read: there is no allocation.
-
-        Returns:
-            The router, with a report as ``FuzzyRouter.calibrate`` gives it: also the mean loss increase without each
-            layer, and per rule the effective examples.
-
-        Raises:
-            ValueError: If no losses of single layers were measured, or the target is out of range.
+        The measurements need ``layer_losses``, else it is a ``ValueError``. The report has the mean loss increase
+        without each layer, too, and per rule the effective examples.
         """
         prepared = prepare(self.rule_base, measured)
         tables, increases, counts = fit_layer_tables(prepared, measured, self.num_layers)

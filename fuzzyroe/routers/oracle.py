@@ -58,13 +58,7 @@ class OracleRouter(Router):
 
     @classmethod
     def from_search(cls, known: Tensor, plans: Tensor, losses: Tensor) -> OracleRouter:
-        """Make a router of search results; of a prompt that was searched twice, one result is taken.
-
-        Args:
-            known: Hashes of the prompts, (n,) int64.
-            plans: (n, K + 1, L) bool.
-            losses: (n, K + 1).
-        """
+        """Make a router of what ``search_plans`` gave; of a prompt that was searched twice, one result is taken."""
         known, first = (torch.from_numpy(part) for part in np.unique(known.cpu().numpy(), return_index=True))
         router = cls(len(known), plans.shape[1] - 1, plans.shape[2])
         router.known.copy_(known)
@@ -128,9 +122,6 @@ def search_plans(
     Returns:
         Hashes of the prompts (n,) int64, plans (n, K + 1, L) bool and losses (n, K + 1), on the CPU: what
         ``OracleRouter.from_search`` takes.
-
-    Raises:
-        ValueError: If ``max_skips`` is more than there are candidates.
     """
     num_layers = len(model.get_decoder().layers)
     candidates = range(1, num_layers) if candidates is None else candidates
@@ -194,11 +185,7 @@ def search_rows(
 
 @torch.no_grad()
 def losses_under(model: Any, batch: LabelledBatch, keep: Tensor) -> Tensor:
-    """Give each answer's loss, (B,), when row b runs the layers where ``keep``, (B, L) bool, is True.
-
-    Raises:
-        ValueError: If an example has no label to predict.
-    """
+    """Give each answer's loss, (B,), when row b runs the layers where ``keep``, (B, L) bool, is True."""
     routing = batch.routing.forced(keep, mode="hard")
     logits = model(**{**batch.inputs, "use_cache": False}, routing=routing).logits
     return answer_losses(logits, batch.labels)

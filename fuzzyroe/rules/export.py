@@ -16,13 +16,9 @@ from fuzzyroe.rules.variable import LinguisticVariable
 
 
 def to_fcl(rule_base: FuzzyRuleBase) -> str:
-    """Write Fuzzy Control Language.
+    """Write one function block of Fuzzy Control Language; each rule has its own singleton ``rule_<n>``.
 
-    Args:
-        rule_base: A rule base; cells without a rule are left out.
-
-    Returns:
-        One function block; each rule has its own singleton ``rule_<n>``.
+    Cells without a rule are left out.
     """
     name, rules = rule_base.consequent.name, _rules(rule_base)
     lines = [f"FUNCTION_BLOCK {rule_base.name}", "", "VAR_INPUT"]
@@ -38,12 +34,9 @@ def to_fcl(rule_base: FuzzyRuleBase) -> str:
     # COGS over singletons with PROD and BSUM is the weighted average, since firing strengths sum to one
     lines.append(f"DEFUZZIFY {name}")
     lines += [f"    TERM rule_{number} := {value!r};" for number, (_, value) in enumerate(rules, 1)]
-    lines += [
-        "    METHOD : COGS;",
-        f"    DEFAULT := {rule_base.non_finite!r};",
-        f"    RANGE := ({lower!r} .. {upper!r});",
-    ]
-    lines += ["END_DEFUZZIFY", "", "RULEBLOCK rules", "    AND : PROD;", "    ACT : PROD;", "    ACCU : BSUM;"]
+    lines += ["    METHOD : COGS;", f"    DEFAULT := {rule_base.non_finite!r};"]
+    lines += [f"    RANGE := ({lower!r} .. {upper!r});", "END_DEFUZZIFY", ""]
+    lines += ["RULEBLOCK rules", "    AND : PROD;", "    ACT : PROD;", "    ACCU : BSUM;"]
     for number, (cell, _) in enumerate(rules, 1):
         pairs = zip(rule_base.antecedents, rule_base.terms_of(cell), strict=True)
         condition = " AND ".join(f"({variable.name} IS {term})" for variable, term in pairs)
@@ -52,23 +45,14 @@ def to_fcl(rule_base: FuzzyRuleBase) -> str:
 
 
 def to_fis(rule_base: FuzzyRuleBase) -> str:
-    """Write a Sugeno system as MATLAB .fis text.
+    """Write a Sugeno system as MATLAB .fis text; each rule has its own constant ``rule_<n>``.
 
-    Args:
-        rule_base: A rule base; cells without a rule are left out.
-
-    Returns:
-        The text; each rule has its own constant ``rule_<n>``.
+    Cells without a rule are left out.
     """
-    rules = _rules(rule_base)
-    lines = [
-        "[System]",
-        f"Name='{rule_base.name}'",
-        "Type='sugeno'",
-        "Version=2.0",
-        f"NumInputs={len(rule_base.antecedents)}",
-    ]
-    lines += ["NumOutputs=1", f"NumRules={len(rules)}", "AndMethod='prod'", "OrMethod='probor'", "ImpMethod='prod'"]
+    rules, consequent = _rules(rule_base), rule_base.consequent
+    lines = ["[System]", f"Name='{rule_base.name}'", "Type='sugeno'", "Version=2.0"]
+    lines += [f"NumInputs={len(rule_base.antecedents)}", "NumOutputs=1", f"NumRules={len(rules)}"]
+    lines += ["AndMethod='prod'", "OrMethod='probor'", "ImpMethod='prod'"]
     lines += ["AggMethod='sum'", "DefuzzMethod='wtaver'", ""]
     for number, variable in enumerate(rule_base.antecedents, 1):
         lines += [f"[Input{number}]", f"Name='{variable.name}'", f"Range={_numbers(variable.universe)}"]
@@ -76,15 +60,10 @@ def to_fis(rule_base: FuzzyRuleBase) -> str:
         for index, term in enumerate(variable.terms):
             lines.append(f"MF{index + 1}='{term}':'trapmf',{_numbers(_trapezoid(variable, index))}")
         lines.append("")
-    lines += [
-        "[Output1]",
-        f"Name='{rule_base.consequent.name}'",
-        f"Range={_numbers(rule_base.consequent.output_range)}",
-    ]
+    lines += ["[Output1]", f"Name='{consequent.name}'", f"Range={_numbers(consequent.output_range)}"]
     lines.append(f"NumMFs={len(rules)}")
-    lines += [
-        f"MF{number}='rule_{number}':'constant',{_numbers([value])}" for number, (_, value) in enumerate(rules, 1)
-    ]
+    for number, (_, value) in enumerate(rules, 1):
+        lines.append(f"MF{number}='rule_{number}':'constant',{_numbers([value])}")
     lines += ["", "[Rules]"]
     # MATLAB counts terms and constants from 1; then the weight in brackets, and 1 for AND
     for number, (cell, _) in enumerate(rules, 1):

@@ -108,8 +108,7 @@ class SparseRules:
     def flanking_pairs(self, observation: np.ndarray) -> list[np.ndarray]:
         """Find the rules next to an observation (D, 4) on both sides along one antecedent, all others equal.
 
-        Returns:
-            Numbers of two rules each: the narrowest pair, or all of them when several are equally narrow.
+        Gives the numbers of two rules: the narrowest pair, or all of them when several are equally narrow.
         """
         steps = self.steps_from(observation)
         is_same = np.isclose(steps, 0, rtol=0, atol=1e-9)
@@ -191,15 +190,14 @@ def complete_table(
 ) -> np.ndarray:
     """Conclude every missing cell of a rule table from the given ones.
 
+    Given cells keep every bit. Conclusions are clipped to the hull of the given consequents.
+
     Args:
         table: Consequents, nan where there is no rule, (K_1, ..., K_D).
         term_sets: Terms of each antecedent as fuzzy sets, D arrays of (K_j, 4).
         ranges: Widths of the universes of the antecedents, (D,).
         signs: Directions of their effects: 1, -1, or 0 (unknown), (D,).
         options: Method, selection of rules, projection.
-
-    Returns:
-        The complete table; given cells keep every bit. Conclusions are clipped to the hull of the given consequents.
 
     Raises:
         ValueError: If the method cannot conclude some cell, saying which and what to use instead.
@@ -243,9 +241,7 @@ def interpolate_flanking(observation: np.ndarray, antecedents: np.ndarray, conse
     first, second = representative(antecedents)  # (D,) each
     differs = first != second
     if not differs.any():
-        raise ValueError(
-            "The two rules have equal antecedents; flanking rules differ in at least one; choose other rules."
-        )
+        raise ValueError("The two rules have equal antecedents; they differ in at least one; choose other rules.")
     gap = np.where(differs, second - first, 1.0)
     ratios = np.where(differs, (representative(observation) - first) / gap, 0.0)
     if ratios.min() < 0 or ratios.max() > 1:

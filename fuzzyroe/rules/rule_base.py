@@ -137,11 +137,7 @@ class FuzzyRuleBase:
         rules: Mapping[tuple[str, ...], float],
         **options: Any,
     ) -> FuzzyRuleBase:
-        """Make a rule base from expert rules.
-
-        Args:
-            rules: Consequent per tuple of D terms.
-            **options: Further attributes, see the class.
+        """Make a rule base from expert rules: a consequent per tuple of D terms; ``options`` are further attributes.
 
         Raises:
             ValueError: If a rule has the wrong number of terms or an unknown one.
@@ -149,8 +145,8 @@ class FuzzyRuleBase:
         shape = tuple(len(variable.terms) for variable in antecedents)
         # U16: with the width of "none", numpy would cut "expert" short
         table, source = np.full(shape, np.nan), np.full(shape, NO_RULE, dtype="U16")
+        known = [variable.terms for variable in antecedents]
         for terms, value in rules.items():
-            known = [variable.terms for variable in antecedents]
             if len(terms) != len(known) or any(term not in names for term, names in zip(terms, known, strict=True)):
                 raise ValueError(f"The rule {terms} is not one term of each of {known}; correct its terms.")
             cell = tuple(names.index(term) for term, names in zip(terms, known, strict=True))
@@ -195,14 +191,13 @@ class FuzzyRuleBase:
         return [self.terms_of(cell) for cell in np.argwhere(np.isnan(self.table)).tolist()]
 
     def monotonicity_violations(self, tolerance: float = 1e-9) -> list[tuple[tuple[str, ...], tuple[str, ...], float]]:
-        """List pairs of rules that contradict the declared directions.
+        """List pairs of given rules, neighbours or not, that contradict the declared directions.
 
         Args:
             tolerance: Violations up to this size, in units of the consequent's universe, are rounding.
 
         Returns:
-            The cell that should not be larger, the cell that should not be smaller, and by how much they violate it.
-            Only given cells are compared, each with all comparable ones.
+            The cell that should not be larger, the cell that should not be smaller, and the excess.
         """
         pairs = find_contradictions(self.table, self.signs, tolerance)
         return [(self.terms_of(lower), self.terms_of(upper), excess) for lower, upper, excess in pairs]
@@ -210,11 +205,8 @@ class FuzzyRuleBase:
     def firing_strengths(self, points: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
         """Fire all cells in double precision (the torch module does the same on devices).
 
-        Args:
-            points: Feature vectors, (n, D), finite.
-
         Returns:
-            Products of memberships, rows sum to one, (n, R).
+            Products of memberships, rows sum to one, (n, R), of finite feature vectors, (n, D).
         """
         points = np.asarray(points, dtype=np.float64)
         self._check_columns(points)
@@ -225,24 +217,18 @@ class FuzzyRuleBase:
         return firing
 
     def evaluate(self, points: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
-        """Infer in double precision.
+        """Infer outputs, (n,), of finite feature vectors, (n, D), in double precision.
 
         >>> from fuzzyroe.rules import load_rule_base
         >>> rule_base = load_rule_base("default").interpolate()
         >>> rule_base.evaluate([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]]).round(3).tolist()
         [0.0, 0.333, 1.0]
-
-        Args:
-            points: Feature vectors, (n, D), finite.
-
-        Returns:
-            Outputs in the output range, (n,).
         """
         self._require_complete("evaluate")
         return self.firing_strengths(points) @ self.output_table.ravel()
 
     def interpolate(self, method: str | None = None, **options: Any) -> FuzzyRuleBase:
-        """Complete the missing cells by fuzzy rule interpolation.
+        """Complete the missing cells by fuzzy rule interpolation; given cells keep every bit.
 
         >>> from fuzzyroe.rules import load_rule_base
         >>> completed = load_rule_base("default").interpolate()
@@ -252,9 +238,6 @@ class FuzzyRuleBase:
         Args:
             method: A key of ``interpolation.METHODS``; None for the rule base's own.
             **options: ``selection``, ``fallback``, ``monotone``, see ``InterpolationOptions``.
-
-        Returns:
-            A complete rule base; given cells keep every bit.
         """
         options |= {} if method is None else {"method": method}
         chosen = replace(self.interpolation, **options)
@@ -281,9 +264,7 @@ class FuzzyRuleBase:
         monotone: bool = True,
         max_change: float | None = None,
     ) -> FuzzyRuleBase:
-        """Fit the consequents to examples, see ``fitting.fit_consequents``.
-
-        Fitting a fitted rule base starts from its prior again.
+        """Fit the consequents to examples, see ``fitting.fit_consequents``; a fitted one starts from its prior again.
 
         Args:
             features: Feature vectors, finite, (n, D).
@@ -291,9 +272,6 @@ class FuzzyRuleBase:
             prior_strength: Pseudo-examples per rule, a number or one per source (expert, interpolated).
             monotone: Whether the declared directions are imposed.
             max_change: Largest allowed change of a rule in output units; None for any.
-
-        Returns:
-            A rule base with fitted consequents that remembers its prior.
         """
         self._require_complete("fit")
         prior = self.unfitted()  # no example counts twice
@@ -335,14 +313,7 @@ class FuzzyRuleBase:
         return replace(self, table=self.prior_table, source=self.prior_source, prior_table=None, prior_source=None)
 
     def report(self, features: np.ndarray) -> tuple[RuleReport, ...]:
-        """Say for each rule what the expert gave, what was interpolated, what was fitted, and on how many examples.
-
-        Args:
-            features: The examples of the fit, (n, D).
-
-        Returns:
-            One entry per cell, in row-major order, in output units.
-        """
+        """Say for each cell what the expert gave, what was fitted, and on how many of the examples, (n, D)."""
         prior = self.unfitted()
         counts = effective_examples(self.firing_strengths(features)).tolist()
         entries = []
@@ -353,14 +324,9 @@ class FuzzyRuleBase:
         return tuple(entries)
 
     def with_knots(self, peaks: Sequence[Sequence[float]]) -> FuzzyRuleBase:
-        """Move the peaks of the terms; the consequents stay with their terms.
-
-        Args:
-            peaks: New peaks per antecedent, D sequences of K_j numbers.
-        """
+        """Move the peaks, K_j for each of the D antecedents; the consequents stay with their terms."""
         pairs = zip(self.antecedents, peaks, strict=True)
-        variables = [replace(variable, peaks=tuple(new)) for variable, new in pairs]
-        return replace(self, antecedents=tuple(variables))
+        return replace(self, antecedents=tuple(replace(variable, peaks=tuple(new)) for variable, new in pairs))
 
     def with_quantile_knots(self, features: np.ndarray) -> FuzzyRuleBase:
         """Move the peaks to the ``(k + 1/2) / K`` quantiles of observed features, (n, D); no targets are needed."""
@@ -374,13 +340,12 @@ class FuzzyRuleBase:
     def flip_direction(self, signs: Sequence[int]) -> FuzzyRuleBase:
         """Flip the table along the antecedents that act the other way than the rules declare.
 
+        The consequents of the lowest and the highest term are exchanged, and so on inwards, and so is the declared
+        direction; terms and peaks stay. If any antecedent is flipped, comments are dropped: they argue for the
+        opposite.
+
         Args:
             signs: 1 (as written) or -1 (flip) per antecedent, (D,).
-
-        Returns:
-            A rule base in which, for each flipped antecedent, the consequents of its lowest and highest terms are
-            exchanged (and so on inwards), and so is the declared direction; terms and peaks stay. If any antecedent is
-            flipped, comments are dropped: they argue for the opposite.
         """
         if len(signs) != len(self.antecedents) or any(sign not in (1, -1) for sign in signs):
             raise ValueError(
@@ -410,14 +375,15 @@ class FuzzyRuleBase:
             )
 
 
-def _strengths(sources: Sequence[str], strength: float | Mapping[str, float]) -> np.ndarray | float:
+def _strengths(sources: Sequence[str], strength: float | Mapping[str, float]) -> np.ndarray:
     """Give each rule the strength of its prior, by its origin if strengths are given by origin, (R,)."""
-    if not isinstance(strength, Mapping):
-        return float(strength)
-    unknown = set(sources) - set(strength)
+    strengths = strength if isinstance(strength, Mapping) else dict.fromkeys(sources, strength)
+    unknown = set(sources) - set(strengths)
     if unknown:
-        raise KeyError(f"No prior strength for rules of origin {sorted(unknown)}; known: {sorted(strength)}; add them.")
-    return np.array([float(strength[source]) for source in sources])
+        raise KeyError(
+            f"No prior strength for rules of origin {sorted(unknown)}; known: {sorted(strengths)}; add them."
+        )
+    return np.array([float(strengths[source]) for source in sources])
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -39,18 +39,13 @@ _CALLS = itertools.count()
 
 
 def compile_rule_base(rule_base: FuzzyRuleBase, tolerance: float = 1e-6) -> ZeroOrderTSK:
-    """Compile a rule base through scikit-fuzzy: build its objects, read the tables back, verify them.
+    """Compile a complete rule base through scikit-fuzzy: build its objects, read the tables back, verify them.
 
-    Args:
-        rule_base: A complete rule base. Its peaks are rounded to float32, the precision of the module, before building.
-        tolerance: Largest allowed difference of firing strengths.
-
-    Returns:
-        The module.
+    Peaks are rounded to float32, the precision of the module, before building.
 
     Raises:
         ValueError: If a combination of terms has no rule.
-        RuntimeError: If the module and scikit-fuzzy differ.
+        RuntimeError: If firing strengths of the module and of scikit-fuzzy differ by more than the tolerance.
     """
     names, consequent = [variable.name for variable in rule_base.antecedents], rule_base.consequent.name
     rounded = [
@@ -67,11 +62,7 @@ def compile_rule_base(rule_base: FuzzyRuleBase, tolerance: float = 1e-6) -> Zero
 def to_control_system(rule_base: FuzzyRuleBase) -> control.ControlSystem:
     """Express a rule base in scikit-fuzzy: product AND, one box-shaped term per constant, summed activations.
 
-    Args:
-        rule_base: A rule base; combinations without a rule stay without one.
-
-    Returns:
-        A control system whose outputs are in the output range of the rule base. Rule labels name their terms.
+    Its outputs are in the output range of the rule base. Rule labels name their terms.
     """
     with _quiet_lock():
         antecedents = [_to_antecedent(variable) for variable in rule_base.antecedents]
@@ -145,11 +136,7 @@ def verify(
 ) -> float:
     """Compare the firing strengths of a module with those of scikit-fuzzy's own rule trees at random points.
 
-    Returns:
-        The largest difference.
-
-    Raises:
-        RuntimeError: If it exceeds the tolerance.
+    Gives the largest difference, or a ``RuntimeError`` if it exceeds the tolerance.
     """
     rule_base = compile_control_system(system, antecedents, consequent)
     lower, upper = np.array([variable.universe for variable in rule_base.antecedents]).T
@@ -181,8 +168,7 @@ def firing_strengths(
         antecedents: Names in the order of the columns; needed for a control system only.
 
     Returns:
-        For a rule base one column per cell, zero where there is no rule, (n, R); for a control system one column per
-        rule, sorted by label.
+        A column per cell of a rule base, zero where there is no rule; a column per rule of a control system, by label.
     """
     if isinstance(system, FuzzyRuleBase):
         table = np.zeros((len(points), system.num_rules))
@@ -211,16 +197,10 @@ def evaluate(
     antecedents: Sequence[str] = (),
     consequent: str = "",
 ) -> np.ndarray:
-    """Run scikit-fuzzy's own inference and centroid defuzzification; about 0.3 ms per point.
+    """Run scikit-fuzzy's own inference and centroid defuzzification, (n,); about 0.3 ms per point.
 
-    Args:
-        system: A rule base or a control system; every point must fire a rule.
-        points: Feature vectors, finite, (n, D).
-        antecedents: Names in the order of the columns; needed for a control system only.
-        consequent: Name of the output; likewise.
-
-    Returns:
-        Outputs, (n,); for a rule base within 5e-5 of the exact weighted mean.
+    Arguments as for ``firing_strengths``, with the name of the output; every point must fire a rule. For a rule base
+    the result is within 5e-5 of the exact weighted mean.
     """
     if isinstance(system, FuzzyRuleBase):
         antecedents, consequent = [variable.name for variable in system.antecedents], system.consequent.name

@@ -50,9 +50,6 @@ class ZeroOrderTSK(nn.Module):
             peaks: Strictly increasing peaks per feature, K sequences of two or more numbers.
             consequents: One row per rule, (R,) or (R, outputs), R = product of the numbers of terms.
             non_finite: Output of an example with a nan or infinite feature.
-
-        Raises:
-            ValueError: If peaks do not increase in float32, or there are more or fewer consequents than rules.
         """
         super().__init__()
         self.term_counts = tuple(len(row) for row in peaks)  # knots are padded, so they do not tell
@@ -88,26 +85,16 @@ class ZeroOrderTSK(nn.Module):
         return len(self.term_counts)
 
     def firing_strengths(self, features: Tensor) -> Tensor:
-        """Fire all rules.
+        """Fire all rules of features (..., K): products of memberships, (..., R).
 
-        Args:
-            features: Feature vectors, (..., K); outside the outer knots a feature acts like the knot.
-
-        Returns:
-            Products of memberships, (..., R), summing to one; all zero for an example with a non-finite feature.
+        They sum to one, but are all zero for an example with a non-finite feature. Outside the outer knots a feature
+        acts like the knot.
         """
         features, is_broken = self._guard(features)
         return self._fire(features).masked_fill(is_broken.unsqueeze(-1), 0.0)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Infer the outputs.
-
-        Args:
-            features: Feature vectors, (..., K).
-
-        Returns:
-            Outputs, (...,) or (..., outputs), in float32 (float64 for float64 features).
-        """
+        """Infer outputs, (...,) or (..., outputs), of features (..., K), in float32 (float64 for float64 features)."""
         features, is_broken = self._guard(features)
         firing, table = self._fire(features), self.consequents.to(features.dtype)
         if features.is_cuda:  # a matrix product would follow the flags of TF32, which training sets
@@ -130,11 +117,8 @@ class ZeroOrderTSK(nn.Module):
         return features.nan_to_num(0.0, 0.0, 0.0), is_broken
 
     def _fire(self, features: Tensor) -> Tensor:
-        """Multiply the memberships of finite features, (..., K), to (..., R).
-
-        A batch of 64 is so little work that the number of kernels is the time: memberships of all features are made at
-        once.
-        """
+        """Multiply the memberships of finite features, (..., K), to (..., R)."""
+        # a batch of 64 is so little work that the number of kernels is the time: all memberships are made at once
         knots = self.knots.to(features.dtype)
         lower, upper = knots[:, :-1], knots[:, 1:]
         ramps = ((features.unsqueeze(-1) - lower) / (upper - lower)).clamp(0.0, 1.0)  # (..., K, terms - 1)

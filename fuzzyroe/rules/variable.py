@@ -27,11 +27,7 @@ _OPPOSITE = {"increasing": "decreasing", "decreasing": "increasing", None: None}
 
 
 def check_identifier(name: object, what: str) -> None:
-    """Refuse a name that scikit-fuzzy, FCL or MATLAB could not carry.
-
-    Raises:
-        ValueError: If ``name`` is not letters, digits and underscores, starting with a letter or an underscore.
-    """
+    """Refuse a name that scikit-fuzzy, FCL or MATLAB could not carry, with a ``ValueError``."""
     if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name):
         raise ValueError(
             f"{what} {name!r} is not an identifier; letters, digits and underscores are allowed, not starting with a "
@@ -40,11 +36,7 @@ def check_identifier(name: object, what: str) -> None:
 
 
 def check_interval(interval: Sequence[float], what: str) -> tuple[float, float]:
-    """Give an interval as two floats.
-
-    Raises:
-        ValueError: If the bounds are not two finite numbers in increasing order.
-    """
+    """Give an interval as two floats; refuse other than two finite, increasing ones with a ``ValueError``."""
     if len(interval) != 2 or not all(map(math.isfinite, interval)) or interval[0] >= interval[1]:
         raise ValueError(
             f"{what} is {list(interval)}; two finite numbers [lower, upper] with lower < upper are allowed; correct it."
@@ -77,30 +69,29 @@ class LinguisticVariable:
         object.__setattr__(self, "universe", check_interval(self.universe, f"The universe of '{self.name}'"))
         for term in self.terms:
             check_identifier(term, f"A term of '{self.name}',")
-        problem = self._find_problem()
-        if problem:
-            raise ValueError(f"'{self.name}' has {problem}")
-
-    def _find_problem(self) -> str | None:
-        """Say what is wrong with terms, peaks or direction, what is allowed, and what to do."""
-        (lower, upper), peaks = self.universe, list(self.peaks)
+        (lower, upper), peaks, problem = self.universe, list(self.peaks), None
+        spacing = MIN_SPACING * (upper - lower)
         if len(self.terms) < 2 or len(set(self.terms)) < len(self.terms) or ANY_TERM in self.terms:
-            return (
+            problem = (
                 f"the terms {list(self.terms)}; two or more different names are allowed, and '{ANY_TERM}' is reserved; "
                 "rename or add terms."
             )
-        if len(peaks) != len(self.terms) or not all(map(math.isfinite, peaks)):
-            return f"the peaks {peaks}; one finite number per term ({len(self.terms)}) is allowed; correct the peaks."
-        spacing = MIN_SPACING * (upper - lower)
+        elif len(peaks) != len(self.terms) or not all(map(math.isfinite, peaks)):
+            problem = (
+                f"the peaks {peaks}; one finite number per term ({len(self.terms)}) is allowed; correct the peaks."
+            )
         # a little slack: peaks that were spread to this distance are rounded
-        if peaks[0] < lower or peaks[-1] > upper or min(np.diff(peaks)) < spacing * (1 - 1e-3):
-            return (
+        elif peaks[0] < lower or peaks[-1] > upper or min(np.diff(peaks)) < spacing * (1 - 1e-3):
+            problem = (
                 f"the peaks {peaks}; peaks increase by at least {spacing:g} inside the universe {[lower, upper]}; "
                 "reorder, spread or move them."
             )
-        if self.monotone not in DIRECTIONS:
-            return f"monotone={self.monotone!r}; 'increasing', 'decreasing' or nothing is allowed; choose one of these."
-        return None
+        elif self.monotone not in DIRECTIONS:
+            problem = (
+                f"monotone={self.monotone!r}; 'increasing', 'decreasing' or nothing is allowed; choose one of these."
+            )
+        if problem:
+            raise ValueError(f"'{self.name}' has {problem}")
 
     @property
     def sign(self) -> int:
@@ -117,19 +108,10 @@ class LinguisticVariable:
         monotone: str | None = None,
         quantiles: Sequence[float] | None = None,
     ) -> LinguisticVariable:
-        """Place the peaks at the ``(k + 1/2) / K`` quantiles, so that every term has mean membership about 1 / K.
+        """Place the peaks at the ``(k + 1/2) / K`` quantiles of samples, so that every term has like mean membership.
 
-        Args:
-            name: Identifier of the feature.
-            samples: Observed values inside the universe, any shape, at least one.
-            terms: Names of the K terms, from low to high.
-            universe: Smallest and largest value.
-            monotone: Direction of the effect, see the class.
-            quantiles: Other quantiles for the K peaks, increasing in (0, 1), as where only a tail matters.
-
-        Returns:
-            A variable whose peaks are at least ``MIN_SPACING`` apart: for a (nearly) constant feature they are spread,
-            which is logged.
+        ``quantiles`` gives others for the K peaks, increasing in (0, 1), as where only a tail matters. For a (nearly)
+        constant feature the peaks are spread to ``MIN_SPACING``, which is logged.
 
         Raises:
             ValueError: If there is no sample, or one is not finite or lies outside the universe.
@@ -160,13 +142,9 @@ class LinguisticVariable:
         return replace(self, monotone=_OPPOSITE[self.monotone])
 
     def memberships(self, values: np.ndarray | float) -> np.ndarray:
-        """Evaluate all terms in double precision.
+        """Give the memberships of all terms in values (...), in double precision, (..., terms).
 
-        Args:
-            values: Values of the feature, any shape (...,); outside the outer peaks the memberships are constant.
-
-        Returns:
-            Memberships in [0, 1] that sum to one over the last axis, (..., terms).
+        They lie in [0, 1] and sum to one; outside the outer peaks they are constant.
         """
         peaks = np.asarray(self.peaks)
         values = np.asarray(values, dtype=np.float64)[..., None]
@@ -176,11 +154,7 @@ class LinguisticVariable:
         return np.concatenate([ones, ramps], axis=-1) - np.concatenate([ramps, zeros], axis=-1)
 
     def fuzzy_sets(self) -> np.ndarray:
-        """Give the terms as trapezoids for rule interpolation, the end terms mirrored at their peak.
-
-        Returns:
-            Left foot, left and right shoulder, right foot per term, (terms, 4).
-        """
+        """Give the terms as trapezoids for rule interpolation, (terms, 4), the end terms mirrored at their peak."""
         peaks = np.asarray(self.peaks)
         left = np.concatenate([[2 * peaks[0] - peaks[1]], peaks[:-1]])
         right = np.concatenate([peaks[1:], [2 * peaks[-1] - peaks[-2]]])

@@ -19,7 +19,6 @@ LOWEST_RATE = 0.01
 
 MAX_DOUBLINGS = 12
 
-
 HARD_TEMPERATURE = 1e-6
 """Temperature at which soft decisions are 0 or 1."""
 
@@ -112,13 +111,7 @@ class LinearRouter(Router):
         return keep[:, 1:]
 
     def logits(self, layer: int, hidden_states: Tensor, routing: RoutingState) -> Tensor:
-        """Logits of keeping and of skipping a layer, (B, T, 2) float32.
-
-        Args:
-            layer: Layer index.
-            hidden_states: Input of that layer, (B, S, D).
-            routing: State that ``prepare`` made.
-        """
+        """Logits of keeping and of skipping a layer, (B, T, 2) float32, from its input, (B, S, D)."""
         linear: Any = self.layers[layer]
         summary = routing.roe.summary
         states = summary.norms[layer](summary.read(hidden_states).to(linear.weight.device))  # (B, 1 + T, D)
@@ -141,11 +134,7 @@ class LinearRouter(Router):
         super().check_target(skip_rate, num_rows)
 
     def set_skip_rate(self, skip_rate: float) -> None:
-        """Plan for another mean skip rate from now on; nothing is retrained.
-
-        Raises:
-            ValueError: If the table does not reach it.
-        """
+        """Plan for another mean skip rate from now on; one that the table does not reach is a ``ValueError``."""
         self.check_target(skip_rate)
         self.target_skip_ratio = float(skip_rate)
         self.skip_logit_bias = float(self._biases(torch.tensor([self.target_skip_ratio])))
@@ -155,14 +144,7 @@ class LinearRouter(Router):
         self.target_skip_ratio, self.skip_logit_bias = math.nan, 0.0
 
     def set_bias_table(self, bias_table: Sequence[tuple[float, float]]) -> None:
-        """Put in a table of skip-logit biases; the operating point stays where it is.
-
-        Args:
-            bias_table: Mean skip rates in [0, 1], each with the bias that gives it; both increase.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Put in mean skip rates, each with its skip-logit bias, both increasing; the operating point stays."""
         for before, after in zip(bias_table[:-1], bias_table[1:], strict=True):
             if not (before[0] < after[0] and before[1] <= after[1]):
                 raise ValueError(

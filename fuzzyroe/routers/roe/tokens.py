@@ -109,9 +109,6 @@ class TokenSource(nn.Module):
     Args:
         hidden_size: Width D of the decoder.
         compat: Where the tokens stand and what they read.
-
-    Attributes:
-        tokens: The two trained embeddings, ``tokens.image`` and ``tokens.text``, (D,) each.
     """
 
     def __init__(self, hidden_size: int, compat: RoECompat) -> None:
@@ -120,15 +117,7 @@ class TokenSource(nn.Module):
         self.tokens = RoutingTokens(hidden_size)
 
     def prepare(self, decoder: nn.Module, inputs: dict[str, Any], routing: RoutingState) -> dict[str, Any]:
-        """Insert the tokens, and see to it that they are gone when the decoder is through.
-
-        Args:
-            decoder: The module that holds the layers.
-            inputs: Keywords of its forward, with ``inputs_embeds`` (B, N, D).
-            routing: State of the prompt.
-
-        Returns:
-            New keywords; ``routing`` is a state for the layers, which shares its result with the caller's.
+        """Insert the tokens, and see to it that they are gone when the decoder is through; see ``Router.prepare``.
 
         Raises:
             ValueError: If the attention kernel or the mask cannot keep routing tokens from being seen.
@@ -154,10 +143,6 @@ class PooledSource(nn.Module):
     """Summary source that averages the states of the prefix with its image, and of each question.
 
     It has no parameters, adds nothing to the sequence and works with any attention kernel.
-
-    Args:
-        hidden_size: Width D of the decoder.
-        compat: As for ``TokenSource``.
     """
 
     def __init__(self, hidden_size: int, compat: RoECompat) -> None:
@@ -176,11 +161,7 @@ SOURCES: dict[str, type[TokenSource] | type[PooledSource]] = {"tokens": TokenSou
 
 
 class RoutingTokens(nn.Module):
-    """Two trained embeddings: of the token of the image, and of that of every turn.
-
-    Args:
-        hidden_size: Width D of the decoder.
-    """
+    """Two trained embeddings (D,): of the token of the image, and of that of every turn."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -194,12 +175,7 @@ class RoutingTokens(nn.Module):
 
 
 def find_segments(routing: RoutingState, compat: RoECompat) -> Segments:
-    """Find the segment of each routing token.
-
-    Args:
-        routing: Says where turns and questions are.
-        compat: ``image_segment_takes_one_more`` acts in soft mode, that is in training.
-    """
+    """Find the segment of each routing token; ``image_segment_takes_one_more`` acts in soft mode, in training."""
     turn_ids, num_turns = routing.turn_ids, routing.planned_turns()
     positions = torch.arange(turn_ids.shape[1], device=turn_ids.device).unsqueeze(0)  # (1, N)
     is_text = turn_ids > 0
@@ -222,7 +198,7 @@ def lay_out(routing: RoutingState, attention_mask: Tensor, position_ids: Tensor 
         routing: Says where turns and questions are.
         attention_mask: Non-zero at positions that are no padding, (B, N).
         position_ids: Rotary positions of the prompt, (..., B or 1, N); None for 0, 1, 2, ...
-        compat: ``tokens_in_front`` chooses the layout; the others change numbers in it.
+        compat: Says where the tokens stand, and which positions they count as.
     """
     segments = find_segments(routing, compat)
     num_rows, num_tokens, num_positions = segments.reads.shape
@@ -233,19 +209,15 @@ def lay_out(routing: RoutingState, attention_mask: Tensor, position_ids: Tensor 
     anchors = torch.maximum(anchors, segments.first)
     numbers = torch.arange(num_tokens, device=device).expand(num_rows, -1)
     # sorting these keys lays the sequence out: between two positions of the prompt there is room for every token
-    if compat.tokens_in_front:
-        token_keys = numbers - num_tokens
-    else:
-        token_keys = anchors * (num_tokens + 1) + 1 + numbers
+    token_keys = numbers - num_tokens if compat.tokens_in_front else anchors * (num_tokens + 1) + 1 + numbers
     keys = torch.cat([(positions * (num_tokens + 1)).expand(num_rows, -1), token_keys], dim=1)  # (B, S)
     order = keys.argsort(dim=1)
     where = order.argsort(dim=1)
-    token_turns = numbers.to(segments.turn_ids.dtype)
     return Layout(
         order=order,
         attention_mask=_attention_mask(segments, attention_mask, order, compat),
         position_ids=_position_ids(routing, position_ids, anchors, order, compat),
-        turn_ids=torch.cat([segments.turn_ids, token_turns], dim=1).gather(1, order),
+        turn_ids=torch.cat([segments.turn_ids, numbers.to(segments.turn_ids)], dim=1).gather(1, order),
         prompt_positions=where[:, :num_positions],
         token_positions=where[:, num_positions:],
     )
@@ -263,8 +235,7 @@ def _attention_mask(segments: Segments, attention_mask: Tensor, order: Tensor, c
     itself = torch.eye(num_tokens, dtype=torch.bool, device=device).expand(num_rows, -1, -1)
     tokens = torch.cat([segments.reads, itself], dim=2)  # (B, 1 + T, S)
     allowed = torch.cat([prompt, tokens], dim=1)  # (B, S, S), the prompt first
-    rows = order.unsqueeze(2).expand_as(allowed)
-    columns = order.unsqueeze(1).expand_as(allowed)
+    rows, columns = order.unsqueeze(2).expand_as(allowed), order.unsqueeze(1).expand_as(allowed)
     return allowed.gather(1, rows).gather(2, columns).unsqueeze(1)
 
 
@@ -332,14 +303,7 @@ def _without_tokens(value: Any, positions: Tensor) -> Any:
         return tuple(_without_tokens(item, positions) for item in value)
     if isinstance(value, Tensor) and value.dim() == 3:
         return _take(positions, value)
-    if hasattr(value, "layers"):
-        _shrink_cache(value, positions)
-    return value
-
-
-def _shrink_cache(cache: Any, positions: Tensor) -> None:
-    """Keep the keys and values of the prompt, in its order."""
-    for layer in cache.layers:
+    for layer in getattr(value, "layers", ()):  # of a cache
         if isinstance(layer, RoutedCacheLayer):
             layer.seen = positions.shape[1]
         if layer.is_initialized:
@@ -349,6 +313,7 @@ def _shrink_cache(cache: Any, positions: Tensor) -> None:
             index = rows[:, None, :, None]
             layer.keys = layer.keys.gather(2, index.expand(*layer.keys.shape[:2], -1, layer.keys.shape[-1]))
             layer.values = layer.values.gather(2, index.expand(*layer.values.shape[:2], -1, layer.values.shape[-1]))
+    return value
 
 
 def _take(positions: Tensor, states: Tensor) -> Tensor:
