@@ -63,15 +63,11 @@ def prefill_flops(sizes: DecoderSizes, plans: Tensor, length: int, unit: str = "
         length: N.
         unit: What a skip leaves out, a name in ``SKIP_UNITS``.
     """
-    return _flops(sizes, plans, length, length, unit)
+    return decode_flops(sizes, plans, length, unit, length)
 
 
-def decode_flops(sizes: DecoderSizes, plans: Tensor, context: int, unit: str = "layer") -> int:
-    """Count one decoding step of a batch; each row attends to ``context`` positions, the new one included."""
-    return _flops(sizes, plans, 1, context, unit)
-
-
-def _flops(sizes: DecoderSizes, plans: Tensor, length: int, context: int, unit: str) -> int:
+def decode_flops(sizes: DecoderSizes, plans: Tensor, context: int, unit: str = "layer", num_positions: int = 1) -> int:
+    """Count one decoding step of a batch, or several positions; each attends to ``context`` ones, itself included."""
     if unit not in SKIP_UNITS:
         raise KeyError(f"Skip unit '{unit}' is unknown; use one of {', '.join(SKIP_UNITS)}.")
     hidden = sizes.hidden
@@ -82,4 +78,4 @@ def _flops(sizes: DecoderSizes, plans: Tensor, length: int, context: int, unit: 
     skipped = layer - parts.get(unit, layer) + 4 * hidden * sizes.adapter
     num_kept = int(plans.sum())
     positions = num_kept * layer + (plans.numel() - num_kept) * skipped
-    return length * positions + plans.shape[0] * 2 * hidden * sizes.vocabulary
+    return num_positions * positions + plans.shape[0] * 2 * hidden * sizes.vocabulary

@@ -45,16 +45,7 @@ def prompt_hashes(hidden_states: Tensor, routing: RoutingState) -> Tensor:
 
 
 def uniforms(numbers: Tensor, count: int, seed: int) -> Tensor:
-    """Give numbers that look drawn from [0, 1), but follow from prompt hashes and the seed.
-
-    Args:
-        numbers: Prompt hashes, (B, T) int64.
-        count: Draws per prompt hash.
-        seed: Another seed gives other draws.
-
-    Returns:
-        (B, T, count) float32.
-    """
+    """Give numbers that look drawn from [0, 1), (B, T, count), but follow from prompt hashes, (B, T), and the seed."""
     draws = torch.arange(1, count + 1, device=numbers.device)
     mixed = _scramble(_scramble(numbers.unsqueeze(-1) + seed) + GOLDEN * draws)
     return ((mixed >> 40) & 0xFFFFFF).float() / 2**24  # 24 bits: all that float32 tells apart below 1

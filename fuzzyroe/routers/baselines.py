@@ -156,13 +156,12 @@ class LinearScoreRouter(FuzzyRouter):
         spread = np.ptp(values)
         table = (values - values.min()) / spread if spread > 1e-12 else np.full(values.shape, 0.5)
         variables = [LinguisticVariable(v.name, (0.0, 1.0), ("low", "high"), (0.0, 1.0)) for v in prior.antecedents]
-        cells = np.ndindex(table.shape)
-        rules = {tuple(v.terms[k] for v, k in zip(variables, cell, strict=True)): float(table[cell]) for cell in cells}
-        return FuzzyRuleBase.from_rules(
+        return FuzzyRuleBase(
             "linear_score",
-            variables,
+            tuple(variables),
+            prior.consequent.from_output(table),
+            np.full(table.shape, "expert"),
             prior.consequent,
-            dict(zip(rules, prior.consequent.from_output(np.fromiter(rules.values(), float)).tolist(), strict=True)),
             description="A linear score, written as rules at the corners of the unit cube.",
             provenance={"linear_score": {"weights": weights.tolist(), "examples": len(targets)}},
         )

@@ -81,8 +81,6 @@ class FuzzyRouter(Router):
         """Rows G of the table of budgets."""
         return len(self.budget_ratios)
 
-    # From an example to its plan, in the order of the forward pass.
-
     def plan(self, hidden_states: Tensor, routing: RoutingState) -> None:
         """Fill the result with summary, features, scores and keep weights; a non-finite feature keeps every layer."""
         result = routing.result

@@ -113,14 +113,10 @@ def _fired_rule(rule_base: FuzzyRuleBase, cell: tuple[int, ...], strength: float
 
 
 def describe_memberships(degrees: Mapping[str, float]) -> str:
-    """Put the memberships of one value into words.
+    """Put the memberships of one value into words, of which at most two neighbours are above zero.
 
-    Args:
-        degrees: Membership in [0, 1] of each term; at most two neighbours are above zero.
-
-    Returns:
-        For instance ``"high"``, ``"mostly high (0.81), a little medium (0.19)"`` or ``"between low (0.45) and medium
-        (0.55)"``; ``"not a finite number"`` without memberships.
+    For instance ``"high"``, ``"mostly high (0.81), a little medium (0.19)"`` or ``"between low (0.45) and medium
+    (0.55)"``; ``"not a finite number"`` without memberships.
     """
     if not degrees:
         return "not a finite number"
@@ -307,10 +303,7 @@ class Difference:
 def compare_rule_bases(first: FuzzyRuleBase, second: FuzzyRuleBase, tolerance: float = 1e-9) -> Difference:
     """List what differs; names, descriptions and provenance do not count.
 
-    Args:
-        first: A rule base.
-        second: Another one.
-        tolerance: Differences of consequents and peaks up to this size are rounding.
+    Differences of consequents and peaks up to the tolerance are rounding.
     """
     settings = _compare_variables(first, second, tolerance)
     for name in ("consequent", "interpolation", "non_finite"):

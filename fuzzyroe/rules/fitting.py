@@ -123,14 +123,9 @@ def _check(firing: np.ndarray, targets: np.ndarray, prior: np.ndarray, strengths
 
 
 def order_edges(shape: Sequence[int], signs: Signs) -> np.ndarray:
-    """List the pairs of neighbouring cells whose consequents must not decrease.
+    """List the pairs of neighbouring cells whose consequents must not decrease, from the terms per antecedent.
 
-    Args:
-        shape: Terms per antecedent, D entries.
-        signs: Direction per antecedent.
-
-    Returns:
-        Flat cell indices (lower, upper), (E, 2), in row-major order of the table.
+    Gives flat cell indices (lower, upper), (E, 2), in row-major order of the table.
     """
     cells = np.arange(np.prod(shape)).reshape(shape)
     edges = [np.empty((0, 2), dtype=np.int64)]
@@ -145,13 +140,8 @@ def order_edges(shape: Sequence[int], signs: Signs) -> np.ndarray:
 def find_contradictions(table: np.ndarray, signs: Signs, tolerance: float) -> list[tuple[Cell, Cell, float]]:
     """List the pairs of given cells, neighbours or not, that are in the wrong order by more than a tolerance.
 
-    Args:
-        table: Table, nan where there is no rule, (K_1, ..., K_D).
-        signs: Direction per antecedent.
-        tolerance: Largest excess that counts as rounding.
-
-    Returns:
-        The cell that should not be larger, the cell that should not be smaller, and the excess.
+    Gives the cell that should not be larger, the cell that should not be smaller, and the excess, of a table with nan
+    where there is no rule, (K_1, ..., K_D).
     """
     given = np.argwhere(~np.isnan(table))
     values = table[tuple(given.T)]

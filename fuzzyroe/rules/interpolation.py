@@ -320,9 +320,7 @@ def _by_koczy_hirota(rules: SparseRules, observation: np.ndarray, options: Inter
     return np.mean([interpolate_cuts(observation, *group, rules.ranges) for group in groups], axis=0)
 
 
-def _by_stabilised_koczy_hirota(
-    rules: SparseRules, observation: np.ndarray, options: InterpolationOptions
-) -> np.ndarray:
+def _by_stabilised_koczy_hirota(rules: SparseRules, observation: np.ndarray, _: InterpolationOptions) -> np.ndarray:
     power = len(rules.ranges)
     return interpolate_cuts(observation, rules.antecedents, rules.consequents, rules.ranges, power)
 

@@ -14,13 +14,9 @@ from fuzzyroe.routers.roe.tokens import SOURCES, RoEPass
 from fuzzyroe.routers.roe.training import OURS, Relaxation, RoECompat
 from fuzzyroe.routing_state import RoutingState
 
-LOWEST_RATE = 0.01
-"""A rate at or below this counts as the lower end of a table of skip-logit biases."""
-
+LOWEST_RATE = 0.01  # a rate at or below this counts as the lower end of a table of skip-logit biases
 MAX_DOUBLINGS = 12
-
-HARD_TEMPERATURE = 1e-6
-"""Temperature at which soft decisions are 0 or 1."""
+HARD_TEMPERATURE = 1e-6  # at which soft decisions are 0 or 1
 
 
 class LinearRouter(Router):
@@ -46,10 +42,6 @@ class LinearRouter(Router):
         layers: The linear layers, L of (2, 2 D), without bias.
         source: The summary source, with the routing tokens.
         skip_logit_bias: Number added to the logits of skipping by default.
-
-    Raises:
-        KeyError: If the summary source is unknown.
-        ValueError: If the table is not increasing, or does not reach ``target_skip_ratio``.
 
     Reference:
         RoE (arXiv:2407.14093).

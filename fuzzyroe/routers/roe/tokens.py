@@ -153,7 +153,11 @@ class PooledSource(nn.Module):
         """Give the decoder's keywords with a state that knows which positions are averaged."""
         shares = find_segments(routing, self.compat).reads.float()  # (B, 1 + T, N)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)
-        return _with_summary(decoder, inputs, routing, functools.partial(_average, shares))
+
+        def average(states: Tensor) -> Tensor:
+            return shares.to(states.device, states.dtype) @ states
+
+        return _with_summary(decoder, inputs, routing, average)
 
 
 SOURCES: dict[str, type[TokenSource] | type[PooledSource]] = {"tokens": TokenSource, "pooled": PooledSource}
@@ -319,10 +323,6 @@ def _without_tokens(value: Any, positions: Tensor) -> Any:
 def _take(positions: Tensor, states: Tensor) -> Tensor:
     """Pick positions, (B, M), of states, (B, S, D); gives (B, M, D)."""
     return states.gather(1, positions.to(states.device).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-
-
-def _average(shares: Tensor, states: Tensor) -> Tensor:
-    return shares.to(states.device, states.dtype) @ states
 
 
 def _check_attention(decoder: Any, attention_mask: Tensor | None) -> None:

@@ -42,12 +42,11 @@ UNIT = 0.005
 
 START_TEMPERATURE, TEMPERATURE_DECAY, BIAS_DECAY = 10.0, 0.95, 0.85
 
+# low enough that all but 0.8 % of drawn decisions are 0 or 1 to three digits
 DRAW_TEMPERATURE = 0.001
-"""Temperature of drawn decisions: low enough that all but 0.8 % of them are 0 or 1 to three digits."""
 
+# progress is a quotient of whole numbers; one that should be a multiple of ``UNIT`` may miss it by this share
 ROUNDING = 1e-9
-"""Progress is a quotient of whole numbers; one that should be a multiple of ``UNIT`` may miss it by this share."""
-
 DAMPING = 5.0
 
 
