@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from fuzzyroe import set_escalation
+from fuzzyroe.resume import ALL_LAYERS, KEEP_PLAN
 from fuzzyroe.routers import KeepAllRouter
-from scripts.bench.escalation import BATCHES, SHARE, make_plan, measure_batch, net_skip_rate
+from scripts.bench.escalation import BATCHES, SHARE, FirstRows, make_plan, measure_batch, net_skip_rate
 from scripts.bench.speed.decoders import Bench, Shape
 
 
@@ -24,7 +25,7 @@ def test_every_number_is_measured(batch) -> None:
     bench = Bench(Shape("tiny", 64, 8, 4, 2, 96, 100), KeepAllRouter(8))
     lines = list(measure_batch(bench, batch, length=24, repeats=2, most=1e9))
     assert all(line.value > 0 for line in lines) and lines[0].at_most == 1e9
-    bench.prefill(bench.planned(make_plan(8).expand(batch, -1)), batch, 24)
-    cache = bench.prefill(bench.planned(make_plan(8).expand(batch, -1)), batch, 24)
-    levels = cache.escalation.levels
-    assert int((levels == 2).sum()) in BATCHES[batch] and torch.equal(levels, levels.sort(descending=True).values)
+    count = max(BATCHES[batch])
+    set_escalation(bench.routed, FirstRows.make("fuzzy", count=count))
+    levels = bench.prefill(bench.planned(make_plan(8).expand(batch, -1)), batch, 24).escalation.levels
+    assert levels.tolist() == [ALL_LAYERS] * count + [KEEP_PLAN] * (batch - count)
