@@ -235,6 +235,7 @@ class FuzzyRoE(lmms):
                 num_new_tokens=output.num_new_tokens[row],
                 checkpoint=self._pretrained,
                 target_skip_ratio=None if rate is None else round(rate, 6),
+                prefill_runs=output.prefill_runs[row].tolist(),
             )
 
 

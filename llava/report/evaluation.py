@@ -57,7 +57,7 @@ class RequestRecord:
     type: str | None  # the document's own
     complexity: int | None  # the document's own
     num_images: int
-    kept_layers: list[int]  # 1 where the request ran the layer, 0 where it skipped it, L; all ones for a dense model
+    kept_layers: list[int]  # 1 where decoding ran the layer, 0 where it skipped it, L; all ones for a dense model
     prefill_ms: float  # from the prompt to the first token
     decode_ms_per_token: float | None  # None if no request of the batch got a second token
     batch_size: int
@@ -65,10 +65,16 @@ class RequestRecord:
     num_new_tokens: int
     checkpoint: str  # folder or hub id
     target_skip_ratio: float | None  # mean skip rate asked of the router; None for a dense run
+    prefill_runs: list[int]  # how often the prefill ran each layer, those that ran again included, L
 
     @property
     def skip_rate(self) -> float:
-        """Share of layers that the request skipped, in [0, 1]."""
+        """Net skip rate of the prefill, reruns counted; below 0 where they cost more than the plan has saved."""
+        return 1 - sum(self.prefill_runs) / len(self.prefill_runs)
+
+    @property
+    def decode_skip_rate(self) -> float:
+        """Share of layers that decoding skipped, in [0, 1]."""
         return 1 - sum(self.kept_layers) / len(self.kept_layers)
 
 
@@ -138,7 +144,8 @@ class Evaluation:
     checkpoint: str = ""
     target_skip_ratio: float | None = None  # skip rate asked for; None for a dense run
     items: int | None = None  # number of questions
-    skip_rate: dict[str, Any] = field(default_factory=dict)  # observed: all, image, types, layers (L), layers_by_type
+    # observed, net of reruns in the prefill: all, image, types; in decoding: decode, layers (L), layers_by_type
+    skip_rate: dict[str, Any] = field(default_factory=dict)
     prefill_ms: float | None = None  # from a prompt to its first token, its share of a batch
     decode_ms_per_token: float | None = None
     batch_size: int | None = None  # prompts per batch while timing
@@ -225,8 +232,9 @@ def _check(path: Path, key: str, value: Any) -> Any:
         return {item: number for item, number in checked.items() if number is not None}
     if isinstance(value, list):
         return [_check(path, key, number) for number in value]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{path}: '{key}' is {value!r:.60}; a number from 0 up is needed. Correct the file.")
+    lowest = -1 if "skip_rate" in key.split(".") else 0  # all layers may run twice
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < lowest:
+        raise ValueError(f"{path}: '{key}' is {value!r:.60}; a number from {lowest} up is needed. Correct the file.")
     if value > 1 and name not in NOT_RATIOS:
         raise ValueError(f"{path}: '{key}' is {float(value)}; a ratio in [0, 1] is needed. Correct the file.")
     return value
@@ -369,7 +377,8 @@ def collect(output_folder: Path, routing_log: Path, label: str, expected_items: 
     by_type = _group(answers, "type")
     types = {name: _measure(group) for name, group in by_type.items()}
     accuracy = {"all": everything["accuracy"], "image": image["accuracy"], "text_only": text_only["accuracy"]}
-    skip_rate = {"all": everything["skip_rate"], "image": image["skip_rate"]}
+    decode = mean(record.decode_skip_rate for record in records)
+    skip_rate = {"all": everything["skip_rate"], "image": image["skip_rate"], "decode": decode}
     for name in ("checkpoint", "target_skip_ratio"):
         values = {getattr(record, name) for record in records}
         if len(values) != 1:

@@ -88,7 +88,7 @@ def answer_questions(
             seconds[point] += (time.process_time() - started) * (start in timed)
             if point == REFERENCE:
                 continue
-            skipped = (1 - output.kept_layers.float().mean(dim=1)).tolist()
+            skipped = output.prefill_skip_rates.tolist()
             for question, answer, share in zip(batch, output.texts, skipped, strict=True):
                 text = normalise(answer)
                 is_correct = int(text == normalise(doc_to_target(question)))

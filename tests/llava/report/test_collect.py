@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from llava.report.evaluation import RequestRecord, collect, main, write_routing_log
+from llava.report.evaluation import RequestRecord, collect, load_evaluation, main, write_routing_log
 
 RECORDS = [
-    RequestRecord("digits_vqa", 0, "row", 2, 1, [1, 1, 1, 1], 4.0, 2.0, 2, 30, 3, "tiny", 0.25),
-    RequestRecord("digits_vqa", 1, "row", 2, 1, [1, 0, 1, 0], 2.0, 2.0, 2, 30, 3, "tiny", 0.25),
-    RequestRecord("digits_vqa", 2, "parity", 1, 1, [1, 0, 1, 1], 6.0, None, 1, 28, 1, "tiny", 0.25),
-    RequestRecord("digits_vqa", 3, "spoken_sum", 1, 0, [1, 0, 0, 0], 1.0, 4.0, 1, 12, 2, "tiny", 0.25),
+    RequestRecord("digits_vqa", 0, "row", 2, 1, [1, 1, 1, 1], 4.0, 2.0, 2, 30, 3, "tiny", 0.25, [1, 1, 1, 1]),
+    RequestRecord("digits_vqa", 1, "row", 2, 1, [1, 0, 1, 0], 2.0, 2.0, 2, 30, 3, "tiny", 0.25, [1, 0, 1, 0]),
+    RequestRecord("digits_vqa", 2, "parity", 1, 1, [1, 0, 1, 1], 6.0, None, 1, 28, 1, "tiny", 0.25, [1, 0, 1, 1]),
+    RequestRecord("digits_vqa", 3, "spoken_sum", 1, 0, [1, 0, 0, 0], 1.0, 4.0, 1, 12, 2, "tiny", 0.25, [1, 0, 0, 0]),
 ]
 CORRECT = [1.0, 0.0, 1.0, 0.0]
 
@@ -51,6 +51,7 @@ def test_accuracy_and_skip_rate_are_joined_by_document(tmp_path: Path) -> None:
         "skip_rate": {
             "all": pytest.approx((0 + 0.5 + 0.25 + 0.75) / 4),
             "image": pytest.approx((0 + 0.5 + 0.25) / 3),
+            "decode": pytest.approx((0 + 0.5 + 0.25 + 0.75) / 4),
             "types": {"parity": 0.25, "row": 0.25, "spoken_sum": 0.75},
             "layers": [0, 0.75, 0.25, 0.5],
             "layers_by_type": {"parity": [0, 1, 0, 0], "row": [0, 0.5, 0, 0.5], "spoken_sum": [0, 1, 1, 1]},
@@ -66,8 +67,21 @@ def test_accuracy_and_skip_rate_are_joined_by_document(tmp_path: Path) -> None:
     }
 
 
+def test_layers_that_ran_again_count_in_the_prefill_and_not_in_decoding(tmp_path: Path) -> None:
+    escalated = [replace(record, kept_layers=[1] * 4, prefill_runs=[1, 1, 2, 2]) for record in RECORDS[:2]]
+    assert escalated[0].skip_rate == -0.5 and escalated[0].decode_skip_rate == 0
+    evaluation = collect(tmp_path, write_run(tmp_path, [*escalated, *RECORDS[2:]]), "ours", 4)
+    skip_rate = load_evaluation(tmp_path / "evaluation.json").skip_rate
+    assert skip_rate == evaluation["skip_rate"] and skip_rate["types"]["row"] == -0.5
+    assert skip_rate["all"] == pytest.approx((-0.5 - 0.5 + 0.25 + 0.75) / 4)
+    assert skip_rate["decode"] == pytest.approx((0 + 0 + 0.25 + 0.75) / 4)
+
+
 def test_a_dense_run_of_single_tokens_is_collected(tmp_path: Path) -> None:
-    dense = [replace(r, kept_layers=[1] * 4, target_skip_ratio=None, decode_ms_per_token=None) for r in RECORDS]
+    dense = [
+        replace(r, kept_layers=[1] * 4, prefill_runs=[1] * 4, target_skip_ratio=None, decode_ms_per_token=None)
+        for r in RECORDS
+    ]
     evaluation = collect(tmp_path, write_run(tmp_path, dense), "dense", 4)
     assert evaluation["target_skip_ratio"] is None
     assert evaluation["skip_rate"]["all"] == 0

@@ -40,7 +40,7 @@ def write_run(folder: Path, tasks: tuple[str, ...] = ("gqa", "bench_dev", "bench
     for task in tasks:
         lines = [json.dumps({"doc_id": doc_id}) + "\n" for doc_id in range(num_samples)]
         (model / f"d_samples_{task}.jsonl").write_text("".join(lines))
-    records = [RequestRecord("gqa", 0, None, None, 1, [1, 0, 1, 1], 3.0, None, 1, 9, 1, "tiny", 0.3)]
+    records = [RequestRecord("gqa", 0, None, None, 1, [1, 0, 1, 1], 3.0, None, 1, 9, 1, "tiny", 0.3, [1, 0, 1, 1])]
     write_routing_log(folder / "routing.jsonl", records)
     return folder
 
@@ -99,7 +99,9 @@ def test_a_table_shows_what_a_run_lacks() -> None:
 
 
 def make_record(doc_id: int) -> RequestRecord:
-    return RequestRecord("digits_vqa", doc_id, "row", 2, 1, [1, 0, 1, 1], 2.5, None, 4, 30, 1, "tiny", 0.25)
+    return RequestRecord(
+        "digits_vqa", doc_id, "row", 2, 1, [1, 0, 1, 1], 2.5, None, 4, 30, 1, "tiny", 0.25, [1, 0, 1, 1]
+    )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
