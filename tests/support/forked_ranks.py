@@ -230,7 +230,10 @@ def wait(ranks: Ranks, kind: str, partial: Path, moment: float, later: float, ha
 
 def find_unfinished(partial: Path) -> list[str]:
     """Names of the step checkpoints that are being written: they have no manifest yet."""
-    return [folder.name for folder in list_checkpoints(partial) if not (folder / MANIFEST).exists()]
+    try:
+        return [folder.name for folder in list_checkpoints(partial) if not (folder / MANIFEST).exists()]
+    except FileNotFoundError:  # the stage ended between two looks: its folder has got its final name
+        return []
 
 
 def look(kind: str, partial: Path) -> dict:
