@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all.
+
+``llava.files`` has its own: this package loads torch, and a check of data is not to wait for that.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 #   source scripts/env.sh     from a script: sets FUZZYROE_ROOT and PYTHON, puts the environment's programs first on PATH
 #   bash scripts/env.sh       by hand: only makes or repairs .venv
 #
-# An active virtual or conda environment that has all requirements is used as it is. Otherwise .venv is created from
+# An active virtual or conda environment with FuzzyRoE and all it requires is used as it is. Otherwise .venv is created from
 # requirements.lock (1 to 5 minutes, 1.5 GB; more with CUDA libraries) and reused until the lock, pyproject.toml or Python
 # change. An interrupted install is repaired by the next run.
 #
@@ -152,11 +152,13 @@ env_use_own() {
   fi
 }
 
-env_find_active() { # print the Python of the active environment, if it has all that the caller needs
-  local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+env_find_active() { # print the Python of the active environment, if nothing is to be said of it
+  local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" report
   [[ -n "$active" && -x "$active/bin/python" && ! "$active" -ef "$ENV_DIR" ]] || return 0
+  # who names an environment is warned and obeyed; one that is merely active must be whole, versions and all
   # shellcheck disable=SC2086  # one word per extra
-  if "$active/bin/python" scripts/check_environment.py ${FUZZYROE_EXTRAS:-$ENV_ALL} >/dev/null 2>&1; then
+  if report="$("$active/bin/python" scripts/check_environment.py ${FUZZYROE_EXTRAS:-$ENV_ALL} 2>&1)" &&
+    [[ -z "$report" ]]; then
     echo "$active/bin/python"
   else
     env_say "the active environment lacks what is needed; FUZZYROE_PYTHON=$active/bin/python would say what" >&2

@@ -141,16 +141,14 @@ def test_a_given_environment_is_left_alone(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
-@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("finding", ["", "exit 1", "echo '[env] warning: torch 2.0 is installed' >&2"])
 def test_an_active_environment_is_used_if_it_is_complete(
-    checkout: Checkout, tmp_path: Path, variable: str, is_complete: bool
+    checkout: Checkout, tmp_path: Path, variable: str, finding: str
 ) -> None:
-    active = tmp_path / "active" / "bin" / "python"
+    active, is_complete = tmp_path / "active" / "bin" / "python", not finding
     active.parent.mkdir(parents=True)
-    stand_in = (
-        STAND_IN if is_complete else STAND_IN.replace("*check_environment.py*)", "*check_environment.py*) exit 1")
-    )
-    active.write_text(stand_in)
+    check = "*check_environment.py*)"
+    active.write_text(STAND_IN.replace(check, f"{check} {finding};") if finding else STAND_IN)
     active.chmod(0o755)
     result = checkout.run('source scripts/env.sh; echo "$PYTHON"', **{variable: str(active.parent.parent)})
     assert result.returncode == 0, result.stderr

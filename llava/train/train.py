@@ -48,7 +48,6 @@ if __package__ in (None, ""):  # launchers run this file by its path; imports st
 if __name__ == "__main__":  # before the imports that take seconds
     watch_launcher()
     gc.disable()  # what is imported stays, so looking for garbage among it only takes time
-    sys.modules["datasets"] = None  # type: ignore[assignment]  # records are read here; Trainer would import it, 0.5 s
 
 from torch import distributed
 

@@ -142,9 +142,6 @@ train_stage() { # stage, model, data, output, flags...
       fail "DeepSpeed is not installed in this environment; run pip install 'fuzzyroe[train]' and start again."
     [[ -n "${SKIP_DATA_CHECK:-}" ]] || check_data "${flags[@]}"
     port="$(choose_port)"
-    # a launch that was killed while DeepSpeed compiled an operator leaves a lock that the next would wait for; that
-    # takes a minute or two
-    [[ ! -d "${TORCH_EXTENSIONS_DIR:-}" ]] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +15 -delete
   fi
   say "$stage: $NUM_RANKS processes, global batch $GLOBAL_BATCH, into $output"
   launch "$port" llava/train/train.py \
